@@ -23,10 +23,10 @@ demo: $(READY)   ## convert a small checkpoint, then generate with a quarter of 
 test: $(READY)   ## run the tests
 	$(BIN)/lint-imports
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not cuda"
 
 test-all: $(READY) ## run all tests, also those that take minutes
-	$(BIN)/python -m pytest -q -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -q -n 2 -m "not cuda"
 
 check: $(READY)  ## types, sanitizers and everything `make test` leaves out
 	$(BIN)/mypy

@@ -8,11 +8,14 @@ import torch
 
 from offload.errors import KernelError, UsageError
 from offload.kernels.api import Kernels
+from offload.kernels.device import DeviceKernels
 from offload.kernels.reference import ReferenceKernels
+from offload.kernels.reference_device import ReferenceDeviceKernels
 
 log = logging.getLogger("expertpager")
 
 BACKENDS = ("auto", "native", "reference")
+DEVICE_BACKENDS = ("auto", "triton", "reference")
 
 
 def select(name: str = "auto", threads: int | None = None) -> Kernels:
@@ -36,3 +39,15 @@ def select(name: str = "auto", threads: int | None = None) -> Kernels:
         raise KernelError(f"the compiled CPU kernels cannot be used: {reason}")
     log.warning("compiled CPU kernels are not available (%s): using the slow torch reference", reason)
     return ReferenceKernels()
+
+
+def select_device(name: str = "auto") -> DeviceKernels:
+    """The backend called `name` for tensors on an accelerator; `auto` is the compiled one.
+
+    Raises KernelError when that cannot be used: the reference would be too slow to take its place unasked.
+    """
+    if name not in DEVICE_BACKENDS:
+        raise UsageError(f"unknown kernels {name!r} for a GPU; known: {', '.join(DEVICE_BACKENDS)}")
+    if name == "reference":
+        return ReferenceDeviceKernels()
+    raise KernelError("there are no compiled kernels for a GPU yet; use --kernels reference")

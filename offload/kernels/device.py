@@ -1,0 +1,103 @@
+"""What a backend for an accelerator offers beyond `Kernels`: experts in a slab of slots, no host in between.
+
+Owns the slab (how experts lie in device memory) and the signatures that read it. A step whose experts are
+all resident needs no host round trip: which slot holds an expert, and at which position the step stands,
+are read on the device. Every backend promises:
+- all tensors of a call are on one device, work is queued on its current stream, nothing waits for it;
+- a row's bits depend on that row and on the number of tokens of the call only: not on which other rows
+  the call computes, not on which slot an expert lies in, not on what else the slab holds.
+Must not know which experts are where or why: the slot table is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from offload.errors import KernelError
+from offload.kernels.api import Expert, Kernels
+from offload.quant import Codec
+
+
+class SlabLayout(Protocol):
+    """The bytes of one routed expert; `offload.store.layout.ExpertLayout` is one."""
+
+    @property
+    def codec(self) -> Codec: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def moe_intermediate_size(self) -> int: ...
+    @property
+    def stride(self) -> int:
+        """Bytes of an expert."""
+        ...
+
+    @property
+    def fields(self) -> Sequence[Any]:
+        """Raw tensors with `projection`, `suffix`, `dtype`, `shape` and `offset` in bytes."""
+        ...
+
+    def views(self, buffer: Tensor) -> Expert:
+        """The expert whose first byte is the first byte of `buffer`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExpertSlab:
+    """Experts in device memory: slot i begins at `data[i]` and holds one expert as the store lays it out.
+
+    data uint8 [slots, pitch], pitch >= layout.stride and a multiple of 16, the first byte 16-byte aligned.
+    Raises KernelError for anything else, and for sizes at which a scale would be misaligned.
+    """
+
+    layout: SlabLayout
+    data: Tensor = field(repr=False)
+
+    def __post_init__(self) -> None:
+        slots, pitch = self.data.shape
+        if pitch < self.layout.stride or pitch % 16 or not self.data.is_contiguous() or self.data.data_ptr() % 16:
+            raise KernelError(
+                f"a slab of experts needs contiguous slots of at least {self.layout.stride} bytes, a multiple of 16; "
+                f"these {slots} have {pitch}"
+            )
+        for item in self.layout.fields:
+            if item.offset % item.dtype.itemsize:
+                raise KernelError(
+                    f"{self.layout.codec.name} experts of {self.layout.hidden_size} x "
+                    f"{self.layout.moe_intermediate_size} have {item.suffix} at byte {item.offset}, where device "
+                    f"kernels cannot read {item.dtype}; keep these experts on the CPU or convert them to int4-g32"
+                )
+
+    @property
+    def slots(self) -> int:
+        return int(self.data.shape[0])
+
+    def expert(self, slot: int) -> Expert:
+        """The expert in `slot` as views."""
+        return self.layout.views(self.data[slot])
+
+
+class DeviceKernels(Kernels, Protocol):
+    """A backend for tensors on an accelerator."""
+
+    def slot_experts(self, slab: ExpertSlab, x: Tensor, slots: Tensor, partial: Tensor) -> None:
+        """partial[p] = expert in slot slots[p] (x[p // K]) for every position p = token * K + j.
+
+        x [T, H]; slots int32 [T * K], -1 where the expert is not in this slab: that row of `partial`
+        [T * K, H] is left as it is. Many tokens or one, the call is the same.
+        """
+        ...
+
+    def mla_at(
+        self, q_latent: Tensor, q_rope: Tensor, cache: Tensor, start: Tensor, limit: int, scale: float
+    ) -> Tensor:
+        """`mla_absorbed` at a position that only the device knows: start int32 [1].
+
+        cache [C, R + D], C >= limit >= start + T. `limit` sizes the launch, never the result: a captured
+        graph serves every step up to it.
+        """
+        ...

@@ -1,0 +1,26 @@
+"""The reference of the device kernels: plain torch, on whatever device the tensors are.
+
+Owns the meaning of `DeviceKernels`. It looks at slots and positions on the host, so it waits for the
+device; other backends must not.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from offload.kernels.device import ExpertSlab
+from offload.kernels.reference import ReferenceKernels
+
+
+class ReferenceDeviceKernels(ReferenceKernels):
+    """`DeviceKernels` in torch. On the CPU, too: that is how tiers are tested without an accelerator."""
+
+    def slot_experts(self, slab: ExpertSlab, x: Tensor, slots: Tensor, partial: Tensor) -> None:
+        k = slots.numel() // x.shape[0]
+        used = [slot for slot in slots.unique().tolist() if slot >= 0]
+        self.experts(x, [(slab.expert(slot), (slots == slot).nonzero().flatten()) for slot in used], k, partial)
+
+    def mla_at(
+        self, q_latent: Tensor, q_rope: Tensor, cache: Tensor, start: Tensor, limit: int, scale: float
+    ) -> Tensor:
+        return self.mla_absorbed(q_latent, q_rope, cache[:limit], int(start), scale)
