@@ -141,12 +141,15 @@ class Residency:
         at a time: the reads of the next one overlap the computation of this one. The first wave
         holds all hits; misses come in ascending order, which is file order.
         """
-        self.complete(self.open(layer, ids, start), start, finish)
+        self.complete(self.open(layer, self.observe(layer, ids), start), start, finish)
 
-    def open(self, layer: int, ids: Routing, start: Callable[[Decision], None]) -> Service:
-        """The first half of `serve`: decide the first wave and begin its reads."""
+    def observe(self, layer: int, ids: Routing) -> list[int]:
+        """Let the policy learn what the router chose; returns the experts in it, ascending."""
         self.policy.observe(layer, ids)
-        wanted = sorted(ids[0]) if len(ids) == 1 else sorted({expert for row in ids for expert in row})
+        return sorted(ids[0]) if len(ids) == 1 else sorted({expert for row in ids for expert in row})
+
+    def open(self, layer: int, wanted: list[int], start: Callable[[Decision], None]) -> Service:
+        """The first half of `serve`: decide the first wave of `wanted` (ascending) and begin its reads."""
         held, waiting = self._decide(layer, wanted, first=True)
         if not held.empty:
             start(held)

@@ -150,7 +150,7 @@ class Engine:
         recipe = self.store.manifest.recipe
         return [
             f"{self.name}: experts {recipe['experts']}, resident {recipe['resident']}, {self.kernels.name} kernels, "
-            f"policy {self._executor.residency.policy.name}",
+            f"policy {self._executor.ram.residency.policy.name}",
             self.plan.describe(),
         ]
 

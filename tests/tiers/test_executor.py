@@ -53,7 +53,7 @@ def run(executor, steps):
             if (number + layer) % 2:
                 executor.hint(FIRST + layer, ids, weights)
             outputs.append(executor(FIRST + layer, x, ids, weights))
-            executor.residency.check()
+            executor.ram.residency.check()
     return outputs
 
 
@@ -111,7 +111,7 @@ def test_a_live_run_replayed_gives_the_same_events(store, kernels, slots, tmp_pa
         executor.trace().save(tmp_path / "t.npz")
         trace = Trace.load(tmp_path / "t.npz")
         result = replay(trace, trace.header["policy"], trace.header["slots"])
-        assert vars(result.events) == trace.header["events"] == vars(executor.residency.events)
+        assert vars(result.events) == trace.header["events"] == vars(executor.ram.residency.events)
         assert result.events.misses > 10
         executor.close()
 
@@ -134,15 +134,15 @@ def test_prefetch_changes_no_bits_and_is_replayed(store, kernels, delay_s, tmp_p
         for layer, (x, experts, weights) in enumerate(step):
             time.sleep(delay_s)  # attention, during which the drive idles
             outputs.append(executor(FIRST + layer, x, experts, weights))
-            executor.residency.check()
+            executor.ram.residency.check()
     for ours, right in zip(outputs, expected, strict=True):
         assert torch.equal(ours, right)
-    events = executor.residency.events
+    events = executor.ram.residency.events
     assert events.prefetch_issued > 10
     assert events.prefetch_useful + events.prefetch_late > 0.8 * events.prefetch_issued - 4
     ram = executor.counters().ram
-    assert ram.reads + len(executor._reads) == ram.misses + events.prefetch_issued - events.prefetch_cancelled
-    assert "prefetch" in executor.telemetry.summary()
+    assert ram.reads + len(executor.ram._reads) == ram.misses + events.prefetch_issued - events.prefetch_cancelled
+    assert "prefetch" in executor.ram.telemetry.summary()
     executor.trace().save(tmp_path / "t.npz")
     trace = Trace.load(tmp_path / "t.npz")
     assert vars(replay(trace, "ema+tokens", 16).events) == trace.header["events"]
@@ -164,7 +164,7 @@ def test_failing_prefetches_do_no_harm(store, kernels):
         system.broken.clear()
         for layer, (x, experts, weights) in enumerate(step):
             got.append(executor(FIRST + layer, x, experts, weights))
-            executor.residency.check()
+            executor.ram.residency.check()
     for ours, right in zip(got, expected, strict=True):
         assert torch.equal(ours, right)
     executor.close()
@@ -181,7 +181,7 @@ def test_what_was_learned_warms_the_next_start(store, kernels, tmp_path):
             for layer, (x, experts, weights) in enumerate(step):
                 executor(FIRST + layer, x, experts, weights)
         executor.close()
-        return executor.residency.events.misses
+        return executor.ram.residency.events.misses
 
     cold = misses()
     assert usage.exists()
@@ -198,8 +198,8 @@ def test_a_dead_disk_is_an_error_and_the_executor_survives_it(store, kernels):
     with pytest.raises(DiskError, match=rf"expert \d+ of layer {FIRST + 1} .*Input/output error") as caught:
         run(executor, steps)
     assert str(store.path / f"{FIRST + 1}.bin") in str(caught.value)
-    executor.residency.check()
-    assert executor.reader.idle
+    executor.ram.residency.check()
+    assert executor.ram.reader.idle
     system.broken.clear()
     for ours, right in zip(run(executor, steps), expected, strict=True):
         assert torch.equal(ours, right)
@@ -269,7 +269,7 @@ def test_a_budget_below_one_token_is_refused_with_the_numbers(store, kernels):
     with pytest.raises(BudgetError, match="larger --ram"):
         Executor(store, kernels, slots=0, allow_slow=True)
     executor = Executor(store, kernels, slots=10**6)
-    assert executor.residency.slots == LAYERS * EXPERTS
+    assert executor.ram.residency.slots == LAYERS * EXPERTS
     executor.close()
 
 

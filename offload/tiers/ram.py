@@ -1,0 +1,346 @@
+"""The RAM tier: routed experts in slots of host memory, read from the drive as they are demanded.
+
+Owns slots, reads and what is told to whom: residency decides, the reader carries out, whoever computes is
+handed each expert as soon as its bytes are there. Must not compute, nor know who does: a processor that
+works in place and a device tier that copies from here use it alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from offload.cache.lookahead import LookAhead
+from offload.cache.policy import CacheShape, Routing, create_policy
+from offload.cache.residency import Decision, Residency, Service
+from offload.cache.trace import Trace, TraceRecorder
+from offload.cache.usage import load_usage, save_usage
+from offload.config import ModelConfig
+from offload.errors import BudgetError, DiskError
+from offload.store.layout import ExpertLayout, ExpertWeights
+from offload.telemetry import Telemetry
+from offload.tiers.disk import DiskReader, Read
+from offload.tiers.host import SlotPool
+from offload.types import PAGE, ExpertId, Extent, align_up, format_size
+
+Use = Callable[[Sequence[tuple[int, int]]], None]
+"""Is given (expert, slot) pairs whose bytes are there; the slots are its own until it returns."""
+
+
+class ExpertStore(Protocol):
+    """What the tier needs of a store."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def layout(self) -> ExpertLayout: ...
+
+    def locate(self, expert: ExpertId) -> Extent: ...
+
+
+LOOKAHEAD_LAYERS = 3
+LOOKAHEAD_READS = 4
+"""How far ahead, and how many experts at a time, are read on speculation."""
+
+
+class RamTier:
+    """Pages the routed experts of a store through `slots` slots of RAM. Layers are MoE layers, counted from 0.
+
+    A forward pass is `begin_step`, then for every layer in order `begin_layer`, any number of demands and
+    `end_layer`. A demand is opened (decided, its reads begun) and completed (every expert handed over); a
+    second one may be opened before the first is completed. All memory is taken here, at load.
+
+    Raises BudgetError if `slots` is below one token's working set, unless `allow_slow`.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        *,
+        slots: int,
+        policy: str = "ema",
+        policy_options: dict[str, Any] | None = None,
+        allow_slow: bool = False,
+        mirror: Path | None = None,
+        record: bool = False,
+        prefetch: bool = True,
+        usage: Path | None = None,
+        reader: DiskReader | None = None,
+    ) -> None:
+        """`usage`: file in which what the policy learns is kept between runs."""
+        config = store.config
+        self.layers = config.moe_layers
+        self.shape = CacheShape(len(self.layers), config.n_routed_experts, config.num_experts_per_tok)
+        slots = min(slots, self.shape.keys)
+        slot_nbytes = _slot_nbytes(store, self.layers[0])
+        _check_budget(self.shape, slots, slot_nbytes, allow_slow)
+        self._store = store
+        self.residency = Residency(
+            create_policy(policy, self.shape, **(policy_options or {})), slots, floor=self.shape.top_k
+        )
+        self.pool = SlotPool(slots, slot_nbytes)
+        self._weights = _SlotWeights(store.layout, self.pool)
+        self.reader = reader or DiskReader(mirror=mirror)
+        self.telemetry = Telemetry(layer_stall_s=[0.0] * self.shape.layers)
+        self._recorder = TraceRecorder(self.shape) if record else None
+        self._usage = usage
+        if usage is not None and not record:  # a recording starts from nothing, so that it can be replayed
+            load_usage(self.residency.policy, usage, _model_name(store))
+        self._lookahead = LookAhead(self.residency.policy) if prefetch else None
+        self._speculative: dict[int, tuple[int, int]] = {}  # slot -> (layer, expert) of reads nobody demanded yet
+        self._settled: list[Read] = []
+        self._reads: dict[int, Read] = {}
+        self._next_layer = 0
+
+    # -- a forward pass ----------------------------------------------------------------------
+
+    def begin_session(self) -> None:
+        """The next step begins a new conversation."""
+        if self._recorder:
+            self._recorder.begin_session()
+
+    def begin_step(self, tokens: Sequence[int], upcoming: Sequence[int] = ()) -> None:
+        """A forward pass over `tokens` begins; `upcoming` are tokens already known to follow them."""
+        self._next_layer = 0
+        self.residency.begin_step(tokens, upcoming)
+        if self._recorder:
+            self._recorder.begin_step(tokens)
+        if self._lookahead:
+            self._lookahead.begin_step(tokens)
+            self._speculate(0)
+
+    def begin_layer(self, layer: int, routing: Routing) -> list[int]:
+        """The router of `layer` chose `routing` [T, K]; returns the experts in it, ascending."""
+        assert layer == self._next_layer, "MoE layers run in order, after begin_step"
+        self._next_layer = layer + 1
+        if self._speculative:
+            self._settle()
+        if self._recorder:
+            self._recorder.route(layer, routing)
+        return self.residency.observe(layer, routing)
+
+    def open(self, layer: int, wanted: list[int]) -> Service:
+        """Decide about `wanted` (ascending, each once) and begin the reads of the first wave."""
+        try:
+            return self.residency.open(layer, wanted, self._begin_reads)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def complete(self, demand: Service, use: Use) -> None:
+        """Hand every expert of `demand` to `use` once: hits at once, every other as soon as it is there.
+
+        Raises DiskError if an expert cannot be read, and whatever `use` raises; the tier stays usable.
+        """
+        try:
+            self.residency.complete(demand, self._begin_reads, lambda decision: self._serve(decision, use))
+        except BaseException:
+            self.abandon()
+            raise
+
+    def end_layer(self) -> None:
+        """All demands of the layer are complete: the drive is free for speculation."""
+        if self._lookahead:
+            self._speculate(self._next_layer)
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """A router applied early chose `experts` (best first) for `layer`: read them if the drive idles."""
+        if self._lookahead:
+            self._lookahead.expect(layer, experts)
+
+    def weights(self, slot: int) -> ExpertWeights:
+        """The expert in `slot`, as views."""
+        return self._weights[slot]
+
+    def abandon(self) -> None:
+        """A step broke off: let the reads under way end, so that their slots can be used again."""
+        while self._reads:
+            try:
+                self._collect(wait=True)
+            except DiskError:
+                continue
+        self._settled.clear()
+        self._speculative.clear()
+        self.residency.abandon()
+
+    # -- around a run ------------------------------------------------------------------------
+
+    def counters(self) -> Telemetry:
+        """The telemetry, brought up to date."""
+        ram, events, disk = self.telemetry.ram, self.residency.events, self.reader.snapshot()
+        for name, value in vars(events).items():
+            setattr(ram, name, value)
+        ram.reads, ram.bytes_read, ram.retries, ram.read_s = disk.reads, disk.bytes_read, disk.retries, disk.busy_s
+        ram.stall_s = sum(self.telemetry.layer_stall_s)
+        return self.telemetry
+
+    def trace(self) -> Trace:
+        """The recorded routing, with the settings and events that a replay must reproduce."""
+        assert self._recorder is not None, "the executor was made with record=True"
+        return self._recorder.trace(
+            policy=self.residency.policy.name,
+            slots=self.residency.slots,
+            floor=self.residency.floor,
+            width=self.residency.width,
+            expert_bytes=self._store.layout.stride,
+            events=vars(self.residency.events).copy(),
+        )
+
+    def close(self) -> None:
+        """Stop the readers and keep what was learned. Harmless when repeated."""
+        self.reader.close()
+        if self._usage is not None:
+            save_usage(self.residency.policy, self._usage, _model_name(self._store))
+            self._usage = None
+
+    # -- reads -------------------------------------------------------------------------------
+
+    def _read(self, layer: int, expert: int, slot: int) -> Read:
+        """A read of an expert into `slot`, not yet queued."""
+        name = ExpertId(self.layers[layer], expert)
+        what = f"expert {expert} of layer {name.layer}"
+        read = Read(self._store.locate(name), self.pool.buffer(slot), what, tag=slot)
+        self._reads[slot] = read
+        self._weights.filling(slot, read.skip)
+        return read
+
+    def _begin_reads(self, decision: Decision) -> None:
+        if decision.loads:
+            self.reader.submit([self._read(decision.layer, load.expert, load.slot) for load in decision.loads])
+        for _, slot in decision.joins:
+            self._speculative.pop(slot, None)
+            if slot in self._reads:
+                self.reader.promote(self._reads[slot])
+
+    def _serve(self, decision: Decision, use: Use) -> None:
+        if decision.hits:
+            use(decision.hits)
+        missing = dict(decision.joins) | {load.expert: load.slot for load in decision.loads}
+        while missing:
+            while self._collect(wait=False):
+                pass
+            there = [(e, slot) for e, slot in missing.items() if not self.residency.is_loading(slot)]
+            if there:
+                use(there)
+                for expert, _ in there:
+                    del missing[expert]
+                continue
+            since = time.perf_counter()
+            self._collect(wait=True)
+            self.telemetry.layer_stall_s[decision.layer] += time.perf_counter() - since
+
+    def _collect(self, wait: bool) -> Read | None:
+        """Take note of the next read that has ended. Raises its DiskError."""
+        read = self.reader.completed(wait)
+        if read is None:
+            return None
+        del self._reads[read.tag]
+        if read.tag in self._speculative:
+            self._settled.append(read)  # nobody waits for it: it counts from the next layer on
+        elif read.error is not None:
+            self.residency.failed(read.tag)
+            raise read.error
+        else:
+            self.residency.loaded(read.tag)
+        return read
+
+    # -- speculation: issued and settled between layers only, so that a replay can repeat it ------
+
+    def _speculate(self, first: int) -> None:
+        """Use an idle drive to read what the layers from `first` on will probably need."""
+        lookahead = self._lookahead
+        assert lookahead is not None
+        if lookahead.off_reason is not None or not self.reader.idle:
+            return
+        for layer in range(first, min(first + LOOKAHEAD_LAYERS, self.shape.layers)):
+            for expert in lookahead.candidates(layer):
+                if len(self._speculative) >= LOOKAHEAD_READS:
+                    return
+                load = self.residency.prefetch(layer, expert)
+                if load is None:
+                    continue
+                if self._recorder:
+                    self._recorder.prefetch(0, layer, expert)
+                self._speculative[load.slot] = layer, expert
+                self.reader.prefetch(self._read(layer, expert, load.slot))
+
+    def _settle(self) -> None:
+        """Speculative reads that have ended become residents; those for layers long past are withdrawn."""
+        while self._collect(wait=False):
+            pass
+        for read in self._settled:
+            layer, expert = self._speculative.pop(read.tag)
+            (self.residency.loaded if read.error is None else self.residency.failed)(read.tag)
+            if self._recorder:
+                self._recorder.prefetch(1 if read.error is None else 3, layer, expert)
+        self._settled.clear()
+        for slot, (layer, expert) in list(self._speculative.items()):
+            if layer < self._next_layer - 1 and self.reader.cancel(self._reads[slot]):
+                del self._speculative[slot], self._reads[slot]
+                self.residency.cancelled(slot)
+                if self._recorder:
+                    self._recorder.prefetch(2, layer, expert)
+        events, lookahead = self.residency.events, self._lookahead
+        if lookahead is not None:
+            lookahead.outcome(events.prefetch_useful + events.prefetch_late, events.prefetch_wasted)
+            if lookahead.off_reason is not None:
+                self.telemetry.note(lookahead.off_reason)
+
+
+class _SlotWeights:
+    """The expert in each slot as views; made once per slot where its bytes always lie alike."""
+
+    def __init__(self, layout: ExpertLayout, pool: SlotPool) -> None:
+        self._layout = layout
+        self._pool = pool
+        self._views: list[ExpertWeights | None] = [None] * pool.slots
+        self._skips = [0] * pool.slots
+        self._alignment = max(field.dtype.itemsize for field in layout.fields)
+        self._fields_aligned = all(field.offset % field.dtype.itemsize == 0 for field in layout.fields)
+
+    def filling(self, slot: int, skip: int) -> None:
+        """An expert is being read into `slot`, its first byte at `skip`."""
+        # A view of misaligned elements would be a copy, which goes stale when the slot is filled.
+        if skip != self._skips[slot] or skip % self._alignment or not self._fields_aligned:
+            self._views[slot] = None
+            self._skips[slot] = skip
+
+    def __getitem__(self, slot: int) -> ExpertWeights:
+        weights = self._views[slot]
+        if weights is None:
+            weights = self._layout.views(self._pool.tensor(slot)[self._skips[slot] :])
+            self._views[slot] = weights
+        return weights
+
+
+def _model_name(store: ExpertStore) -> str:
+    """Identifies the routing that was learned: sizes and the name of the store, not its codec."""
+    config = store.config
+    return f"{store.path.name} {config.hidden_size}x{config.moe_intermediate_size}"
+
+
+def _slot_nbytes(store: ExpertStore, layer: int) -> int:
+    """Bytes of a slot: an expert with the pages around it, the same for every expert."""
+    stride = store.layout.stride
+    first = store.locate(ExpertId(layer, 0)).offset
+    if stride % PAGE == 0 and first % PAGE == 0:
+        return stride
+    return align_up(stride) + PAGE
+
+
+def _check_budget(shape: CacheShape, slots: int, slot_nbytes: int, allow_slow: bool) -> None:
+    need = shape.layers * shape.top_k
+    if slots < 1:
+        raise BudgetError(f"no expert slot of {format_size(slot_nbytes)} fits; give a larger --ram")
+    if slots < need and not allow_slow:
+        raise BudgetError(
+            f"RAM for {slots} experts ({format_size(slots * slot_nbytes)}) is below one token's working set of "
+            f"{need} ({shape.layers} layers x top-{shape.top_k}, {format_size(need * slot_nbytes)}): nearly every "
+            "expert would be read for every token; give a larger --ram, or --allow-slow to run all the same"
+        )
