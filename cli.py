@@ -124,6 +124,8 @@ def cli(debug: bool) -> None:
     "--resident",
     help="Codec of attention, shared experts and dense layers.  [default: int8-g128; fp8 with --experts fp8]",
 )
+@click.option("--head", help="Codec of the output head.  [default: bf16]")
+@click.option("--embedding", help="Codec of the token embedding.  [default: bf16]")
 @click.option(
     "--scales", help="How int scales are found: ls (least squares) or rtn (to the largest magnitude).  [default: ls]"
 )

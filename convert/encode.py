@@ -7,6 +7,7 @@ the same bytes. Must not know journals nor threads.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,16 +66,49 @@ def encode_resident(
 def _encode_linear(
     plan: ConversionPlan, linear: Linear, codec: Codec, suffix: str
 ) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    specs = codec.parts(linear.rows, linear.cols)
     if codec.name == "bf16" and linear.scale is None:
         yield f"{linear.module}.weight", _copy(plan.checkpoint, linear.weight, torch.bfloat16)
         return
-    tensors = plan.checkpoint.load(linear.names)
-    parts = requantize(linear, tensors, plan.mapped.block, codec, plan.recipe.scales, plan.encoder).parts
-    for part, tensor in parts.items():
-        yield f"{linear.module}.{disk_suffix(part, suffix)}", iter((tensor,))
-    if "weight_packed" in parts:
+    strips = _encode_strips(plan, linear, codec)
+    later: dict[str, list[Tensor]] = {spec.suffix: [] for spec in specs[1:]}
+
+    def payload() -> Iterator[Tensor]:
+        for parts in strips:
+            for item, kept in later.items():
+                kept.append(parts[item])
+            yield parts[specs[0].suffix]
+
+    def scales(item: str) -> Iterator[Tensor]:
+        for _ in payload():  # when nobody asked for the payload
+            pass
+        yield from later[item]
+
+    # The payload is written strip by strip; scales are small and wait until it is through.
+    yield f"{linear.module}.{disk_suffix(specs[0].suffix, suffix)}", payload()
+    for item in later:
+        yield f"{linear.module}.{disk_suffix(item, suffix)}", scales(item)
+    if specs[0].suffix == "weight_packed":
         shape = torch.tensor([linear.rows, linear.cols], dtype=torch.int64)
         yield f"{linear.module}.weight_shape", iter((shape,))
+
+
+def _encode_strips(plan: ConversionPlan, linear: Linear, codec: Codec) -> Iterator[dict[str, Tensor]]:
+    """The raw tensors of `linear`, some rows at a time: a head of 1.9 GB never is in memory as a whole."""
+    if linear.scale is not None:  # FP8 weights are small enough, and their scales are ragged
+        tensors = plan.checkpoint.load(linear.names)
+        yield requantize(linear, tensors, plan.mapped.block, codec, plan.recipe.scales, plan.encoder).parts
+        return
+    info = linear.weight
+    row = info.nbytes // linear.rows
+    step = max(1, _CHUNK // row // codec.row_unit) * codec.row_unit
+    for first in range(0, linear.rows, step):
+        rows = min(step, linear.rows - first)
+        raw = plan.checkpoint.read_array(info.file, info.offset + first * row, rows * row)
+        part = TensorInfo(info.name, info.file, info.dtype, (rows, linear.cols), 0, rows * row)
+        strip = replace(linear, rows=rows, weight=part)
+        tensors = {info.name: as_tensor(raw, part)}
+        yield requantize(strip, tensors, plan.mapped.block, codec, plan.recipe.scales, plan.encoder).parts
 
 
 def _copy(checkpoint: Checkpoint, info: TensorInfo, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -21,7 +21,6 @@ from torch import Tensor
 from offload.errors import CodecError, KernelError, UsageError
 from offload.kernels.native import library_path
 from offload.quant import Codec
-from offload.quant.fp8 import Fp8Codec
 from offload.quant.grouped import GroupedIntCodec
 from offload.types import ceil_div
 
@@ -59,8 +58,7 @@ class ReferenceEncoder:
     ) -> Encoded:
         strips: list[dict[str, Tensor]] = []
         sums: list[Tensor] = []
-        align = codec.block[0] if isinstance(codec, Fp8Codec) else 1
-        for w in _strips(weight, scale, block, align):
+        for w in _strips(weight, scale, block, codec.row_unit):
             parts = codec.encode(w, method)
             decoded = codec.decode(parts, w.shape[0], w.shape[1], torch.float32)
             strips.append(parts)
@@ -164,10 +162,10 @@ def decode(weight: Tensor, scale: Tensor | None, block: tuple[int, int]) -> Tens
     return torch.cat(list(_strips(weight, scale, block, 1)))
 
 
-def _strips(weight: Tensor, scale: Tensor | None, block: tuple[int, int], align: int) -> Iterator[Tensor]:
-    """The weight in fp32, some rows at a time; every strip but the last has a multiple of `align` rows."""
+def _strips(weight: Tensor, scale: Tensor | None, block: tuple[int, int], unit_rows: int) -> Iterator[Tensor]:
+    """The weight in fp32, some rows at a time; every strip but the last has a multiple of `unit_rows` rows."""
     rows, cols = weight.shape
-    unit = int(np.lcm(block[0] if scale is not None else 1, align))
+    unit = int(np.lcm(block[0] if scale is not None else 1, unit_rows))
     step = max(1, _STRIP // (unit * max(1, cols))) * unit
     for start in range(0, rows, step):
         strip = weight[start : start + step]

@@ -11,10 +11,12 @@ from math import prod
 from pathlib import Path
 
 from convert.plan import ConversionPlan, plan_conversion
+from convert.recipe import HEAD
 from convert.recipe_files import NamedRecipe, read_recipe, recipe_names
 from convert.source import Checkpoint, open_source
 from offload.config import ModelConfig
 from offload.store import Store
+from offload.store.hf_config import EMBEDDING
 from offload.store.manifest import MANIFEST_NAME
 
 
@@ -26,6 +28,8 @@ class Footprint:
     recipe: str
     experts: str
     resident: str
+    head: str
+    embedding: str
     resident_nbytes: int
     store_nbytes: int
     download_nbytes: int
@@ -68,6 +72,8 @@ def of_checkpoint(checkpoint: Checkpoint, recipes: Sequence[NamedRecipe]) -> lis
                 recipe=item.name,
                 experts=plan.recipe.experts,
                 resident=plan.recipe.resident,
+                head=plan.resident_codecs[HEAD],
+                embedding=plan.resident_codecs[EMBEDDING],
                 resident_nbytes=resident_nbytes(plan),
                 store_nbytes=plan.store_nbytes,
                 download_nbytes=plan.fetch_nbytes,
@@ -88,6 +94,8 @@ def _of_store(store: Store) -> Footprint:
         recipe="as stored",
         experts=store.manifest.recipe["experts"],
         resident=store.manifest.recipe["resident"],
+        head=store.codec_name(HEAD),
+        embedding=store.codec_name(EMBEDDING),
         resident_nbytes=store.resident_nbytes,
         store_nbytes=sum(item.stat().st_size for item in files),
         download_nbytes=0,

@@ -98,6 +98,8 @@ def convert(
     *,
     experts: str = Recipe.experts,
     resident: str | None = None,
+    head: str = Recipe.head,
+    embedding: str = Recipe.embedding,
     scales: str = Recipe.scales,
     revision: str | None = None,
     workers: int | None = None,
@@ -121,7 +123,8 @@ def convert(
     saved = saved_state(Path(out))
     opened = DepletedSource(source, saved) if saved and Path(source).is_dir() else open_source(source, revision)
     try:
-        plan = plan_conversion(Checkpoint(opened), experts=experts, resident=resident, scales=scales, kernels=kernels)
+        codecs = {"experts": experts, "head": head, "embedding": embedding, "scales": scales}
+        plan = plan_conversion(Checkpoint(opened), **codecs, resident=resident, kernels=kernels)
         if dry_run:
             return PlanReport(plan, Path(out), free_nbytes(Path(out)))
         directory = _prepare(Path(out), source)
@@ -174,7 +177,7 @@ def _identity(plan: ConversionPlan) -> dict[str, str | int]:
 def _already_done(plan: ConversionPlan, directory: Path, begun: float) -> Conversion:
     manifest = Manifest.load(directory)
     wanted = {"source revision": plan.checkpoint.source.revision, **plan.recipe.as_dict()}
-    found = {"source revision": manifest.source.get("revision"), **manifest.recipe}
+    found = {"source revision": manifest.source.get("revision"), **Recipe(**manifest.recipe).as_dict()}
     for key, value in wanted.items():
         if found.get(key) != value:
             raise StoreError(

@@ -195,6 +195,8 @@ def plan_conversion(
     *,
     experts: str = Recipe.experts,
     resident: str | None = None,
+    head: str = Recipe.head,
+    embedding: str = Recipe.embedding,
     scales: str = Recipe.scales,
     kernels: str = "auto",
 ) -> ConversionPlan:
@@ -209,7 +211,7 @@ def plan_conversion(
         raise CheckpointError(
             f"{checkpoint.source.name} is quantized already (compressed-tensors); convert the FP8 or BF16 release"
         )
-    recipe = make_recipe(experts, resident, scales, config.weight_block_size or (128, 128))
+    recipe = make_recipe(experts, resident, scales, head, embedding, config.weight_block_size or (128, 128))
     mapped = map_checkpoint(checkpoint, config)
     codecs = {
         linear.module: recipe.codec_name(linear.module, linear.rows, linear.cols)

@@ -1,45 +1,53 @@
 """Which codec holds which tensor.
 
 Owns the choice and its defaults. Router weights, their bias and all norms are never quantized; embedding and head
-stay as they are in the source. Must not read tensors.
+have codecs of their own, by default bf16. Must not read tensors.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from convert.mapping import CheckpointMap
 from offload.errors import UsageError
 from offload.quant import get_codec
 from offload.quant.fp8 import Fp8Codec
 from offload.quant.grouped import SCALE_METHODS
+from offload.store.hf_config import EMBEDDING
 
-_UNTOUCHED = ("model.embed_tokens", "lm_head")
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Codecs of the routed experts and of the resident linears, and how scales of grouped integers are found."""
+    """Codecs of routed experts, resident linears, head and embedding; how scales of grouped integers are found."""
 
     experts: str = "int4-g32"
     resident: str = "int8-g128"
+    head: str = "bf16"
+    embedding: str = "bf16"
     scales: str = "ls"
+
+    def wanted(self, module: str) -> str:
+        """The codec asked for the resident linear `module`."""
+        return {HEAD: self.head, EMBEDDING: self.embedding}.get(module, self.resident)
 
     def codec_name(self, module: str, rows: int, cols: int) -> str:
         """The codec of the resident linear `module`: bf16 where the recipe's codec cannot hold its shape."""
-        if module in _UNTOUCHED or not get_codec(self.resident).fits(rows, cols):
-            return "bf16"
-        return self.resident
+        wanted = self.wanted(module)
+        return wanted if get_codec(wanted).fits(rows, cols) else "bf16"
 
     def as_dict(self) -> dict[str, str]:
-        """What a manifest records."""
-        return {"experts": self.experts, "resident": self.resident, "scales": self.scales}
+        """What a manifest records: keywords of `make_recipe`."""
+        return asdict(self)
 
 
 def make_recipe(
     experts: str = Recipe.experts,
     resident: str | None = None,
     scales: str = Recipe.scales,
+    head: str = Recipe.head,
+    embedding: str = Recipe.embedding,
     block: tuple[int, int] = (128, 128),
 ) -> Recipe:
     """A checked recipe. Raises CodecError for unknown codecs and UsageError for unknown scale methods.
@@ -51,11 +59,12 @@ def make_recipe(
         raise UsageError(f"unknown scale method {scales!r}; known: {', '.join(SCALE_METHODS)}")
     if resident is None:
         resident = "fp8" if experts.startswith("fp8") else Recipe.resident
-    if block != (128, 128):
-        own = f"fp8-b{block[0]}x{block[1]}"
-        experts = own if experts == "fp8" else experts
-        resident = own if resident == "fp8" else resident
-    return Recipe(get_codec(experts).name, get_codec(resident).name, scales)
+    own = "fp8" if block == (128, 128) else f"fp8-b{block[0]}x{block[1]}"
+
+    def checked(name: str) -> str:
+        return get_codec(own if name == "fp8" else name).name
+
+    return Recipe(checked(experts), checked(resident), checked(head), checked(embedding), scales)
 
 
 def notes(recipe: Recipe, mapped: CheckpointMap) -> list[str]:
@@ -72,15 +81,20 @@ def notes(recipe: Recipe, mapped: CheckpointMap) -> list[str]:
         lines.append(
             f"{recipe.experts} experts beside {recipe.resident} residents work here, but transformers cannot load them"
         )
-    kept = [
-        linear.module
-        for linears in mapped.linears.values()
-        for linear in linears
-        if linear.module not in _UNTOUCHED and recipe.codec_name(linear.module, linear.rows, linear.cols) == "bf16"
-    ]
-    if kept and recipe.resident != "bf16":
+    dense = {recipe.resident, recipe.head, recipe.embedding} - {"bf16"}
+    if len(dense) > 1:
         lines.append(
-            f"{len(kept)} resident tensors stay bf16, because {recipe.resident} cannot hold their shape; "
-            f"the first is {kept[0]}"
+            f"resident tensors in {', '.join(sorted(dense))} work here and for compressed-tensors, but transformers "
+            "decodes all of them alike: it cannot load this store"
+        )
+    kept: dict[str, list[str]] = {}
+    for linear in (linear for linears in mapped.linears.values() for linear in linears):
+        wanted = recipe.wanted(linear.module)
+        if recipe.codec_name(linear.module, linear.rows, linear.cols) != wanted:
+            kept.setdefault(wanted, []).append(linear.module)
+    for wanted, modules in kept.items():
+        lines.append(
+            f"{len(modules)} resident tensors stay bf16, because {wanted} cannot hold their shape; "
+            f"the first is {modules[0]}"
         )
     return lines

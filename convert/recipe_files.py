@@ -1,7 +1,7 @@
 """Named recipes: TOML files that say which codec holds what, shared by `convert` and `plan`.
 
-Owns reading and refusing them. A recipe file has the keys `description`, `experts`, `resident` and `scales`; all but
-`experts` may be left out. Must not know checkpoints.
+Owns reading and refusing them. A recipe file has the keys `description`, `experts`, `resident`, `head`, `embedding`
+and `scales`; all but `experts` may be left out. Must not know checkpoints.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from offload.errors import CodecError, UsageError
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 """The recipes that come with the program."""
 
-_KEYS = ("description", "experts", "resident", "scales")
+_KEYS = ("description", "experts", "resident", "head", "embedding", "scales")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class NamedRecipe:
 
     name: str
     values: Mapping[str, str]
-    """experts, resident, scales as far as the file gives them."""
+    """experts, resident, head, embedding, scales as far as the file gives them."""
     description: str = ""
 
 

@@ -49,10 +49,7 @@ class Origin:
                     f"{source} is not what this store was made of: its revision is {opened.revision}, the store's "
                     f"is {revision}"
                 )
-            recipe = manifest.recipe
-            plan = plan_conversion(
-                Checkpoint(opened), experts=recipe["experts"], resident=recipe["resident"], scales=recipe["scales"]
-            )
+            plan = plan_conversion(Checkpoint(opened), **manifest.recipe)
         except BaseException:
             opened.close()
             raise

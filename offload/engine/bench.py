@@ -176,7 +176,14 @@ def bench(
                 number += 1
             described, plan, context = engine.describe(), engine.plan, engine.context
             recipe, config = engine.store.manifest.recipe, engine.config
-            model = ModelCost(config, recipe["experts"], recipe["resident"], engine.store.resident_nbytes)
+            model = ModelCost(
+                config,
+                recipe["experts"],
+                recipe["resident"],
+                engine.store.resident_nbytes,
+                engine.store.codec_name("lm_head"),
+                engine.store.codec_name("model.embed_tokens"),
+            )
     share = plan.slots / plan.experts
     compared: list[Comparison] = []
     if spec is not None:

@@ -35,8 +35,7 @@ class LayerWeights:
 class ModelWeights:
     """All resident weights."""
 
-    embed: Tensor
-    """[vocab, hidden] in the checkpoint's dtype."""
+    embed: QuantizedTensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     head: QuantizedTensor
@@ -63,7 +62,7 @@ class DeepseekV3:
         cache.require(len(token_ids))
         self.routed.begin_step(token_ids)
         angles = self._rotary.at(cache.length, len(token_ids))
-        hidden = self.weights.embed[torch.tensor(token_ids)].float()  # [T, H]
+        hidden = self.weights.embed.rows_of(torch.tensor(token_ids))  # [T, H]
         for index, layer in enumerate(self.weights.layers):
             hidden = self._layer(index, layer, hidden, cache, angles)
         cache.advance(len(token_ids))

@@ -32,7 +32,7 @@ class WeightSource(Protocol):
 def load_weights(source: WeightSource, config: ModelConfig) -> ModelWeights:
     """All resident weights of the model in `source`. Norms and router become fp32, all else stays as it is."""
     return ModelWeights(
-        embed=source.tensor("model.embed_tokens.weight"),
+        embed=source.resident("model.embed_tokens"),
         layers=tuple(_layer(source, config, layer) for layer in range(config.num_hidden_layers)),
         norm=source.tensor("model.norm.weight").float(),
         head=source.resident("lm_head"),

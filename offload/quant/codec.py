@@ -43,6 +43,8 @@ class Codec(ABC):
     """
 
     name: str
+    row_unit: int = 1
+    """A weight cut at multiples of so many rows gives strips whose raw tensors, joined, are those of the whole."""
 
     @abstractmethod
     def parts(self, rows: int, cols: int) -> tuple[TensorSpec, ...]:
@@ -68,6 +70,14 @@ class Codec(ABC):
         This is what transformers and compressed-tensors compute, so both see the same weights.
         """
 
+    def rows_of(self, parts: Mapping[str, Tensor], rows: int, cols: int, ids: Tensor) -> Tensor:
+        """Rows `ids` (int64 [T]) of the weight, decoded to float32 [T, cols] from bf16, without decoding the others.
+
+        This is for formats whose parts all have one entry per row; others override it.
+        """
+        chosen = {suffix: part.index_select(0, ids) for suffix, part in parts.items()}
+        return self.decode(chosen, ids.numel(), cols).float()
+
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of all raw tensors of a [rows, cols] weight."""
         return sum(spec.nbytes for spec in self.parts(rows, cols))
@@ -92,6 +102,10 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weight as a dense tensor, each element rounded once to `dtype`."""
         return self.codec.decode(self.parts, self.rows, self.cols, dtype)
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """Rows `ids` (int64 [T]) as float32 [T, cols], each element rounded once to bf16."""
+        return self.codec.rows_of(self.parts, self.rows, self.cols, ids)
 
     @property
     def nbytes(self) -> int:

@@ -27,6 +27,7 @@ class Fp8Codec(Codec):
         if block_rows < 1 or block_cols < 1:
             raise CodecError(f"fp8 needs a block size of at least 1x1, not {block_rows}x{block_cols}")
         self.block = (block_rows, block_cols)
+        self.row_unit = block_rows
         self.name = "fp8" if self.block == (128, 128) else f"fp8-b{block_rows}x{block_cols}"
 
     def grid(self, rows: int, cols: int) -> tuple[int, int]:
@@ -55,6 +56,12 @@ class Fp8Codec(Codec):
     ) -> Tensor:
         codes = parts["weight"].float()
         return codes.mul_(self.expand(parts["weight_scale"].float(), rows, cols)).to(dtype)
+
+    def rows_of(self, parts: Mapping[str, Tensor], rows: int, cols: int, ids: Tensor) -> Tensor:
+        scale = parts["weight_scale"].index_select(0, ids // self.block[0])  # [T, blocks of columns]
+        codes = parts["weight"].view(torch.uint8).index_select(0, ids).view(torch.float8_e4m3fn).float()
+        wide = scale.float().repeat_interleave(self.block[1], 1)[:, :cols]
+        return codes.mul_(wide).to(torch.bfloat16).float()
 
     def expand(self, scale: Tensor, rows: int, cols: int) -> Tensor:
         """`scale` repeated over its blocks and cropped to [rows, cols]."""

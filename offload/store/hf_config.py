@@ -7,13 +7,15 @@ stay in the official FP8 keep the official description (`quant_method: fp8`, sca
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from offload.quant import Codec, get_codec
 from offload.quant.fp8 import Fp8Codec
 from offload.quant.grouped import GroupedIntCodec
+
+EMBEDDING = "model.embed_tokens"
+"""HF module name of the token embedding."""
 
 _EXPERTS = r"re:.*\.mlp\.experts\.\d+\.(gate|up|down)_proj$"
 
@@ -59,8 +61,8 @@ def _quantization_config(experts: Codec, resident: Mapping[str, str]) -> dict[st
         groups["group_0"] = _group(experts, [_EXPERTS])
     for index, name in enumerate(sorted(used), start=1):
         modules = sorted(module for module, codec in resident.items() if codec == name)
-        # "Linear" where one codec serves all: loaders tell the experts' group by its regex.
-        targets = ["Linear"] if len(used) == 1 else [f"re:{re.escape(m)}$" for m in modules]
+        # "Linear" where one codec serves all: loaders tell the experts' group by its regex. Embeddings are no Linear.
+        targets = ["Linear", *(m for m in modules if m == EMBEDDING)] if len(used) == 1 else modules
         groups[f"group_{index}"] = _group(get_codec(name), targets)
     formats = {group["format"] for group in groups.values()}
     return {

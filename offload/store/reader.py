@@ -67,7 +67,7 @@ class Store:
 
     def resident(self, module: str) -> QuantizedTensor:
         """The weight of the resident linear `module` (HF name without `.weight`), read into memory."""
-        codec = get_codec(self.manifest.resident_codecs.get(module, "bf16"))
+        codec = get_codec(self.codec_name(module))
         rows, cols = self._module_shape(module, codec.name)
         parts = {}
         for spec in codec.parts(rows, cols):
@@ -80,6 +80,10 @@ class Store:
                 )
             parts[spec.suffix] = tensor
         return QuantizedTensor(codec, rows, cols, parts)
+
+    def codec_name(self, module: str) -> str:
+        """The codec of the resident linear `module`."""
+        return self.manifest.resident_codecs.get(module, "bf16")
 
     def tensor(self, name: str) -> Tensor:
         """The resident tensor `name` exactly as stored, read into memory."""

@@ -44,6 +44,16 @@ class Footprint(Protocol):
         ...
 
     @property
+    def head(self) -> str:
+        """Codec of the output head."""
+        ...
+
+    @property
+    def embedding(self) -> str:
+        """Codec of the token embedding."""
+        ...
+
+    @property
     def resident_nbytes(self) -> int:
         """All resident tensors as stored."""
         ...
@@ -67,10 +77,13 @@ class ModelCost:
     experts: str
     resident: str
     resident_nbytes: int
+    head: str = "bf16"
+    embedding: str = "bf16"
 
     @classmethod
     def of(cls, footprint: Footprint) -> ModelCost:
-        return cls(footprint.config, footprint.experts, footprint.resident, footprint.resident_nbytes)
+        item = footprint
+        return cls(item.config, item.experts, item.resident, item.resident_nbytes, item.head, item.embedding)
 
     @property
     def layout(self) -> ExpertLayout:
@@ -100,13 +113,18 @@ class ModelCost:
 
     @property
     def head_nbytes(self) -> int:
-        """The head is kept in bf16; so is the embedding, of which a token reads one row."""
-        return 2 * self.config.vocab_size * self.config.hidden_size
+        """Bytes of the output head, all of which every token streams."""
+        return get_codec(self.head).nbytes(self.config.vocab_size, self.config.hidden_size)
+
+    @property
+    def embedding_nbytes(self) -> int:
+        """Bytes of the token embedding, of which a token reads one row."""
+        return get_codec(self.embedding).nbytes(self.config.vocab_size, self.config.hidden_size)
 
     @property
     def resident_read_nbytes(self) -> int:
         """Bytes of resident weights that one token streams through the processor, head not included."""
-        return max(0, self.resident_nbytes - 2 * self.head_nbytes)
+        return max(0, self.resident_nbytes - self.head_nbytes - self.embedding_nbytes)
 
     @property
     def resident_parameters(self) -> int:
@@ -201,7 +219,7 @@ def decode_cost(model: ModelCost, machine: MachineSpec, hit: float, context: int
     cache = 4 * config.num_hidden_layers * context * config.latent_dim
     resident = (
         model.resident_read_nbytes / machine.format_rate(model.resident).read
-        + model.head_nbytes / machine.format_rate("bf16").read
+        + model.head_nbytes / machine.format_rate(model.head).read
         + cache / machine.ram_read
     )
     return Cost(
@@ -241,7 +259,7 @@ def chunk_cost(model: ModelCost, machine: MachineSpec, tokens: int, start: int, 
             model.resident_read_nbytes / own.read,
             2.0 * tokens * model.resident_parameters / (own.gflops * 1e9),
         )
-        + model.head_nbytes / machine.format_rate("bf16").read
+        + model.head_nbytes / machine.format_rate(model.head).read
         + config.num_hidden_layers * attention / (machine.gflops * 1e9)
     )
     return Cost(

@@ -73,8 +73,7 @@ class _Weights:
             return torch.ones(size or c.hidden_size)
         if name.endswith("bias"):
             return torch.zeros(c.n_routed_experts)
-        rows = c.vocab_size if "embed" in name else c.n_routed_experts
-        return torch.randn(rows, c.hidden_size, generator=self._rng)
+        return torch.randn(c.n_routed_experts, c.hidden_size, generator=self._rng)
 
 
 class _Store:
@@ -133,5 +132,6 @@ def _shapes(c: ModelConfig) -> dict[str, tuple[int, int]]:
         "shared gate_proj": (shared, hidden),
         "shared up_proj": (shared, hidden),
         "shared down_proj": (hidden, shared),
+        "embed_tokens": (c.vocab_size, hidden),
         "lm_head": (c.vocab_size, hidden),
     }

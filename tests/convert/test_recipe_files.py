@@ -12,7 +12,7 @@ from offload.errors import UsageError
 
 
 def test_shipped_recipes() -> None:
-    assert {"int4", "int4-small", "int8", "fp8"} <= set(recipe_names())
+    assert {"int4", "int4-all", "int4-small", "int8", "fp8"} <= set(recipe_names())
     for name in recipe_names():
         assert read_recipe(name).description, name
     assert make_recipe(**read_recipe("int4").values) == make_recipe()
@@ -21,7 +21,10 @@ def test_shipped_recipes() -> None:
 
 def test_options_win_over_the_recipe() -> None:
     options = with_recipe("int4-small", {"experts": None, "resident": "fp8", "workers": 2})
-    assert options == {"experts": "int4-g128", "resident": "fp8", "scales": "ls", "workers": 2}
+    assert options == {
+        **{"experts": "int4-g128", "resident": "fp8", "head": "int8-g128", "embedding": "int8-g128"},
+        **{"scales": "ls", "workers": 2},
+    }
     assert with_recipe(None, {"experts": None, "scales": "rtn"}) == {"scales": "rtn"}
 
 
@@ -32,6 +35,7 @@ def test_options_win_over_the_recipe() -> None:
         ("# x\nexperts = 4", "line 2: key experts is 4: it must be text"),
         ('resident = "fp8"', "key experts is missing"),
         ('experts = "int5-g32"', "unknown codec 'int5-g32'"),
+        ('experts = "int4-g32"\nhead = "int9"', "unknown codec 'int9'"),
         ('experts = "int4-g32"\nscales = "magic"', "unknown scale method"),
         ("experts =", "is not TOML"),
         ('experts = "int4-g32"\n[more]\na = 1', "line 2: key more is unknown"),
