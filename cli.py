@@ -86,6 +86,13 @@ runtime_options = options(
         "--trace", type=click.Path(dir_okay=False), help="Record in this file which experts every token used."
     ),
 )
+prefer_option = click.option(
+    "--prefer-resident",
+    type=click.FloatRange(0),
+    metavar="MARGIN",
+    help="Choose a resident expert before a missing one whose biased score is less than MARGIN above it. Fewer reads, "
+    "but the text then depends on what is resident.  [default: exact routing]",
+)
 sampling_options = options(
     click.option("-n", "--max-tokens", type=int, help="Tokens to generate at most.  [default: 256]"),
     click.option(
@@ -188,6 +195,7 @@ def inspect(as_json: bool, **arguments: Any) -> None:
 @click.option("--chat", "as_chat", is_flag=True, help="Wrap the prompt as a user message in the chat template.")
 @sampling_options
 @runtime_options
+@prefer_option
 @json_option
 def generate(
     store: str,
@@ -226,6 +234,7 @@ def generate(
 @click.option("--system", help="System message.")
 @sampling_options
 @runtime_options
+@prefer_option
 def chat(store: str, system: str | None, **arguments: Any) -> None:
     """Talk with the model in STORE. An empty line or Ctrl-D ends the chat, /reset begins anew."""
     sampling = {name: arguments.pop(name) for name in SAMPLING}
@@ -259,6 +268,7 @@ def chat(store: str, system: str | None, **arguments: Any) -> None:
 @click.option("--max-waiting", default=16, show_default=True, help="Requests that may wait; more get status 429.")
 @click.option("--api-key", help="Require this bearer token.")
 @runtime_options
+@prefer_option
 def serve(store: str, host: str, port: int, max_waiting: int, api_key: str | None, **arguments: Any) -> None:
     """Serve STORE over HTTP in the manner of OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models."""
     from offload.server import ServerOptions
@@ -327,6 +337,7 @@ def probe(as_json: bool, **arguments: Any) -> None:
 @click.option("--hits", help="Hit rates to predict with: local, flat, uniform, or a trace file.  [default: local]")
 @click.option("--drop-caches", is_flag=True, help="Empty the system's page cache before cold runs (needs root).")
 @runtime_options
+@prefer_option
 @json_option
 def bench(store: str, as_json: bool, **arguments: Any) -> None:
     """Measure generation with STORE, cold and warm, and explain the difference to the plan."""

@@ -55,6 +55,10 @@ class Telemetry:
 
     ram: TierCounters = field(default_factory=TierCounters)
     layer_stall_s: list[float] = field(default_factory=list)
+    choices: int = 0
+    """Experts chosen while residents were preferred; 0 where routing is exact."""
+    changed_choices: int = 0
+    """Those among them that exact routing would not have chosen."""
     notes: list[str] = field(default_factory=list)
     """Things the user should be told once, such as why prefetching was switched off."""
 
@@ -67,6 +71,8 @@ class Telemetry:
         """Plain values for `--json`."""
         return {
             "ram": asdict(self.ram) | {"hit_rate": self.ram.hit_rate},
+            "choices": self.choices,
+            "changed_choices": self.changed_choices,
             "layer_stall_s": [round(s, 6) for s in self.layer_stall_s],
             "notes": list(self.notes),
         }
@@ -83,4 +89,6 @@ class Telemetry:
             parts.append(
                 f"prefetch {ram.prefetch_useful} useful, {ram.prefetch_late} late, {ram.prefetch_wasted} wasted"
             )
+        if self.choices:
+            parts.append(f"{self.changed_choices / self.choices:.1%} of the choices changed to resident experts")
         return ", ".join(parts + self.notes)

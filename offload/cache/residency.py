@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offload.cache.policy import CachePolicy, Routing
 from offload.errors import BudgetError
@@ -288,6 +289,11 @@ class Residency:
     def slot(self, layer: int, expert: int) -> int:
         """Slot that holds or will hold an expert, -1 if none."""
         return self._slot_of[layer * self.shape.experts + expert]
+
+    def at_hand(self, layer: int) -> NDArray[np.bool_]:
+        """Which experts of a layer need no further read, [E]: their bytes are in a slot or on their way to one."""
+        base = layer * self.shape.experts
+        return np.asarray(self._slot_of[base : base + self.shape.experts]) >= 0
 
     def is_loading(self, slot: int) -> bool:
         """Whether bytes of `slot` are on their way."""

@@ -40,7 +40,7 @@ class Engine:
 
     def __init__(self, store: str | Path, options: RuntimeOptions | None = None) -> None:
         """See `offload.load`."""
-        options = options or RuntimeOptions()
+        self.options = options = options or RuntimeOptions()
         _require_cpu(options)
         self._trace_path = Path(options.trace) if options.trace else None
         if self._trace_path and not self._trace_path.parent.is_dir():
@@ -62,6 +62,7 @@ class Engine:
             allow_slow=options.allow_slow,
             max_tokens=min(PREFILL_CHUNK, self.context),
             record=self._trace_path is not None,
+            prefer_resident=options.prefer_resident,
         )
         self._cache = KVCache(self.config, self.context)
         self._model = DeepseekV3(
@@ -90,11 +91,14 @@ class Engine:
         )
         return self._steps(run)
 
-    def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Teacher-forced logits, float32 [T, vocab]: row t is the prediction after token t."""
+    def logits(self, token_ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Tensor:
+        """Teacher-forced logits, float32 [T, vocab]: row t is the prediction after token t.
+
+        `chunk` tokens make a forward pass: with 1 they go one by one, as in decoding.
+        """
         ids = check_prompt(token_ids, vocab_size=self.config.vocab_size)
         self._begin()
-        return torch.cat([self._model.logits(hidden) for hidden in self._chunks(ids)])
+        return torch.cat([self._model.logits(hidden) for hidden in self._chunks(ids, chunk)])
 
     def observe(self, token_ids: Sequence[int], watcher: Watcher) -> None:
         """Run `token_ids` as a conversation of its own, showing `watcher` every call of the routed experts."""
@@ -147,12 +151,18 @@ class Engine:
 
     def describe(self) -> list[str]:
         """What was loaded, for people: one line per fact."""
-        recipe = self.store.manifest.recipe
-        return [
+        recipe, margin = self.store.manifest.recipe, self.options.prefer_resident
+        lines = [
             f"{self.name}: experts {recipe['experts']}, resident {recipe['resident']}, {self.kernels.name} kernels, "
             f"policy {self._executor.ram.residency.policy.name}",
             self.plan.describe(),
         ]
+        if margin is not None:
+            lines.append(
+                f"prefer-resident {margin:g}: a resident expert is chosen before a missing one whose biased score is "
+                "less than that above it; the text depends on what is resident, and is not that of exact routing"
+            )
+        return lines
 
     def close(self) -> None:
         """Stop readers, write the trace. Harmless when repeated."""
@@ -173,9 +183,10 @@ class Engine:
         self._cache.truncate(0)
         self._executor.begin_session()
 
-    def _chunks(self, token_ids: Sequence[int]) -> Iterator[Tensor]:
-        for first in range(0, len(token_ids), PREFILL_CHUNK):
-            yield self._model.forward(list(token_ids[first : first + PREFILL_CHUNK]), self._cache)
+    def _chunks(self, token_ids: Sequence[int], chunk: int | None = None) -> Iterator[Tensor]:
+        size = min(chunk or PREFILL_CHUNK, PREFILL_CHUNK)
+        for first in range(0, len(token_ids), size):
+            yield self._model.forward(list(token_ids[first : first + size]), self._cache)
 
     def _step(self, token_ids: Sequence[int]) -> Any:
         *_, hidden = self._chunks(token_ids)

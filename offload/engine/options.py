@@ -5,6 +5,7 @@ Owns names, defaults and checks of runtime options. Must not act on them.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -34,6 +35,7 @@ class RuntimeOptions:
     policy      cache policy of the expert slots
     allow_slow  go below one token's working set of slots
     trace       file that gets the recorded routing when the engine is closed
+    prefer_resident  margin within which a resident expert is chosen before a missing one; None: exact routing
     """
 
     ram: int | str | None = None
@@ -45,6 +47,7 @@ class RuntimeOptions:
     policy: str = "ema+tokens"
     allow_slow: bool = False
     trace: str | Path | None = None
+    prefer_resident: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("ram", "vram"):
@@ -58,6 +61,9 @@ class RuntimeOptions:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} is {value!r}: it must be a whole number, 1 or more")
+        margin = self.prefer_resident
+        if margin is not None and (isinstance(margin, bool) or not 0 <= margin < math.inf):
+            raise UsageError(f"prefer_resident is {margin!r}: it must be a margin of biased scores, 0 or more, as 0.05")
         if not isinstance(self.allow_slow, bool):
             raise UsageError(f"allow_slow is {self.allow_slow!r}: it must be true or false")
 

@@ -8,16 +8,16 @@ give exactly what the runtime executed. Must not change what is executed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from offload.engine.engine import Engine
 from offload.errors import KernelError, UsageError
-from offload.kernels import Kernels, RouterShape
+from offload.kernels import RouterShape
 from offload.model.moe import router_shape
+from offload.model.preference import affinities
 
 
 @dataclass(frozen=True)
@@ -118,23 +118,6 @@ def explain(engine: Engine, token_ids: list[int], *, layer: int | None = None, r
     routing.sort(key=lambda one: (one.layer, one.position))
     texts = [engine.tokenizer.decode([token], False) if engine.tokenizer else str(token) for token in token_ids]
     return Explanation(list(token_ids), texts, shape, biases, routing)
-
-
-def affinities(kernels: Kernels, x: Tensor, router: Tensor, bias: Tensor, shape: RouterShape) -> Tensor:
-    """The affinity of every expert for inputs x [T, H], to the bit what the backend routes with: float32 [T, E].
-
-    The backend's router is asked for all experts of one group, unnormalised: then its weights are affinities.
-    """
-    everything = replace(
-        shape,
-        num_experts_per_tok=router.shape[0],
-        n_group=1,
-        topk_group=1,
-        norm_topk_prob=False,
-        routed_scaling_factor=1.0,
-    )
-    ids, scores = kernels.router(x, router, bias, everything)
-    return torch.empty_like(scores).scatter_(1, ids, scores)
 
 
 def _explain(

@@ -22,10 +22,13 @@ class Snapshot:
 
     ram: TierCounters
     layer_stall_s: tuple[float, ...]
+    choices: int
+    changed_choices: int
 
     @classmethod
     def take(cls, telemetry: Telemetry) -> Snapshot:
-        return cls(copy.copy(telemetry.ram), tuple(telemetry.layer_stall_s))
+        ram, stall = copy.copy(telemetry.ram), tuple(telemetry.layer_stall_s)
+        return cls(ram, stall, telemetry.choices, telemetry.changed_choices)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class RunSummary:
         spent = Telemetry(
             ram=now.ram.minus(before.ram),
             layer_stall_s=[b - a for a, b in zip(before.layer_stall_s, now.layer_stall_s, strict=True)],
+            choices=now.choices - before.choices,
+            changed_choices=now.changed_choices - before.changed_choices,
             notes=list(now.notes),
         )
         return cls(response, spent, plan, peak_ram())

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from offload.kernels.api import RouterShape, Wave
+from offload.kernels.selection import choose_experts, weigh_experts
 from offload.quant import QuantizedTensor
 
 ROWS = 16
@@ -49,18 +50,8 @@ class ReferenceKernels:
 
     def router(self, x: Tensor, weight: Tensor, bias: Tensor, shape: RouterShape) -> tuple[Tensor, Tensor]:
         scores = _map(torch.sigmoid, _product(x, weight))  # [T, E]
-        choice = scores + bias
-        if shape.n_group > 1:
-            grouped = choice.unflatten(1, (shape.n_group, -1))  # [T, G, E/G]
-            best_groups = _top(grouped.topk(2, dim=2).values.sum(2), shape.topk_group)
-            kept = torch.zeros_like(grouped[:, :, 0], dtype=torch.bool).scatter_(1, best_groups, True)
-            # -inf, not 0: a kept expert may have a negative biased score.
-            choice = grouped.masked_fill(~kept.unsqueeze(2), -torch.inf).flatten(1)
-        ids = _top(choice, shape.num_experts_per_tok)
-        weights = scores.gather(1, ids)
-        if shape.norm_topk_prob:
-            weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
-        return ids, weights * shape.routed_scaling_factor
+        ids = choose_experts(scores, bias, shape)
+        return ids, weigh_experts(scores, ids, shape)
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         even, odd = x[..., 0::2], x[..., 1::2]
@@ -170,8 +161,3 @@ def _whole_block(rows: Tensor) -> Tensor:
     """The first KEYS of rows [B, S, D], zeros where there are fewer."""
     missing = KEYS - rows.shape[1]
     return pad(rows, (0, 0, 0, missing)) if missing > 0 else rows[:, :KEYS]
-
-
-def _top(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k largest per row, ties to the lower index (topk promises no order)."""
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]

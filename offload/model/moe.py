@@ -14,6 +14,7 @@ from torch import Tensor
 
 from offload.config import ModelConfig
 from offload.kernels import Kernels, RouterShape
+from offload.model.preference import reroute
 from offload.quant import QuantizedTensor
 
 
@@ -22,6 +23,11 @@ class RoutedExperts(Protocol):
 
     def begin_step(self, tokens: Sequence[int]) -> None:
         """A forward pass over the token ids `tokens` begins: experts they usually need may be kept."""
+        ...
+
+    def preference(self, layer: int, ids: Tensor) -> Tensor | None:
+        """Asked before `hint` with the router's choice ids [T, K]: None to keep it, or an addition to the biased
+        scores, float32 [E], to choose again with."""
         ...
 
     def hint(self, layer: int, ids: Tensor, weights: Tensor) -> None:
@@ -67,6 +73,9 @@ def moe(
 ) -> Tensor:
     """Output of the MoE block for normed inputs x [T, H]: routed experts plus the unscaled shared expert."""
     ids, scores = kernels.router(x, weights.router, weights.bias, shape)
+    preference = routed.preference(layer, ids)
+    if preference is not None:
+        ids, scores = reroute(kernels, x, weights.router, weights.bias, shape, preference)
     routed.hint(layer, ids, scores)
     shared = (
         kernels.swiglu_mlp(x, weights.shared.gate, weights.shared.up, weights.shared.down) if weights.shared else None

@@ -1,7 +1,7 @@
 """Seeing what a model asks of its routed experts.
 
-Owns a `RoutedExperts` that shows every call to a watcher before it is carried out, and changes nothing.
-Must not know what the watcher wants.
+Owns a `RoutedExperts` that shows every call to a watcher before it is carried out, and changes nothing. What is
+watched is routed exactly, also where residents are preferred. Must not know what the watcher wants.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ class WatchedExperts:
 
     def begin_step(self, tokens: Sequence[int]) -> None:
         self._inner.begin_step(tokens)
+
+    def preference(self, layer: int, ids: Tensor) -> Tensor | None:
+        return None
 
     def hint(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         self._inner.hint(layer, ids, weights)

@@ -50,6 +50,16 @@ class Executor:
             self.ram.abandon()
         self.ram.begin_step(tokens, upcoming)
 
+    def preference(self, layer: int, ids: Tensor) -> Tensor | None:
+        """The lead of every expert of `layer` that needs no read, float32 [E]; None to keep the choice ids [T, K].
+
+        Only with the option `prefer_resident`. The routing then depends on what is resident.
+        """
+        if self.ram.preference is None:
+            return None
+        lead = self.ram.preference.of(layer - self.ram.layers[0], ids.tolist())
+        return None if lead is None else torch.from_numpy(lead)
+
     def hint(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         """`layer` will be called with these ids [T, K]: decide now and begin to read what is missing."""
         index = layer - self.ram.layers[0]

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from offload.cache.lookahead import LookAhead
 from offload.cache.policy import CacheShape, Routing, create_policy
+from offload.cache.preference import Preference
 from offload.cache.residency import Decision, Residency, Service
 from offload.cache.trace import Trace, TraceRecorder
 from offload.cache.usage import load_usage, save_usage
@@ -72,8 +73,10 @@ class RamTier:
         prefetch: bool = True,
         usage: Path | None = None,
         reader: DiskReader | None = None,
+        prefer_resident: float | None = None,
     ) -> None:
-        """`usage`: file in which what the policy learns is kept between runs."""
+        """`usage`: file in which what the policy learns is kept between runs. `prefer_resident`: margin of
+        `preference`, without which routing is exact."""
         config = store.config
         self.layers = config.moe_layers
         self.shape = CacheShape(len(self.layers), config.n_routed_experts, config.num_experts_per_tok)
@@ -89,6 +92,7 @@ class RamTier:
         self.reader = reader or DiskReader(mirror=mirror)
         self.telemetry = Telemetry(layer_stall_s=[0.0] * self.shape.layers)
         self._recorder = TraceRecorder(self.shape) if record else None
+        self.preference = None if prefer_resident is None else Preference(self.residency, prefer_resident)
         self._usage = usage
         if usage is not None and not record:  # a recording starts from nothing, so that it can be replayed
             load_usage(self.residency.policy, usage, _model_name(store))
@@ -119,6 +123,8 @@ class RamTier:
         """The router of `layer` chose `routing` [T, K]; returns the experts in it, ascending."""
         assert layer == self._next_layer, "MoE layers run in order, after begin_step"
         self._next_layer = layer + 1
+        if self.preference:
+            self.preference.executed(routing)
         if self._speculative:
             self._settle()
         if self._recorder:
@@ -178,6 +184,8 @@ class RamTier:
             setattr(ram, name, value)
         ram.reads, ram.bytes_read, ram.retries, ram.read_s = disk.reads, disk.bytes_read, disk.retries, disk.busy_s
         ram.stall_s = sum(self.telemetry.layer_stall_s)
+        if self.preference:
+            self.telemetry.choices, self.telemetry.changed_choices = self.preference.choices, self.preference.changed
         return self.telemetry
 
     def trace(self) -> Trace:
@@ -190,6 +198,7 @@ class RamTier:
             width=self.residency.width,
             expert_bytes=self._store.layout.stride,
             events=vars(self.residency.events).copy(),
+            prefer_resident=self.preference.margin if self.preference else None,
         )
 
     def close(self) -> None:

@@ -29,9 +29,13 @@ class DictExperts:
         self.steps: list[list[int]] = []
         self.calls: list[tuple[int, Tensor]] = []
         self.hints: list[tuple[int, Tensor]] = []
+        self.preferred: dict[int, Tensor] = {}
 
     def begin_step(self, tokens: Sequence[int]) -> None:
         self.steps.append(list(tokens))
+
+    def preference(self, layer: int, ids: Tensor) -> Tensor | None:
+        return self.preferred.get(layer)
 
     def hint(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         self.hints.append((layer, ids))
