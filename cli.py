@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from offload.engine.engine import Engine
+    from offload.report import Page
+
+    class HasPage(Protocol):
+        def page(self) -> Page: ...
+
 
 VERSION = "0.1.0"
 
@@ -67,6 +74,7 @@ def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
+html_option = click.option("--html", type=click.Path(dir_okay=False), help="Also write a page with charts.")
 json_option = click.option("--json", "as_json", is_flag=True, help="The last line of stdout is one JSON object.")
 runtime_options = options(
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto]"),
@@ -294,8 +302,11 @@ def serve(store: str, host: str, port: int, max_waiting: int, api_key: str | Non
 @click.option("--hits", help="Where hit rates come from: local, flat, uniform, or a trace file.  [default: local]")
 @click.option("--allow-slow", is_flag=True, help="Plan with fewer slots than one token's working set, too.")
 @click.option("--revision", help="Revision of a hub repository.")
+@html_option
 @json_option
-def plan(model: str, as_json: bool, recipes: tuple[str, ...], revision: str | None, **arguments: Any) -> None:
+def plan(
+    model: str, as_json: bool, html: str | None, recipes: tuple[str, ...], revision: str | None, **arguments: Any
+) -> None:
     """Say whether MODEL (a store, a checkpoint, or a hub repo id) runs on a machine, how fast, and what would help.
 
     Reads headers only: nothing has to be downloaded.
@@ -304,6 +315,7 @@ def plan(model: str, as_json: bool, recipes: tuple[str, ...], revision: str | No
     from offload.tune.planner import plan as run
 
     report = run(footprints(model, recipes=recipes, revision=revision), **arguments)
+    _write_page(report, html)
     _report(report.lines(), report.to_dict(), as_json)
     if report.best is None:
         sys.exit(1)
@@ -501,6 +513,11 @@ def _report(lines: Iterable[str], values: dict[str, Any], as_json: bool) -> None
         return
     for line in lines:
         click.echo(line)
+
+
+def _write_page(report: HasPage, html: str | None) -> None:
+    if html:
+        click.echo(f"report: {report.page().write(html)}", err=True)
 
 
 class Progress:

@@ -16,7 +16,8 @@ from offload.engine.engine import ram_for_share
 from offload.errors import BudgetError, UsageError
 from offload.tune.hits import CURVES
 from offload.tune.machine import FormatRate, MachineSpec, load_machine
-from offload.tune.plan import Setting, least_ram, plan_model, plan_ram_of, plan_recipe
+from offload.tune.plan import Setting, least_ram, plan_ram_of, plan_recipe
+from offload.tune.plan_report import plan_model
 
 MACHINE = MachineSpec("box", 128 << 30, 124 << 30, ram_read=72e9, drive_read=7e9, threads=16, gflops=1000.0)
 
@@ -131,3 +132,15 @@ def test_rates_of_formats_are_used(v3: dict[str, Footprint]) -> None:
     slow = replace(MACHINE, formats={"int4-g32": FormatRate(1e9, 1.0)})
     fast = plan_recipe(v3["int4"], MACHINE, Setting(), CURVES["local"])
     assert plan_recipe(v3["int4"], slow, Setting(), CURVES["local"]).decode.tok_s < fast.decode.tok_s / 5  # type: ignore[union-attr]
+
+
+def test_page_of_a_plan(v3: dict[str, Footprint], tmp_path: Path) -> None:
+    """Facts of the best recipe, charts, every recipe; and the reasons where nothing runs."""
+    report = plan_model("V3", "checkpoint", list(v3.values()), load_machine("rtx5090-192gb"))
+    html = report.page().html()
+    assert report.best and report.best.decode
+    assert f"{report.best.decode.tok_s:.2f} tok/s" in html and html.count("<svg") == 3
+    assert all(f"<th>{name}</th>" in html for name in v3)
+    small = replace(MACHINE, ram_total=32 << 30, ram_available=28 << 30)
+    refused = plan_model("V3", "checkpoint", [v3["fp8"]], small).page().html()
+    assert "does not run" in refused and "floor of 464 expert slots" in refused and "<svg" not in refused
