@@ -145,6 +145,10 @@ def cli(debug: bool) -> None:
     "--scales", help="How int scales are found: ls (least squares) or rtn (to the largest magnitude).  [default: ls]"
 )
 @click.option("--revision", help="Revision of a hub repository.")
+@click.option(
+    "--only-layers",
+    help="Convert these layers only (all, 0-30, 3,7,40-60), together with other runs that have this option.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Experts converted at the same time. Default: one per core.")
 @click.option("--delete-source", is_flag=True, help="Delete each shard of a folder once its content is safe.")
 @click.option("--dry-run", is_flag=True, help="Read headers only; print what would be fetched and written.")
@@ -152,7 +156,9 @@ def cli(debug: bool) -> None:
 def convert(as_json: bool, dry_run: bool, recipe: str | None, **arguments: Any) -> None:
     """Convert SOURCE (a folder or a hub repo id) into a store.
 
-    Run the same command again to resume after an interruption.
+    Run the same command again to resume after an interruption. Several processes, also on several machines with
+    shared storage, convert one store together when each is given --only-layers: a layer that another process is at
+    is left to it, and the last process finishes the store.
     """
     from convert.pipeline import convert as run
     from convert.recipe_files import with_recipe

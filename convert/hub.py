@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 import re
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -64,8 +63,9 @@ class HubSource(Source):
         self.retry = retry or RETRY
         self._etags: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._cancelled = threading.Event()
         ask = partial(_repo_info, repo_id, revision, self.retry)
-        info = _patiently(self.retry, f"the file list of the repository {repo_id} (no folder of that name here)", ask)
+        info = self._patiently(f"the file list of the repository {repo_id} (no folder of that name here)", ask)
         self.revision = str(info.sha)
         self.files = {item.rfilename: item.size for item in info.siblings or [] if item.size is not None}
 
@@ -77,7 +77,29 @@ class HubSource(Source):
         while done < len(buffer):
             # A range goes on where it broke off: only attempts that bring nothing are counted.
             fetch = partial(self._fetch, file, offset + done, buffer[done:])
-            done += _patiently(self.retry, self.where(file), fetch)
+            done += self._patiently(self.where(file), fetch)
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def _patiently(self, what: str, act: Callable[[], T]) -> T:
+        """Call `act` until it succeeds. Raises CheckpointError after `retry.attempts` faults, and when cancelled."""
+        delay = self.retry.first_delay
+        for attempt in range(1, self.retry.attempts + 1):
+            try:
+                return act()
+            except _Fault as fault:
+                if attempt == self.retry.attempts:
+                    raise CheckpointError(
+                        f"cannot read {what}: {fault} ({attempt} attempts); run the same command again later, "
+                        "finished work is kept"
+                    ) from None
+                # Jitter keeps several connections from coming back all at once.
+                wanted = delay * random.uniform(0.5, 1.0) if fault.delay is None else fault.delay
+                if self._cancelled.wait(min(wanted, self.retry.longest_delay)):
+                    raise CheckpointError(f"reading {what} was given up") from None
+                delay *= 2
+        raise AssertionError("unreachable")
 
     def _fetch(self, file: str, offset: int, buffer: memoryview) -> int:
         """Bytes received into `buffer`; fewer than asked for when the connection broke."""
@@ -93,6 +115,8 @@ class HubSource(Source):
             with get_session().stream("GET", url, headers=headers, timeout=self.retry.timeout) as response:
                 self._check(response, file, offset, last)
                 for chunk in response.iter_raw(_CHUNK):
+                    if self._cancelled.is_set():
+                        raise CheckpointError(f"reading {self.where(file)} was given up")
                     if done + len(chunk) > len(buffer):
                         done = 0
                         raise _Fault(f"the server sent more than the {len(buffer)} bytes asked for")
@@ -195,25 +219,6 @@ def _check_status(response: Any, where: str) -> None:
         raise CheckpointError(f"{where}: access denied (HTTP {status}); log in with `hf auth login`")
     if status >= 400:
         raise CheckpointError(f"{where}: the server answered HTTP {status}")
-
-
-def _patiently(retry: Retry, what: str, act: Callable[[], T]) -> T:
-    """Call `act` until it succeeds. Raises CheckpointError after `retry.attempts` faults."""
-    delay = retry.first_delay
-    for attempt in range(1, retry.attempts + 1):
-        try:
-            return act()
-        except _Fault as fault:
-            if attempt == retry.attempts:
-                raise CheckpointError(
-                    f"cannot read {what}: {fault} ({attempt} attempts); run the same command again later, "
-                    "finished work is kept"
-                ) from None
-            # Jitter keeps several connections from coming back all at once.
-            wanted = delay * random.uniform(0.5, 1.0) if fault.delay is None else fault.delay
-            time.sleep(min(wanted, retry.longest_delay))
-            delay *= 2
-    raise AssertionError("unreachable")
 
 
 def _retry_after(value: str | None) -> float | None:

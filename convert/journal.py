@@ -1,8 +1,16 @@
-"""What a conversion has finished, remembered so that a crash at any instant loses only unfinished work.
+"""What a conversion has finished and who works on what, so that a crash at any instant loses only unfinished work.
 
-Owns the folder `.convert` inside an unfinished store: a lock that keeps two conversions apart, and an append-only
-file of records. A record is appended only after the bytes it speaks of are durable. Each line carries its own
-checksum, so the torn line of a crash is recognised and dropped. Must not write the store's files.
+Owns the folder `.convert` inside an unfinished store:
+
+    lock               held by every run: by a run for the whole store alone, by runs for some layers together
+    conversion.json    what is converted into what; written once, before any work
+    layer-00005.jsonl  one append-only journal per unit; whoever works on the unit holds a lock on it
+
+Locks are flock: the kernel, or the server of a network file system, drops them when their owner dies, so that nothing
+depends on clocks or on a process that still answers. The journal of a unit is itself what is locked, because a network
+file system shows the newest bytes of a file to whoever has just locked it. Records are appended only after the bytes
+they speak of are durable; each line carries its own checksum, so the torn line of a crash is recognised and dropped.
+Must not write the store's files.
 """
 
 from __future__ import annotations
@@ -12,22 +20,28 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from offload.errors import StoreError
-from offload.store.manifest import checksum
-from offload.store.writer import disk_faults, sync_directory, write_file
+from offload.store.manifest import MANIFEST_NAME, checksum
+from offload.store.writer import disk_faults, pwrite_all, sync_directory, write_file
 from offload.types import ExpertId
 
+Unit = int | None
+"""What is claimed as a whole: a decoder layer, or (None) what belongs to no layer: embedding, final norm, head."""
+
 FOLDER = ".convert"
-_LOCK = "lock"
-_RECORDS = "journal.jsonl"
 RECORD_NBYTES = 160
 """About the size of one record, for the estimate of disk space."""
 
+_LOCK = "lock"
+_TURN = "turn"  # locked for the short steps that one process takes at a time: to begin, and to end
+_IDENTITY = "conversion.json"
+_REMOVED = FOLDER + ".removed"
 _ASIDE = "source"  # a name for people; the revision identifies the content
 
 
@@ -39,101 +53,177 @@ class ExpertRecord:
     errors: tuple[float, float, float]
 
 
-class Journal:
-    """The records of one conversion into `directory`; holds the lock until closed.
+@dataclass
+class Records:
+    """Finished work: experts by id, resident files by name with the checksums of their tensors."""
 
-    `identity` says what is converted into what. `experts` and `files` hold what is finished: experts by id, resident
-    files by name with the checksums of their tensors.
+    experts: dict[ExpertId, ExpertRecord] = field(default_factory=dict)
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def update(self, other: Records) -> None:
+        """Add what `other` holds."""
+        self.experts |= other.experts
+        self.files |= other.files
+
+
+class Journal:
+    """The journals of one conversion into `directory`; holds the run's lock until closed.
+
+    `identity` says what is converted into what. A run that is `alone` refuses to begin while another one is under way;
+    the others share the conversion unit by unit.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
-        self.folder = directory / FOLDER
-        self.experts: dict[ExpertId, ExpertRecord] = {}
-        self.files: dict[str, dict[str, str]] = {}
-        self.identity: dict[str, Any] = dict(identity)
-        self._fd = -1
-        self._lock = _take_lock(directory, self.folder)
+    def __init__(self, directory: Path, identity: Mapping[str, Any], *, alone: bool = True) -> None:
+        self.directory, self.folder = directory, directory / FOLDER
+        self._lock = _take_lock(directory, self.folder, alone)
         try:
-            self._read(directory)
-            # Written afresh: drops a torn last line, and makes the identity durable before any work.
-            self._rewrite()
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            with self.turn():
+                self.identity = self._agree(dict(identity))
         except BaseException:
             self.close()
             raise
 
+    def claim(self, unit: Unit) -> Claim | None:
+        """The right to work on `unit`; None while another process has it, and when another one ended the conversion."""
+        path = self._path(unit)
+        with disk_faults(path, 0):
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                if self.ended:
+                    return None
+                raise
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _same_file(path, fd):
+                    return Claim(path, fd)
+            except BlockingIOError:
+                pass
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+            return None
+
+    def records(self, unit: Unit) -> Records:
+        """What is recorded of `unit`, also while another process works on it."""
+        try:
+            return _parse(self._path(unit).read_bytes())[0]
+        except FileNotFoundError:
+            return Records()
+
     @property
-    def _path(self) -> Path:
-        return self.folder / _RECORDS
+    def ended(self) -> bool:
+        """Whether the store is finished."""
+        return (self.directory / MANIFEST_NAME).exists()
 
-    def add(self, experts: Mapping[ExpertId, ExpertRecord], files: Mapping[str, Mapping[str, str]]) -> None:
-        """Append records durably. Their bytes in the store must be durable already."""
-        self.experts |= experts
-        self.files |= {name: dict(sums) for name, sums in files.items()}
-        data = b"".join(_line(item) for item in _records(experts, files))
-        with disk_faults(self._path, len(data)):
-            done = 0
-            while done < len(data):
-                done += os.write(self._fd, data[done:])
-            os.fdatasync(self._fd)
-
-    def forget(self, layer: int | None = None, file: str | None = None) -> None:
-        """Drop what was recorded of a layer's experts or of a resident file whose bytes are gone."""
-        self.experts = {expert: item for expert, item in self.experts.items() if expert.layer != layer}
-        self.files.pop(file or "", None)
-        os.close(self._fd)
-        self._fd = -1
-        self._rewrite()
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """A block that one process at a time is in; others wait."""
+        path = self.folder / _TURN
+        with disk_faults(path, 0):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            os.close(fd)
 
     def remove(self) -> None:
         """The store is finished: delete the journal."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_journal(self.directory)
         self.close()
 
     def close(self) -> None:
         """Release the lock; the records stay for the next run."""
-        for fd in (self._fd, self._lock):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._lock = -1
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
 
-    def _read(self, directory: Path) -> None:
-        try:
-            lines = self._path.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            _require_empty(directory)
-            return
-        items = _sound(lines)
+    def _path(self, unit: Unit) -> Path:
+        return self.folder / ("resident.jsonl" if unit is None else f"layer-{unit:05d}.jsonl")
+
+    def _agree(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """The identity the conversion was begun with, which must be this one."""
+        path = self.folder / _IDENTITY
+        if not path.exists():
+            if not self.ended:
+                _require_empty(self.directory)
+            write_file(path, _line(identity))
+            return identity
+        items, _ = _sound(path.read_bytes())
         if not items:
-            return
+            raise StoreError(f"{path}: damaged; delete the folder {self.directory} and convert again")
         begun = items[0]
-        for key in sorted(set(begun) | set(self.identity) - {_ASIDE}):
-            if key != _ASIDE and begun.get(key) != self.identity.get(key):
+        for key in sorted((set(begun) | set(identity)) - {_ASIDE}):
+            if begun.get(key) != identity.get(key):
                 raise StoreError(
-                    f"{directory}: this conversion was begun with {key} {begun.get(key)}, now it is "
-                    f"{self.identity.get(key)}; use the same source and options, or another folder"
+                    f"{self.directory}: this conversion was begun with {key} {begun.get(key)}, now it is "
+                    f"{identity.get(key)}; use the same source and options, or another folder"
                 )
-        self.identity = begun
-        for item in items[1:]:
-            if "expert" in item:
-                expert = ExpertId(*item["expert"])
-                self.experts[expert] = ExpertRecord(item["checksum"], tuple(item["errors"]))
-            else:
-                self.files[item["file"]] = item["tensors"]
-
-    def _rewrite(self) -> None:
-        lines = [_line(self.identity), *(_line(item) for item in _records(self.experts, self.files))]
-        write_file(self._path, b"".join(lines))
+        return begun
 
 
-def _records(
-    experts: Mapping[ExpertId, ExpertRecord], files: Mapping[str, Mapping[str, str]]
-) -> Iterable[dict[str, Any]]:
-    for expert, item in experts.items():
+class Claim:
+    """A unit that this process works on, and what is recorded of it. Closing it lets others have the unit."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path, self._fd = path, fd
+        data = os.pread(fd, os.fstat(fd).st_size, 0)
+        self.records, self._end = _parse(data)
+
+    def add(self, records: Records) -> None:
+        """Append `records` durably. Their bytes in the store must be durable already."""
+        self.records.update(records)
+        self._append(records)
+
+    def keep(self, records: Records) -> None:
+        """Forget everything but `records`: the bytes of the rest are gone."""
+        self.records, self._end = records, 0
+        with disk_faults(self.path, 0):
+            os.ftruncate(self._fd, 0)
+        self._append(records)
+
+    def close(self) -> None:
+        """Give the unit back."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def _append(self, records: Records) -> None:
+        data = b"".join(_line(item) for item in _items(records))
+        with disk_faults(self.path, len(data)):
+            # At the end of the sound lines, not of the file: what a crash left behind them is overwritten.
+            pwrite_all(self._fd, data, self._end)
+            os.fdatasync(self._fd)
+        self._end += len(data)
+
+
+def remove_journal(directory: Path) -> None:
+    """Delete the journal of a finished store, or what a killed process left of it."""
+    # Renamed first: a process that still looks for work cannot create a file in a folder that is being deleted.
+    with suppress(OSError):
+        os.replace(directory / FOLDER, directory / _REMOVED)
+    shutil.rmtree(directory / _REMOVED, ignore_errors=True)
+
+
+def _items(records: Records) -> Iterable[dict[str, Any]]:
+    for expert, item in records.experts.items():
         yield {"expert": list(expert), "checksum": item.checksum, "errors": list(item.errors)}
-    for name, sums in files.items():
+    for name, sums in records.files.items():
         yield {"file": name, "tensors": dict(sums)}
+
+
+def _parse(data: bytes) -> tuple[Records, int]:
+    """The records in `data`, and where its sound lines end."""
+    records = Records()
+    items, end = _sound(data)
+    for item in items:
+        if "expert" in item:
+            records.experts[ExpertId(*item["expert"])] = ExpertRecord(item["checksum"], tuple(item["errors"]))
+        else:
+            records.files[item["file"]] = item["tensors"]
+    return records, end
 
 
 def _line(item: Mapping[str, Any]) -> bytes:
@@ -141,38 +231,45 @@ def _line(item: Mapping[str, Any]) -> bytes:
     return checksum(text).encode() + b" " + text + b"\n"
 
 
-def _sound(lines: list[bytes]) -> list[dict[str, Any]]:
-    """The items of all lines before the first damaged one."""
-    items = []
-    for line in lines[:-1]:  # what follows the last newline was never finished
+def _sound(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The items of all lines before the first damaged one, and the number of bytes of these lines."""
+    items, end = [], 0
+    for line in data.split(b"\n")[:-1]:  # what follows the last newline was never finished
         digest, _, text = line.partition(b" ")
         if checksum(text).encode() != digest:
             break
         items.append(json.loads(text))
-    return items
+        end += len(line) + 1
+    return items, end
 
 
-def _take_lock(directory: Path, folder: Path) -> int:
-    """Lock `directory` for this process. Raises StoreError when another conversion holds it."""
-    with disk_faults(directory / _LOCK, 0):
-        folder.mkdir(parents=True, exist_ok=True)
-        sync_directory(directory)
-        path = folder / _LOCK
+def _take_lock(directory: Path, folder: Path, alone: bool) -> int:
+    """Lock `directory` for this run. Raises StoreError when a run that does not share is under way."""
+    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    with disk_faults(folder, 0):
         while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_directory(directory)
+            path = folder / _LOCK
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                continue  # another process ended the conversion and removed the folder right now
+            try:
+                fcntl.flock(fd, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 owner = os.read(fd, 200).decode(errors="replace").strip() or "another process"
                 os.close(fd)
-                raise StoreError(f"{directory}: {owner} is converting into this folder; wait for it to end") from None
+                raise StoreError(
+                    f"{directory}: {owner} is converting into this folder; wait for it to end, or run every process "
+                    "with --only-layers to share the work"
+                ) from None
             # The former owner may have deleted the file between open and flock: then this is a lock on nothing.
             if _same_file(path, fd):
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                 return fd
             os.close(fd)
-            folder.mkdir(parents=True, exist_ok=True)
 
 
 def _same_file(path: Path, fd: int) -> bool:
@@ -184,7 +281,7 @@ def _same_file(path: Path, fd: int) -> bool:
 
 def _require_empty(directory: Path) -> None:
     """A folder that no conversion has begun must be empty: nobody's files get mixed up or overwritten."""
-    foreign = sorted(path.name for path in directory.iterdir() if path.name != FOLDER)
+    foreign = sorted(path.name for path in directory.iterdir() if path.name not in (FOLDER, _REMOVED))
     if foreign:
         raise StoreError(
             f"{directory}: holds {len(foreign)} files that no conversion has begun (the first is {foreign[0]}); "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from convert.encoder import Encoder, select_encoder
-from convert.journal import RECORD_NBYTES
+from convert.journal import RECORD_NBYTES, Unit
 from convert.mapping import CheckpointMap, Linear, map_checkpoint
 from convert.recipe import Recipe, make_recipe, notes
 from convert.source import INDEX, Checkpoint
@@ -83,6 +83,11 @@ class ConversionPlan:
         """All routed experts in the order of the store."""
         return iter(self.mapped.experts)
 
+    @property
+    def units(self) -> list[Unit]:
+        """What a conversion is divided into: what belongs to no layer (None), and every decoder layer."""
+        return [file.layer for file in self.residents.values()]
+
     @cached_property
     def resident_codecs(self) -> dict[str, str]:
         """Codec by resident linear module."""
@@ -142,7 +147,7 @@ class PlanReport:
 
     @property
     def disk_nbytes(self) -> int:
-        return self.plan.disk_nbytes(files_present(self.out, list(self.plan.file_sizes)))
+        return self.plan.disk_nbytes(files_present(self.out, self.plan.file_sizes))
 
     @property
     def fits(self) -> bool:
@@ -259,7 +264,7 @@ def small_files(plan: ConversionPlan) -> dict[str, bytes]:
     }
 
 
-def files_present(directory: Path, names: Iterator[str] | list[str]) -> dict[str, int]:
+def files_present(directory: Path, names: Iterable[str]) -> dict[str, int]:
     """Bytes on disk already taken by the files called `names`, finished or partial."""
     present = {}
     for name in names:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.journal import FOLDER, Journal
+from convert.journal import FOLDER, Records
 from convert.plan import ConversionPlan
 from convert.source import LocalSource
+from convert.unit import experts_of, layer_file, resident_file
 from convert.verify import range_checksum
 from offload.errors import CheckpointError, DiskError, StoreError, UsageError
 from offload.store.safetensors import read_header
@@ -24,7 +26,7 @@ from offload.types import ExpertId
 _STATE = "source.json"
 _HEADERS = "headers"
 
-Unit = ExpertId | str  # an expert, or the name of a file of resident tensors
+Part = ExpertId | str  # an expert, or the name of a file of resident tensors
 
 
 class DepletedSource(LocalSource):
@@ -65,67 +67,92 @@ def saved_state(directory: Path) -> Path | None:
 
 
 class SourceRemover:
-    """Deletes the shards of a local source whose content is safe in the store in `directory`."""
+    """Deletes the shards of a local source whose content is safe in the store in `directory`.
 
-    def __init__(self, plan: ConversionPlan, directory: Path, journal: Journal) -> None:
+    `found` is what earlier runs have finished.
+    """
+
+    def __init__(self, plan: ConversionPlan, directory: Path, found: Records) -> None:
         source = plan.checkpoint.source
         if not isinstance(source, LocalSource):
             raise UsageError("--delete-source is for a local folder: from the hub nothing is stored")
-        self.source, self.plan, self.directory, self.journal = source, plan, directory, journal
-        self.units = self._units_by_shard()
-        for shard in self.units:
+        self.source, self.plan, self.directory, self.records = source, plan, directory, Records()
+        self.parts = self._parts_by_shard()
+        for shard in self.parts:
             if (source.folder / shard).is_symlink():
                 raise UsageError(f"{source.where(shard)} is a link, perhaps into a cache; --delete-source wants files")
+        self.finished(found)
 
     @property
     def kept_line(self) -> str | None:
         """One line about the shards that stay, or None."""
         shards = {info.file for info in self.plan.checkpoint.tensors.values()}
-        kept = len(shards - set(self.units))
+        kept = len(shards - set(self.parts))
         return f"{kept} shards hold tensors that are not in the store; they are not deleted" if kept else None
 
-    def _units_by_shard(self) -> dict[str, set[Unit]]:
+    def saved_nbytes(self, present: Mapping[str, int]) -> int:
+        """By how much less disk a run gets along because shards go meanwhile; `present` bytes of its files exist."""
+        missing = {name: max(0, size - present.get(name, 0)) for name, size in self.plan.file_sizes.items()}
+        waiting = dict(self.parts)
+        done: set[Part] = set(self.records.experts) | set(self.records.files)
+        taken = peak = 0
+        freed = [0, 0]  # a unit is begun before the shards of the one before it are gone
+        for unit in self.plan.units:
+            layer = layer_file(self.plan, unit)
+            resident = resident_file(self.plan, unit).name
+            taken += missing[resident] + (missing[layer.name] if layer else 0)
+            peak = max(peak, taken - freed[-2])
+            done |= {resident, *experts_of(self.plan, unit)}
+            gone = [shard for shard, parts in waiting.items() if parts <= done]
+            freed.append(freed[-1] + sum(self.source.files[shard] for shard in gone))
+            for shard in gone:
+                del waiting[shard]
+        return taken - peak
+
+    def _parts_by_shard(self) -> dict[str, set[Part]]:
         """What is made of each shard that may go and is still there."""
-        units: dict[str, set[Unit]] = {}
+        parts: dict[str, set[Part]] = {}
         used: set[str] = set()
+
+        def use(part: Part, names: Iterable[str]) -> None:
+            for name in names:
+                used.add(name)
+                parts.setdefault(self.plan.checkpoint.tensors[name].file, set()).add(part)
+
         for expert, linears in self.plan.mapped.experts.items():
             for linear in linears.values():
-                self._use(units, used, expert, linear.names)
+                use(expert, linear.names)
         for name, file in self.plan.residents.items():
-            self._use(units, used, name, file.source_names)
+            use(name, file.source_names)
         unused = {info.file for name, info in self.plan.checkpoint.tensors.items() if name not in used}
         return {
             shard: needed
-            for shard, needed in units.items()
+            for shard, needed in parts.items()
             if shard not in unused and (self.source.folder / shard).exists()
         }
 
-    def _use(self, units: dict[str, set[Unit]], used: set[str], unit: Unit, names: tuple[str, ...]) -> None:
-        for name in names:
-            used.add(name)
-            units.setdefault(self.plan.checkpoint.tensors[name].file, set()).add(unit)
-
-    def remove_finished(self) -> None:
-        """Delete every shard of which everything is recorded and reads back right."""
-        done: set[Unit] = set(self.journal.experts) | set(self.journal.files)
-        for shard in [shard for shard, units in self.units.items() if units <= done]:
-            for unit in sorted(self.units[shard], key=str):
-                self._read_back(unit)
+    def finished(self, records: Records) -> None:
+        """`records` are durable: delete every shard of which everything is recorded and reads back right."""
+        self.records.update(records)
+        done: set[Part] = set(self.records.experts) | set(self.records.files)
+        for shard in [shard for shard, parts in self.parts.items() if parts <= done]:
+            for part in sorted(self.parts[shard], key=str):
+                self._read_back(part)
             self._save_state()
             with disk_faults(self.source.folder / shard, 0):
                 os.unlink(self.source.folder / shard)
                 sync_directory(self.source.folder)
-            del self.units[shard]
+            del self.parts[shard]
 
-    def _read_back(self, unit: Unit) -> None:
-        if isinstance(unit, ExpertId):
-            file = self.plan.layers[unit.layer]
+    def _read_back(self, part: Part) -> None:
+        if isinstance(part, ExpertId):
+            file = self.plan.layers[part.layer]
             path = self._path(file.name)
-            ok = _fresh_checksum(path, file.offset(unit.expert), file.layout.stride) == (
-                self.journal.experts[unit].checksum
+            ok = _fresh_checksum(path, file.offset(part.expert), file.layout.stride) == (
+                self.records.experts[part].checksum
             )
         else:
-            path, sums = self._path(unit), self.journal.files[unit]
+            path, sums = self._path(part), self.records.files[part]
             entries = read_header(path).tensors
             ok = all(_fresh_checksum(path, entry.offset, entry.nbytes) == sums[name] for name, entry in entries.items())
         if not ok:

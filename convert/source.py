@@ -84,6 +84,10 @@ class Source(ABC):
     def where(self, file: str) -> str:
         """`file` as shown in messages."""
 
+    def cancel(self) -> None:
+        """Give up what is being read: waiting reads fail soon. Nothing can be read afterwards."""
+        return
+
     def close(self) -> None:
         """Give back files and connections."""
         return

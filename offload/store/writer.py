@@ -39,12 +39,12 @@ class LayerFileWriter:
         self.path = directory / file.name
         self.partial = directory / (file.name + PARTIAL)
         with disk_faults(self.partial, file.nbytes):
-            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             if os.fstat(self._fd).st_size != file.nbytes:
                 os.ftruncate(self._fd, 0)
                 os.posix_fallocate(self._fd, 0, file.nbytes)
-            _pwrite_all(self._fd, file.header, 0)
-            _pwrite_all(self._fd, file.tail, file.tail_start)
+            pwrite_all(self._fd, file.header, 0)
+            pwrite_all(self._fd, file.tail, file.tail_start)
 
     def write_expert(self, expert: int, parts: Mapping[str, Mapping[str, Tensor]]) -> str:
         """Write the raw tensors of `expert`, by projection and suffix; returns the extent's checksum."""
@@ -55,7 +55,7 @@ class LayerFileWriter:
         with disk_faults(self.partial, self.file.layout.stride):
             offset = self.file.offset(expert)
             for chunk in chunks:
-                _pwrite_all(self._fd, chunk, offset)
+                pwrite_all(self._fd, chunk, offset)
                 offset += len(chunk)
         return digest.hexdigest()
 
@@ -109,9 +109,9 @@ class TensorFileWriter:
             self._offsets[name] = (begin, end)
         self.nbytes = end
         with disk_faults(self.partial, self.nbytes):
-            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             os.posix_fallocate(self._fd, 0, self.nbytes)
-            _pwrite_all(self._fd, header, 0)
+            pwrite_all(self._fd, header, 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write the whole tensor `name`."""
@@ -125,7 +125,7 @@ class TensorFileWriter:
             for chunk in chunks:
                 data = raw_bytes(chunk)
                 digest.update(data)
-                _pwrite_all(self._fd, data, begin)
+                pwrite_all(self._fd, data, begin)
                 begin += len(data)
         assert begin == end, (name, begin, end)
         self.checksums[name] = digest.hexdigest()
@@ -213,7 +213,8 @@ def _publish(out: IO[bytes], partial: Path, path: Path) -> None:
     sync_directory(path.parent)
 
 
-def _pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset` of the open file `fd`."""
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)

@@ -186,7 +186,8 @@ def test_environment_of_the_hub_is_honoured(server: Hub, tmp_path: Path, local: 
     assert not list((tmp_path / "home").rglob("*.safetensors")), "nothing of the source is stored"
 
 
-def test_retries_end() -> None:
+def test_retries_end(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = hub.HubSource(REPO, retry=Retry(attempts=4, first_delay=0.0))
     calls = []
 
     def broken() -> None:
@@ -194,5 +195,5 @@ def test_retries_end() -> None:
         raise hub._Fault("down")
 
     with pytest.raises(CheckpointError, match="down"):
-        hub._patiently(Retry(attempts=4, first_delay=0.0), "x", broken)
+        source._patiently("x", broken)
     assert len(calls) == 4

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import SMALL, digests
 
-from convert import pipeline
+from convert import committer, pipeline, run, unit
 from convert.journal import FOLDER, Journal
 from convert.pipeline import convert
 from convert.synthetic import write_checkpoint
@@ -45,10 +45,10 @@ def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.fixture
 def interrupted(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A conversion stopped after its four resident files and five of sixteen experts."""
-    monkeypatch.setattr(pipeline, "_COMMIT_EXPERTS", 1)
+    """A conversion stopped after three of its four resident files and five of sixteen experts."""
+    monkeypatch.setattr(committer, "COMMIT_ITEMS", 1)
     with pytest.raises(KeyboardInterrupt):
-        convert(checkpoint, tmp_path / "s", workers=1, progress=StopAfter(9))
+        convert(checkpoint, tmp_path / "s", workers=1, progress=StopAfter(8))
     monkeypatch.undo()
     assert (tmp_path / "s" / FOLDER).exists()
     return tmp_path / "s"
@@ -58,14 +58,16 @@ def test_finished_work_is_not_done_again(
     checkpoint: Path, interrupted: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[ExpertId] = []
-    original = pipeline.load_expert
-    monkeypatch.setattr(pipeline, "load_expert", lambda plan, e: (loaded.append(e), original(plan, e))[1])
-    monkeypatch.setattr(pipeline, "encode_resident", None)
+    written: list[str] = []
+    load, encode = run.load_expert, unit.encode_resident
+    monkeypatch.setattr(run, "load_expert", lambda plan, e: (loaded.append(e), load(plan, e))[1])
+    monkeypatch.setattr(unit, "encode_resident", lambda plan, file: (written.append(file.name), encode(plan, file))[1])
     progress = StopAfter(-1)
     report = convert(checkpoint, interrupted, progress=progress)
     assert sorted(loaded) == [ExpertId(1, e) for e in (5, 6, 7)] + [ExpertId(2, e) for e in range(8)]
+    assert written == ["model-layer-00002-resident.safetensors"]
     assert report.to_dict()["experts_resumed"] == 5
-    assert any("5 of 16 experts and 4 of 4 resident files" in line for line in progress.notes)
+    assert any("5 of 16 experts and 3 of 4 resident files" in line for line in progress.notes)
     assert digests(interrupted) == whole
 
 
@@ -73,8 +75,9 @@ def test_finished_work_is_not_done_again(
 def test_a_damaged_journal_costs_work_not_bytes(
     checkpoint: Path, interrupted: Path, whole: dict[str, str], damage: str
 ) -> None:
-    journal = interrupted / FOLDER / "journal.jsonl"
+    journal = interrupted / FOLDER / "layer-00001.jsonl"
     data = bytearray(journal.read_bytes())
+    assert data.count(b"\n") == 6
     if damage == "torn":
         journal.write_bytes(data[:-20])
     elif damage == "flipped":
@@ -82,13 +85,20 @@ def test_a_damaged_journal_costs_work_not_bytes(
         journal.write_bytes(data)
     else:
         journal.unlink()
-        with pytest.raises(StoreError, match="no conversion has begun"):
-            convert(checkpoint, interrupted)
-        for path in interrupted.iterdir():
-            if path.is_file():
-                path.unlink()
     convert(checkpoint, interrupted)
     assert digests(interrupted) == whole
+
+
+def test_a_folder_without_its_identity_is_refused(checkpoint: Path, interrupted: Path) -> None:
+    identity = interrupted / FOLDER / "conversion.json"
+    data = bytearray(identity.read_bytes())
+    data[40] ^= 1
+    identity.write_bytes(data)
+    with pytest.raises(StoreError, match="damaged; delete the folder"):
+        convert(checkpoint, interrupted)
+    identity.unlink()
+    with pytest.raises(StoreError, match="no conversion has begun"):
+        convert(checkpoint, interrupted)
 
 
 def test_lost_files_are_written_again(checkpoint: Path, interrupted: Path, whole: dict[str, str]) -> None:
@@ -121,12 +131,13 @@ def test_other_format_version_is_refused(checkpoint: Path, interrupted: Path, mo
 
 
 def test_two_runs_are_kept_apart(checkpoint: Path, interrupted: Path, whole: dict[str, str]) -> None:
-    lines = (interrupted / FOLDER / "journal.jsonl").read_text().splitlines()
-    identity: dict[str, Any] = json.loads(lines[0].split(" ", 1)[1])
-    journal = Journal(interrupted, identity)
-    with pytest.raises(StoreError, match=f"process {os.getpid()} on .* is converting into this folder"):
-        convert(checkpoint, interrupted)
-    journal.close()
+    line = (interrupted / FOLDER / "conversion.json").read_text()
+    identity: dict[str, Any] = json.loads(line.split(" ", 1)[1])
+    for alone, layers in ((True, None), (True, "1"), (False, None)):
+        journal = Journal(interrupted, identity, alone=alone)
+        with pytest.raises(StoreError, match=f"process {os.getpid()} on .* is converting into this folder.*--only-lay"):
+            convert(checkpoint, interrupted, only_layers=layers)
+        journal.close()
     convert(checkpoint, interrupted)
     assert digests(interrupted) == whole
 

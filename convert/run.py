@@ -1,0 +1,190 @@
+"""One run of a conversion between its first and its last byte: which work is done when, by which thread.
+
+Owns the order of work, the threads and the bound on memory. Every item (one routed expert, one file of resident
+tensors) has a place that is known beforehand, and its record goes to the journal after its bytes are durable: a killed
+run loses a moment's work, and the result is that of an undisturbed one. Runs that share a store divide it by units;
+which of them does what changes no byte.
+
+Memory: `workers` items are encoded while `ahead` more experts are being fetched; an expert in flight costs its FP8
+source and twice its encoded bytes. A quarter of the workers at most handles resident tensors, which are larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from convert.committer import Committer
+from convert.encode import load_expert
+from convert.journal import Journal, Records, Unit
+from convert.plan import ConversionPlan
+from convert.progress import Progress
+from convert.unit import (
+    UnitWork,
+    expert_nbytes,
+    experts_of,
+    finished_nbytes,
+    resident_nbytes,
+    surviving,
+    unit_nbytes,
+)
+from offload.types import ExpertId
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Something to do: an expert, or (None) the resident tensors of `work`."""
+
+    work: UnitWork
+    expert: ExpertId | None
+    nbytes: int
+
+
+class Run:
+    """Converts `units` as far as no other process does.
+
+    `found` is what the journal knew before, `nbytes` counts the source's bytes this run dealt with.
+    """
+
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        directory: Path,
+        journal: Journal,
+        units: Sequence[Unit],
+        workers: int,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.directory, self.journal, self.units = plan, directory, journal, units
+        self.workers, self.ahead = workers, plan.checkpoint.source.parallel_reads
+        self.progress = progress
+        self.nbytes = 0
+        self.found = Records()
+        self._left: dict[Unit, int] = {}
+        for unit in units:
+            there = surviving(plan, directory, unit, journal.records(unit))
+            self.found.update(there)
+            self._left[unit] = unit_nbytes(plan, unit) - finished_nbytes(plan, unit, there)
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of the run's units."""
+        return sum(1 for unit in self.units for _ in experts_of(self.plan, unit))
+
+    @property
+    def resumed(self) -> int:
+        """Experts that were there before."""
+        return len(self.found.experts)
+
+    @property
+    def resumed_files(self) -> int:
+        """Files of resident tensors that were there before."""
+        return len(self.found.files)
+
+    def convert(self, committed: Callable[[Records], None] | None = None) -> None:
+        """Do everything that can be done. What is done is durable and recorded afterwards, also when this raises.
+
+        `committed` receives, in another thread, records that have become durable.
+        """
+        opened: list[UnitWork] = []
+        committer = Committer(committed)
+        try:
+            with _pools(self.workers, self.ahead) as (fetchers, encoders):
+                try:
+                    for item, records in self._results(self._items(opened), fetchers, encoders):
+                        committer.add(item.work, records)
+                        self._advance(item)
+                except BaseException:
+                    # What waits is dropped, reads under way are given up.
+                    fetchers.shutdown(wait=False, cancel_futures=True)
+                    encoders.shutdown(wait=False, cancel_futures=True)
+                    self.plan.checkpoint.source.cancel()
+                    raise
+        finally:
+            try:
+                committer.close()
+            finally:
+                for work in opened:
+                    work.close()
+
+    def _items(self, opened: list[UnitWork]) -> Iterator[_Item]:
+        """All items of all units that can be claimed; units are claimed when their turn comes."""
+        for work in self._claims():
+            opened.append(work)
+            work.open()
+            if work.lacks_resident:
+                yield _Item(work, None, resident_nbytes(self.plan, work.unit))
+            for expert in work.missing_experts:
+                yield _Item(work, expert, expert_nbytes(self.plan, expert))
+
+    def _claims(self) -> Iterator[UnitWork]:
+        """Units that nobody else works on. Those of others are asked for again: their owner may have died."""
+        waiting, found = list(self.units), True
+        while waiting and found:
+            found = False
+            for unit in list(waiting):
+                claim = self.journal.claim(unit)
+                if claim is None:
+                    self._left[unit] = 0
+                    continue
+                waiting.remove(unit)
+                found = True
+                work = UnitWork(self.plan, self.directory, unit, claim)
+                self._left[unit] = unit_nbytes(self.plan, unit) - finished_nbytes(self.plan, unit, claim.records)
+                yield work
+
+    def _results(
+        self, items: Iterator[_Item], fetchers: ThreadPoolExecutor, encoders: ThreadPoolExecutor
+    ) -> Iterator[tuple[_Item, Records]]:
+        """Items in the order in which they get done; at most workers + ahead of them are in flight."""
+        flight: dict[Future[Records], _Item] = {}
+
+        def landed() -> Iterator[tuple[_Item, Records]]:
+            done, _ = wait(flight, return_when=FIRST_COMPLETED)
+            for future in [future for future in flight if future in done]:
+                yield flight.pop(future), future.result()
+
+        for item in items:
+            while self._full(item, flight.values()):
+                yield from landed()
+            if item.expert is None:
+                flight[encoders.submit(item.work.write_resident)] = item
+            else:
+                fetched = fetchers.submit(load_expert, self.plan, item.expert)
+                flight[encoders.submit(_write_expert, item.work, item.expert, fetched)] = item
+        while flight:
+            yield from landed()
+
+    def _full(self, item: _Item, flight: Collection[_Item]) -> bool:
+        """Whether `item` has to wait until something in flight is done."""
+        residents = sum(other.expert is None for other in flight)
+        return len(flight) >= self.workers + self.ahead or (
+            item.expert is None and residents >= max(1, self.workers // 4)
+        )
+
+    def _advance(self, item: _Item) -> None:
+        self.nbytes += item.nbytes
+        self._left[item.work.unit] -= item.nbytes
+        self.progress("converting", self.nbytes, self.nbytes + sum(self._left.values()))
+
+
+def _write_expert(work: UnitWork, expert: ExpertId, fetched: Future[dict[str, Tensor]]) -> Records:
+    return work.write_expert(expert, fetched.result())
+
+
+@contextmanager
+def _pools(workers: int, ahead: int) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
+    """Threads that fetch and threads that encode, one core each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as encoders, ThreadPoolExecutor(ahead) as fetchers:
+            yield fetchers, encoders
+    finally:
+        torch.set_num_threads(threads)
