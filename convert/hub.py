@@ -11,8 +11,10 @@ from __future__ import annotations
 import random
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, TypeVar
 
@@ -222,7 +224,15 @@ def _check_status(response: Any, where: str) -> None:
 
 
 def _retry_after(value: str | None) -> float | None:
-    return float(value) if value and value.isdigit() else None
+    """Seconds that a Retry-After header asks for; it may also name a date."""
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
 
 
 def _line(fault: BaseException) -> str:

@@ -85,7 +85,7 @@ class Journal:
 
     def claim(self, unit: Unit) -> Claim | None:
         """The right to work on `unit`; None while another process has it, and when another one ended the conversion."""
-        path = self._path(unit)
+        path = _path(self.folder, unit)
         with disk_faults(path, 0):
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -104,13 +104,6 @@ class Journal:
                 raise
             os.close(fd)
             return None
-
-    def records(self, unit: Unit) -> Records:
-        """What is recorded of `unit`, also while another process works on it."""
-        try:
-            return _parse(self._path(unit).read_bytes())[0]
-        except FileNotFoundError:
-            return Records()
 
     @property
     def ended(self) -> bool:
@@ -139,9 +132,6 @@ class Journal:
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = -1
-
-    def _path(self, unit: Unit) -> Path:
-        return self.folder / ("resident.jsonl" if unit is None else f"layer-{unit:05d}.jsonl")
 
     def _agree(self, identity: dict[str, Any]) -> dict[str, Any]:
         """The identity the conversion was begun with, which must be this one."""
@@ -199,12 +189,24 @@ class Claim:
         self._end += len(data)
 
 
+def recorded(directory: Path, unit: Unit) -> Records:
+    """What is recorded of `unit` in the conversion into `directory`, also while another process works on it."""
+    try:
+        return _parse(_path(directory / FOLDER, unit).read_bytes())[0]
+    except FileNotFoundError:
+        return Records()
+
+
 def remove_journal(directory: Path) -> None:
     """Delete the journal of a finished store, or what a killed process left of it."""
     # Renamed first: a process that still looks for work cannot create a file in a folder that is being deleted.
     with suppress(OSError):
         os.replace(directory / FOLDER, directory / _REMOVED)
     shutil.rmtree(directory / _REMOVED, ignore_errors=True)
+
+
+def _path(folder: Path, unit: Unit) -> Path:
+    return folder / ("resident.jsonl" if unit is None else f"layer-{unit:05d}.jsonl")
 
 
 def _items(records: Records) -> Iterable[dict[str, Any]]:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.journal import Claim, Journal, Records, Unit, remove_journal
+from convert.dry_run import DryRun
+from convert.journal import Claim, Journal, Records, Unit, recorded, remove_journal
 from convert.plan import (
     MANIFEST_COPY,
     ConversionPlan,
-    PlanReport,
     files_present,
     plan_conversion,
     small_files,
@@ -30,7 +30,9 @@ from convert.requantize import ENCODING
 from convert.run import Run
 from convert.selection import format_layers, parse_layers
 from convert.source import Checkpoint, open_source
-from convert.unit import UnitWork
+from convert.speed import existing_parent, measure_speeds
+from convert.threads import cores
+from convert.unit import UnitWork, finished_nbytes, surviving, unit_nbytes
 from offload.errors import BudgetError, StoreError, UsageError
 from offload.store.manifest import FORMAT_VERSION, MANIFEST_NAME, LayerRecord, Manifest, checksum
 from offload.store.writer import disk_faults, write_file
@@ -112,7 +114,7 @@ def convert(
     delete_source: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-) -> Conversion | PlanReport:
+) -> Conversion | DryRun:
     """Convert the checkpoint `source` (a folder or a hub repository) into the store `out`.
 
     Run again with the same arguments it resumes. `only_layers` (all, 0-30, 3,7,40-60) makes this one of several runs
@@ -136,7 +138,7 @@ def convert(
         plan = plan_conversion(Checkpoint(opened), **codecs, resident=resident, kernels=kernels)
         units = _chosen(plan, only_layers)
         if dry_run:
-            return PlanReport(plan, Path(out), free_nbytes(Path(out)))
+            return _dry_run(plan, Path(out), units, workers or cores())
         directory = _prepare(Path(out), source)
         for line in plan.notes:
             progress.note(line)
@@ -146,7 +148,7 @@ def convert(
         try:
             if journal.ended:  # by another run, since the look above
                 return _already_done(plan, directory, begun)
-            run = _converted(plan, directory, journal, units, workers or _cores(), progress, delete_source)
+            run = _converted(plan, directory, journal, units, workers or cores(), progress, delete_source)
             manifest, missing = _finish(plan, directory, journal)
         finally:
             journal.close()
@@ -158,14 +160,14 @@ def convert(
 
 def free_nbytes(directory: Path) -> int:
     """Bytes that can still be written to the file system of `directory`."""
-    while not directory.exists():
-        directory = directory.absolute().parent
-    return shutil.disk_usage(directory).free
+    return shutil.disk_usage(existing_parent(directory)).free
 
 
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _dry_run(plan: ConversionPlan, out: Path, units: Sequence[Unit], workers: int) -> DryRun:
+    fetch = sum(unit_nbytes(plan, unit) for unit in units)
+    found = ((unit, surviving(plan, out, unit, recorded(out, unit))) for unit in units)
+    done = fetch if (out / MANIFEST_NAME).exists() else sum(finished_nbytes(plan, *item) for item in found)
+    return DryRun(plan, out, free_nbytes(out), fetch, fetch - done, measure_speeds(plan, out, workers))
 
 
 def _prepare(directory: Path, source: str | Path) -> Path:
@@ -243,7 +245,7 @@ def _converted(
     except BudgetError as fault:
         raise BudgetError(f"{fault}; {_missing_nbytes(plan, directory, remover)} bytes are missing in all") from None
     except KeyboardInterrupt:
-        done = sum(len(journal.records(unit).experts) for unit in units)
+        done = sum(len(recorded(directory, unit).experts) for unit in units)
         progress.note(
             f"interrupted: {done} of {run.experts} experts are finished and kept; the same command goes on from there"
         )

@@ -29,7 +29,7 @@ from offload.store.layout import ExpertLayout, LayerFile, TensorSlot, disk_suffi
 from offload.store.manifest import MANIFEST_NAME
 from offload.store.safetensors import build_header
 from offload.store.writer import PARTIAL
-from offload.types import ExpertId, format_size
+from offload.types import ExpertId
 
 INDEX_NAME = INDEX
 CONFIG_NAME = "config.json"
@@ -135,64 +135,6 @@ class ConversionPlan:
         """Lines the user should read."""
         lines = notes(self.recipe, self.mapped)
         return [line for line in (self.mapped.left_out_line, self.encoder_note) if line] + lines
-
-
-@dataclass(frozen=True)
-class PlanReport:
-    """What `convert --dry-run` says: nothing is read but headers, nothing is written."""
-
-    plan: ConversionPlan
-    out: Path
-    free_nbytes: int
-
-    @property
-    def disk_nbytes(self) -> int:
-        return self.plan.disk_nbytes(files_present(self.out, self.plan.file_sizes))
-
-    @property
-    def fits(self) -> bool:
-        return self.disk_nbytes <= self.free_nbytes
-
-    def lines(self) -> list[str]:
-        """The plan for people."""
-        plan, recipe = self.plan, self.plan.recipe
-        source = plan.checkpoint.source
-        codecs = sorted(set(plan.resident_codecs.values()))
-        fetch, need = plan.fetch_nbytes, self.disk_nbytes
-        hours = " ".join(f"{_duration(fetch / rate / 1e6)} at {rate} MB/s;" for rate in (100, 1000))
-        verdict = "fits" if self.fits else f"does not fit: {format_size(need - self.free_nbytes)} are missing"
-        return [
-            f"source: {source.name} ({source.revision}), {len(plan.checkpoint.tensors)} tensors",
-            f"fetch:  {format_size(fetch)} of {format_size(plan.checkpoint.nbytes)}: {hours.rstrip(';')}",
-            f"write:  {format_size(plan.store_nbytes)}: {len(plan.mapped.experts)} experts of "
-            f"{format_size(plan.layout.stride)} in {recipe.experts}, resident weights in {', '.join(codecs)}",
-            f"disk:   {format_size(need)} needed in {self.out}, {format_size(self.free_nbytes)} free: {verdict}",
-            *plan.notes,
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan for machines."""
-        plan = self.plan
-        return {
-            "dry_run": True,
-            "source": {"name": plan.checkpoint.source.name, "revision": plan.checkpoint.source.revision},
-            "recipe": plan.recipe.as_dict(),
-            "fetch_bytes": plan.fetch_nbytes,
-            "store_bytes": plan.store_nbytes,
-            "disk_bytes_needed": self.disk_nbytes,
-            "disk_bytes_free": self.free_nbytes,
-            "fits": self.fits,
-            "experts": len(plan.mapped.experts),
-            "expert_bytes": plan.layout.stride,
-            "notes": plan.notes,
-        }
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 100 else f"{minutes} min"
 
 
 def plan_conversion(

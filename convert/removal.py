@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from convert.checksums import RangeReader
 from convert.journal import FOLDER, Records
 from convert.plan import ConversionPlan
 from convert.source import LocalSource
 from convert.unit import experts_of, layer_file, resident_file
-from convert.verify import range_checksum
 from offload.errors import CheckpointError, DiskError, StoreError, UsageError
 from offload.store.safetensors import read_header
 from offload.store.writer import PARTIAL, disk_faults, sync_directory, write_file
@@ -136,25 +136,26 @@ class SourceRemover:
         self.records.update(records)
         done: set[Part] = set(self.records.experts) | set(self.records.files)
         for shard in [shard for shard, parts in self.parts.items() if parts <= done]:
-            for part in sorted(self.parts[shard], key=str):
-                self._read_back(part)
+            with RangeReader() as reader:
+                for part in sorted(self.parts[shard], key=str):
+                    self._read_back(reader, part)
             self._save_state()
             with disk_faults(self.source.folder / shard, 0):
                 os.unlink(self.source.folder / shard)
                 sync_directory(self.source.folder)
             del self.parts[shard]
 
-    def _read_back(self, part: Part) -> None:
+    def _read_back(self, reader: RangeReader, part: Part) -> None:
         if isinstance(part, ExpertId):
             file = self.plan.layers[part.layer]
             path = self._path(file.name)
-            ok = _fresh_checksum(path, file.offset(part.expert), file.layout.stride) == (
+            ok = reader.checksum(path, file.offset(part.expert), file.layout.stride) == (
                 self.records.experts[part].checksum
             )
         else:
             path, sums = self._path(part), self.records.files[part]
             entries = read_header(path).tensors
-            ok = all(_fresh_checksum(path, entry.offset, entry.nbytes) == sums[name] for name, entry in entries.items())
+            ok = all(reader.checksum(path, entry.offset, entry.nbytes) == sums[name] for name, entry in entries.items())
         if not ok:
             raise DiskError(
                 f"{path} does not read back what was written; no shard was deleted for it; check the drive, "
@@ -181,13 +182,3 @@ class SourceRemover:
             "digests": {shard: self.source.digest(shard) for shard in shards},
         }
         write_file(folder / _STATE, json.dumps(state).encode())
-
-
-def _fresh_checksum(path: Path, offset: int, nbytes: int) -> str:
-    """Checksum of a range as the drive holds it: the page cache is asked to forget it first."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
-    return range_checksum(path, offset, nbytes)

@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import xxhash
+from torch import Tensor
 
 from convert.damage import Damage
 from convert.encode import encode_expert, encode_resident, load_expert
 from convert.plan import MANIFEST_COPY, ConversionPlan, ResidentFile, plan_conversion, small_files
 from convert.progress import Progress
 from convert.source import Checkpoint, Source, open_source
+from convert.threads import cores, one_core_each
 from offload.errors import StoreError, UsageError
 from offload.store.layout import LayerFile
 from offload.store.manifest import MANIFEST_NAME, Manifest, checksum
@@ -65,18 +68,39 @@ class Origin:
         return b"".join(expert_chunks(self.plan.layers[expert.layer], parts))
 
     def derive(self, manifest: Manifest, sample: int | None, progress: Progress) -> tuple[list[Damage], int]:
-        """Compare experts (`sample` of them, evenly spread, or all) with the manifest's checksums."""
-        experts = list(self.plan.experts)
-        if sample is not None and sample < len(experts):
-            experts = [experts[index * len(experts) // sample] for index in range(sample)]
-        stride = self.plan.layout.stride
-        differing = []
-        for done, expert in enumerate(experts, 1):
-            if checksum(self.expert(expert)) != manifest.layers[expert.layer].experts[expert.expert]:
-                file = self.plan.layers[expert.layer].name
-                differing.append(Damage(file, "differs from what the source gives", expert=expert))
-            progress("deriving", done * stride, len(experts) * stride)
+        """What differs from `manifest` when it is derived again, and the number of experts compared.
+
+        `sample` experts, evenly spread, or all experts and all resident tensors.
+        """
+        experts, residents = list(self.plan.experts), list(self.plan.residents.values())
+        if sample is not None:
+            residents = []
+            if sample < len(experts):
+                experts = [experts[index * len(experts) // sample] for index in range(sample)]
+        parts: list[ExpertId | ResidentFile] = [*experts, *residents]
+        differing: list[Damage] = []
+        with one_core_each(cores()) as pool:
+            for done, damages in enumerate(pool.map(partial(self._compare, manifest), parts), 1):
+                differing += damages
+                progress("deriving", done * self.plan.layout.stride, len(parts) * self.plan.layout.stride)
         return differing, len(experts)
+
+    def _compare(self, manifest: Manifest, part: ExpertId | ResidentFile) -> list[Damage]:
+        reason = "differs from what the source gives"
+        if isinstance(part, ResidentFile):
+            sums = manifest.tensors[part.name]
+            found = ((name, _digest(chunks)) for name, chunks in encode_resident(self.plan, part))
+            return [Damage(part.name, reason, tensor=name) for name, digest in found if digest != sums[name]]
+        if checksum(self.expert(part)) != manifest.layers[part.layer].experts[part.expert]:
+            return [Damage(self.plan.layers[part.layer].name, reason, expert=part)]
+        return []
+
+
+def _digest(chunks: Iterable[Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for chunk in chunks:
+        digest.update(raw_bytes(chunk))
+    return digest.hexdigest()
 
 
 def rewrite(directory: Path, manifest: Manifest, origin: Origin, damages: Sequence[Damage]) -> None:

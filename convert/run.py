@@ -13,18 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from convert.committer import Committer
 from convert.encode import load_expert
-from convert.journal import Journal, Records, Unit
+from convert.journal import Journal, Records, Unit, recorded
 from convert.plan import ConversionPlan
 from convert.progress import Progress
+from convert.threads import one_core_each
 from convert.unit import (
     UnitWork,
     expert_nbytes,
@@ -68,7 +67,7 @@ class Run:
         self.found = Records()
         self._left: dict[Unit, int] = {}
         for unit in units:
-            there = surviving(plan, directory, unit, journal.records(unit))
+            there = surviving(plan, directory, unit, recorded(directory, unit))
             self.found.update(there)
             self._left[unit] = unit_nbytes(plan, unit) - finished_nbytes(plan, unit, there)
 
@@ -95,7 +94,7 @@ class Run:
         opened: list[UnitWork] = []
         committer = Committer(committed)
         try:
-            with _pools(self.workers, self.ahead) as (fetchers, encoders):
+            with one_core_each(self.workers) as encoders, ThreadPoolExecutor(self.ahead) as fetchers:
                 try:
                     for item, records in self._results(self._items(opened), fetchers, encoders):
                         committer.add(item.work, records)
@@ -176,15 +175,3 @@ class Run:
 
 def _write_expert(work: UnitWork, expert: ExpertId, fetched: Future[dict[str, Tensor]]) -> Records:
     return work.write_expert(expert, fetched.result())
-
-
-@contextmanager
-def _pools(workers: int, ahead: int) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
-    """Threads that fetch and threads that encode, one core each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers) as encoders, ThreadPoolExecutor(ahead) as fetchers:
-            yield fetchers, encoders
-    finally:
-        torch.set_num_threads(threads)

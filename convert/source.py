@@ -12,6 +12,7 @@ import json
 import math
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -177,6 +178,7 @@ class Checkpoint:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.header_speed: float | None = None  # bytes per second, seen while headers were read
         self.config = _json_object(source, "config.json")
         weight_map = self._weight_map()
         self.tensors: dict[str, TensorInfo] = self._resolve(weight_map)
@@ -245,8 +247,11 @@ class Checkpoint:
                 f"{self.source.name} lacks {len(missing)} of {len(shards)} shards listed in "
                 f"{INDEX}, the first is {missing[0]}; download them again"
             )
+        begun = time.perf_counter()
         with ThreadPoolExecutor(min(_HEADER_THREADS, len(shards))) as pool:
             headers = dict(zip(shards, pool.map(self._header, shards), strict=True))
+        read = sum(min(self.source.files[file], max(_FIRST_READ, h.data_start)) for file, h in headers.items())
+        self.header_speed = read / (time.perf_counter() - begun)
         if weight_map is None:
             weight_map = dict.fromkeys(headers[SINGLE].tensors, SINGLE)
         tensors: dict[str, TensorInfo] = {}

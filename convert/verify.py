@@ -6,7 +6,6 @@ Owns finding damage: structure, checksums at disk speed, and deriving experts ag
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -16,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
+from convert.checksums import RangeReader
 from convert.damage import Damage
 from convert.plan import CONFIG_NAME, MANIFEST_COPY
 from convert.progress import Progress, Silent
@@ -33,7 +31,6 @@ from offload.store.safetensors import read_header
 from offload.types import ExpertId, format_size
 
 _THREADS = 4
-_CHUNK = 8 << 20
 _SHOWN = 40
 
 
@@ -214,13 +211,14 @@ class Checker:
         total = sum(item.nbytes for item in ranges)
 
         def check(item: _Range) -> Damage | None:
-            damage = self._check_range(item)
+            damage = self._check_range(reader, item)
             with self._lock:
                 self.nbytes += item.nbytes
                 progress("verifying", self.nbytes, total)
             return damage
 
-        with ThreadPoolExecutor(_THREADS) as pool:
+        # Neighbouring ranges go to the threads in turn: the drive sees a few sequential streams side by side.
+        with RangeReader() as reader, ThreadPoolExecutor(_THREADS) as pool:
             self.damages += [damage for damage in pool.map(check, ranges) if damage]
         return self.damages
 
@@ -272,9 +270,9 @@ class Checker:
             return False
         return True
 
-    def _check_range(self, item: _Range) -> Damage | None:
+    def _check_range(self, reader: RangeReader, item: _Range) -> Damage | None:
         try:
-            found = range_checksum(self.directory / item.file, item.offset, item.nbytes)
+            found = reader.checksum(self.directory / item.file, item.offset, item.nbytes)
         except OSError as fault:
             return Damage(item.file, f"cannot be read: {fault.strerror}", item.tensor, item.expert)
         if found != item.checksum:
@@ -293,18 +291,3 @@ def layer_files(directory: Path, manifest: Manifest) -> dict[int, LayerFile]:
     layout = ExpertLayout(codec, config.hidden_size, config.moe_intermediate_size)
     suffix = scale_suffix(hf_config)
     return {layer: LayerFile(layer, config.n_routed_experts, layout, suffix) for layer in manifest.layers}
-
-
-def range_checksum(path: Path, offset: int, nbytes: int) -> str:
-    """Checksum of `nbytes` bytes of `path` from `offset`; of fewer when the file ends early."""
-    digest = xxhash.xxh3_128()
-    buffer = bytearray(min(_CHUNK, max(nbytes, 1)))
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while nbytes > 0:
-            count = os.preadv(file.fileno(), [view[: min(nbytes, len(buffer))]], offset)
-            if count == 0:
-                break
-            digest.update(view[:count])
-            offset, nbytes = offset + count, nbytes - count
-    return digest.hexdigest()

@@ -10,8 +10,8 @@ import torch
 from conftest import SMALL, digests
 from safetensors import safe_open
 
+from convert.dry_run import DryRun
 from convert.pipeline import convert
-from convert.plan import PlanReport
 from convert.synthetic import TINY_CONFIG, write_checkpoint
 from offload.quant import get_codec
 from offload.store import Store
@@ -69,7 +69,7 @@ def test_every_weight_is_the_codec_of_the_source(
 ) -> None:
     source = read_tensors(checkpoint)
     report = convert(checkpoint, tmp_path / "s", experts=experts, resident=resident, scales=scales, workers=2)
-    assert not isinstance(report, PlanReport)
+    assert not isinstance(report, DryRun)
     store = Store.open(tmp_path / "s")
 
     for which in (ExpertId(1, 0), ExpertId(2, 7)):
@@ -156,7 +156,7 @@ def test_result_does_not_depend_on_workers_or_shards(checkpoint: Path, tmp_path:
 
 def test_ragged_resident_tensors_stay_bf16_and_are_reported(checkpoint: Path, tmp_path: Path) -> None:
     report = convert(checkpoint, tmp_path / "s", dry_run=True)
-    assert isinstance(report, PlanReport)
+    assert isinstance(report, DryRun)
     assert not (tmp_path / "s").exists()
     codecs = report.plan.resident_codecs
     assert codecs["model.layers.0.self_attn.q_b_proj"] == "bf16"  # 96 columns
@@ -167,9 +167,9 @@ def test_ragged_resident_tensors_stay_bf16_and_are_reported(checkpoint: Path, tm
 
 def test_dry_run_predicts_sizes(checkpoint: Path, tmp_path: Path) -> None:
     report = convert(checkpoint, tmp_path / "s", dry_run=True)
-    assert isinstance(report, PlanReport)
+    assert isinstance(report, DryRun)
     done = convert(checkpoint, tmp_path / "s")
-    assert not isinstance(done, PlanReport)
+    assert not isinstance(done, DryRun)
     assert done.source_nbytes == report.plan.fetch_nbytes
     for name, size in report.plan.file_sizes.items():
         assert (tmp_path / "s" / name).stat().st_size == size

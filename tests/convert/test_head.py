@@ -9,8 +9,8 @@ import torch
 from conftest import SMALL
 
 import offload
+from convert.dry_run import DryRun
 from convert.pipeline import convert
-from convert.plan import PlanReport
 from convert.synthetic import write_checkpoint
 from convert.verify import verify
 from offload.quant import get_codec
@@ -60,6 +60,6 @@ def test_a_flipped_bit_of_head_or_embedding_is_repaired(checkpoint: Path, tmp_pa
 def test_a_codec_that_cannot_hold_the_shape_is_reported(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "c", **SMALL, hidden_size=160)
     report = convert(source, tmp_path / "s", dry_run=True, head="int8-g128", resident="bf16")
-    assert isinstance(report, PlanReport)
+    assert isinstance(report, DryRun)
     assert report.plan.resident_codecs["lm_head"] == "bf16"
     assert any("int8-g128 cannot hold" in line and "lm_head" in line for line in report.lines())
