@@ -39,6 +39,10 @@ class DiskError(OffloadError):
     """Reading or writing failed at run time."""
 
 
+class DeviceError(OffloadError):
+    """An accelerator failed, was lost, or is not there."""
+
+
 class KernelError(OffloadError):
     """A kernel backend is not available or refused its input."""
 

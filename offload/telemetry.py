@@ -44,6 +44,9 @@ class TierCounters:
         """Bytes per second while reading; 0 without reads."""
         return self.bytes_read / self.read_s if self.read_s else 0.0
 
+    def __add__(self, other: TierCounters) -> TierCounters:
+        return TierCounters(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
     def minus(self, earlier: TierCounters) -> TierCounters:
         """What happened since the copy `earlier` was taken."""
         return TierCounters(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
@@ -54,6 +57,8 @@ class Telemetry:
     """All counters of a run: one set per tier, and the stall time per MoE layer."""
 
     ram: TierCounters = field(default_factory=TierCounters)
+    vram: TierCounters | None = None
+    """The slots of all devices together; reads are copies from RAM. None without a device."""
     layer_stall_s: list[float] = field(default_factory=list)
     choices: int = 0
     """Experts chosen while residents were preferred; 0 where routing is exact."""
@@ -69,8 +74,9 @@ class Telemetry:
 
     def as_dict(self) -> dict[str, object]:
         """Plain values for `--json`."""
+        tiers = {"vram": self.vram, "ram": self.ram}
         return {
-            "ram": asdict(self.ram) | {"hit_rate": self.ram.hit_rate},
+            **{name: asdict(tier) | {"hit_rate": tier.hit_rate} for name, tier in tiers.items() if tier is not None},
             "choices": self.choices,
             "changed_choices": self.changed_choices,
             "layer_stall_s": [round(s, 6) for s in self.layer_stall_s],
@@ -79,9 +85,15 @@ class Telemetry:
 
     def summary(self) -> str:
         """One line: hits, misses, bytes, bandwidth, waiting."""
-        ram = self.ram
-        parts = [
-            f"experts {ram.hits} hit / {ram.misses} miss = {100 * ram.hit_rate:.1f}%",
+        ram, vram, parts = self.ram, self.vram, []
+        if vram is not None:
+            parts += [
+                f"VRAM {vram.hits} hit / {vram.misses} miss = {100 * vram.hit_rate:.1f}%",
+                f"{format_size(vram.bytes_read)} copied"
+                + (f" at {format_size(vram.bandwidth)}/s" if vram.read_s else ""),
+            ]
+        parts += [
+            f"{'experts' if vram is None else 'RAM'} {ram.hits} hit / {ram.misses} miss = {100 * ram.hit_rate:.1f}%",
             f"{format_size(ram.bytes_read)} read" + (f" at {format_size(ram.bandwidth)}/s" if ram.read_s else ""),
             f"{ram.stall_s:.2f} s waiting",
         ]

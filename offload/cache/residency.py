@@ -7,7 +7,7 @@ drive it through the same `serve`, so a recorded run can be replayed exactly.
 Every slot is in one of four states:
   free      holds nothing
   loading   promised to an expert whose bytes are on their way; never a victim
-  pinned    in use by a computation; never a victim
+  pinned    in use by a computation or a copy; never a victim
   resident  holds an expert, may be evicted
 """
 
@@ -89,9 +89,12 @@ class Residency:
     is any other victim: without it a global budget starves the layers that happen to be cold.
     `width` bounds the loads of one wave, so that a sweep over a whole layer recycles a few slots;
     it is lowered where two waves would take more than a quarter of the slots.
+    `leads` is False for a tier that follows another one's policy: only one of them tells it of evictions.
     """
 
-    def __init__(self, policy: CachePolicy, slots: int, *, floor: int, width: int = 16) -> None:
+    def __init__(
+        self, policy: CachePolicy, slots: int, *, floor: int, width: int = 16, leads: bool = True
+    ) -> None:
         shape = policy.shape
         if slots < 1:
             raise BudgetError(f"an expert cache needs at least 1 slot, not {slots}")
@@ -105,6 +108,7 @@ class Residency:
         self._key_of = [-1] * slots
         self._free = list(range(slots - 1, -1, -1))
         self._pinned: set[int] = set()
+        self._held: dict[int, int] = {}  # slot -> number of holds beyond its decision
         self._loading: dict[int, Load] = {}
         self._prefetched: set[int] = set()
         self._layer_count = [0] * shape.layers
@@ -120,17 +124,26 @@ class Residency:
         self._cheapest_expert = [0] * shape.layers
         self._guard = np.full(shape.layers, np.inf if self.floor else 0.0)
         overridden = type(policy).evicted is not CachePolicy.evicted
-        self._tell = policy.evicted if overridden else None
+        self._tell = policy.evicted if overridden and leads else None
 
     # -- one layer of one step ---------------------------------------------------------------
 
-    def begin_step(self, tokens: Sequence[int], upcoming: Sequence[int] = ()) -> None:
-        """A forward pass over `tokens` begins; `upcoming` are tokens already known to follow them."""
-        if self.policy.begin_step(tokens, upcoming):
-            np.add(self._values, self._closed, out=self._worth)
-            cheapest = self._worth.argmin(axis=1)
-            self._cheapest_expert = cheapest.tolist()
-            self._cheapest[:] = self._worth[np.arange(self.shape.layers), cheapest]
+    def begin_step(self, tokens: Sequence[int], upcoming: Sequence[int] = ()) -> bool:
+        """A forward pass over `tokens` begins; `upcoming` are tokens already known to follow them.
+
+        Returns whether values changed: tiers that follow the same policy must `refresh`.
+        """
+        changed = self.policy.begin_step(tokens, upcoming)
+        if changed:
+            self.refresh()
+        return changed
+
+    def refresh(self) -> None:
+        """The policy's values have changed in any layer."""
+        np.add(self._values, self._closed, out=self._worth)
+        cheapest = self._worth.argmin(axis=1)
+        self._cheapest_expert = cheapest.tolist()
+        self._cheapest[:] = self._worth[np.arange(self.shape.layers), cheapest]
 
     def serve(
         self, layer: int, ids: Routing, start: Callable[[Decision], None], finish: Callable[[Decision], None]
@@ -154,10 +167,22 @@ class Residency:
         held, waiting = self._decide(layer, wanted, first=True)
         if not held.empty:
             start(held)
+        elif not wanted:  # nothing will be released: what was observed counts at once
+            self._rank(layer)
         return Service(layer, held, waiting)
 
-    def complete(self, service: Service, start: Callable[[Decision], None], finish: Callable[[Decision], None]) -> None:
-        """The second half of `serve`: everything that `open` left to do."""
+    def complete(
+        self,
+        service: Service,
+        start: Callable[[Decision], None],
+        finish: Callable[[Decision], None],
+        stuck: Callable[[], None] | None = None,
+    ) -> None:
+        """The second half of `serve`: everything that `open` left to do.
+
+        `stuck` is called when nothing can go on because every slot is held or loading outside of this
+        service; it must let go of a slot or settle a load.
+        """
         held, waiting = service.held, service.waiting
         while waiting or not held.empty:
             following = Decision(service.layer)
@@ -168,6 +193,9 @@ class Residency:
             if not held.empty:
                 finish(held)
                 self.release(held)
+            elif following.empty:
+                assert stuck is not None, "no slot can be had, and nobody is there to let one go"
+                stuck()
             held = following
 
     def _decide(self, layer: int, wanted: list[int], first: bool) -> tuple[Decision, list[int]]:
@@ -176,7 +204,8 @@ class Residency:
         if not missing:
             return decision, missing
         count = min(len(missing), self.width)
-        room = self.slots - len(self._pinned | self._loading.keys())
+        taken = self._pinned | self._loading.keys()
+        room = self.slots - len(taken | self._held.keys() if self._held else taken)
         if (first and count < len(missing)) or count > room:
             # More waves follow: leave room for the next one to be read during this one.
             count = min(count, max(room // 2, 1) if first else room)
@@ -213,19 +242,41 @@ class Residency:
 
     def release(self, decision: Decision) -> None:
         """The computation of `decision` is over; its slots may become victims."""
-        closed, key_of, loading = self._closed_at, self._key_of, self._loading
+        closed, key_of, loading, held = self._closed_at, self._key_of, self._loading, self._held
         for slot in decision.slots():
             self._pinned.discard(slot)
-            if key_of[slot] >= 0 and slot not in loading:
+            if key_of[slot] >= 0 and slot not in loading and slot not in held:
                 closed[key_of[slot]] = 0.0
         self._rank(decision.layer)
+
+    def hold(self, slot: int) -> None:
+        """Keep `slot` from becoming a victim until `let_go`, released or not: a copy or kernel is on its way.
+
+        Holds add up.
+        """
+        key = self._key_of[slot]
+        assert key >= 0, "an empty slot needs no hold"
+        self._held[slot] = self._held.get(slot, 0) + 1
+        if self._closed_at[key] == 0.0:
+            self._closed_at[key] = np.inf
+            self._rank(key // self.shape.experts)
+
+    def let_go(self, slot: int) -> None:
+        """The end of one `hold`."""
+        left = self._held[slot] - 1
+        if left:
+            self._held[slot] = left
+            return
+        del self._held[slot]
+        if slot not in self._pinned and slot not in self._loading:
+            self._open(self._key_of[slot])
 
     # -- loads -------------------------------------------------------------------------------
 
     def loaded(self, slot: int) -> None:
         """The bytes of a load have arrived."""
         del self._loading[slot]
-        if slot not in self._pinned:
+        if slot not in self._pinned and slot not in self._held:
             self._open(self._key_of[slot])
 
     def failed(self, slot: int) -> None:
@@ -250,15 +301,17 @@ class Residency:
         self.events.evictions -= 1
 
     def abandon(self) -> None:
-        """A step broke off: no computation holds a slot any more, nothing is being read.
+        """A step broke off: nothing computes from a slot or copies it any more, nothing is being read.
 
         Slots whose bytes had not arrived become free.
         """
         for slot in list(self._loading):
+            self._held.pop(slot, None)
             self.failed(slot)
-        for slot in self._pinned:
+        for slot in self._pinned | self._held.keys():
             self._closed_at[self._key_of[slot]] = 0.0
         self._pinned.clear()
+        self._held.clear()
         for layer in range(self.shape.layers):
             self._rank(layer)
 
@@ -300,13 +353,26 @@ class Residency:
         return slot in self._loading
 
     def is_pinned(self, slot: int) -> bool:
-        """Whether a computation holds `slot`."""
-        return slot in self._pinned
+        """Whether a computation or a copy needs `slot`."""
+        return slot in self._pinned or slot in self._held
 
     @property
     def resident(self) -> int:
         """Number of slots that hold or await an expert."""
         return self.slots - len(self._free)
+
+    def table(self) -> list[list[int]]:
+        """Slot of every expert, [layers][experts]; -1 for those that have none."""
+        experts = self.shape.experts
+        return [self._slot_of[base : base + experts] for base in range(0, self.shape.keys, experts)]
+
+    def best_absent(self, layer: int) -> int | None:
+        """The expert of `layer` of highest value that has no slot; None if all have one."""
+        base = layer * self.shape.experts
+        absent = np.asarray(self._slot_of[base : base + self.shape.experts]) < 0
+        if not absent.any():
+            return None
+        return int(np.where(absent, self._values[layer], -np.inf).argmax())
 
     def contents(self) -> list[tuple[int, int]]:
         """(layer, expert) of every slot in use, in key order."""
@@ -328,8 +394,9 @@ class Residency:
         for layer, count in enumerate(counts):
             guarded = self.floor > 0 and count <= self.floor
             assert (self._guard[layer] == np.inf) == guarded, "the floor of a layer is not kept"
-        assert self._pinned <= used.keys(), "a pinned slot holds nothing"
-        open_keys = {key for slot, key in used.items() if slot not in self._pinned | self._loading.keys()}
+        taken = self._pinned | self._held.keys()
+        assert taken <= used.keys(), "a pinned slot holds nothing"
+        open_keys = {key for slot, key in used.items() if slot not in taken | self._loading.keys()}
         assert set(np.flatnonzero(self._closed == 0.0).tolist()) == open_keys, "victims disagree"
         settled = np.ones(self.shape.layers, bool)  # a layer with pins is ranked when it is released
         settled[[self._key_of[slot] // self.shape.experts for slot in self._pinned]] = False

@@ -31,10 +31,10 @@ class SlotPool:
                 f"{slots} expert slots of {format_size(self.stride)} ({format_size(total)}) cannot be "
                 f"allocated: {error}; give a smaller --ram"
             ) from None
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._view = memoryview(self._map)
-        assert self._bytes.data_ptr() % PAGE == 0, "anonymous memory is page aligned"
-        self._bytes[::PAGE] = 0  # touch every page now: nothing is allocated later
+        assert self.bytes.data_ptr() % PAGE == 0, "anonymous memory is page aligned"
+        self.bytes[::PAGE] = 0  # touch every page now: nothing is allocated later
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +43,7 @@ class SlotPool:
 
     def tensor(self, slot: int) -> Tensor:
         """The slot's bytes, uint8 [stride]."""
-        return self._bytes[slot * self.stride : (slot + 1) * self.stride]
+        return self.bytes[slot * self.stride : (slot + 1) * self.stride]
 
     def buffer(self, slot: int) -> memoryview:
         """The slot's bytes as a writable buffer for reads."""

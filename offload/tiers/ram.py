@@ -101,6 +101,7 @@ class RamTier:
         self._settled: list[Read] = []
         self._reads: dict[int, Read] = {}
         self._next_layer = 0
+        self._holders: list[Callable[[], bool]] = []
 
     # -- a forward pass ----------------------------------------------------------------------
 
@@ -109,15 +110,19 @@ class RamTier:
         if self._recorder:
             self._recorder.begin_session()
 
-    def begin_step(self, tokens: Sequence[int], upcoming: Sequence[int] = ()) -> None:
-        """A forward pass over `tokens` begins; `upcoming` are tokens already known to follow them."""
+    def begin_step(self, tokens: Sequence[int], upcoming: Sequence[int] = ()) -> bool:
+        """A forward pass over `tokens` begins; `upcoming` are tokens already known to follow them.
+
+        Returns whether values of the policy changed.
+        """
         self._next_layer = 0
-        self.residency.begin_step(tokens, upcoming)
+        changed = self.residency.begin_step(tokens, upcoming)
         if self._recorder:
             self._recorder.begin_step(tokens)
         if self._lookahead:
             self._lookahead.begin_step(tokens)
             self._speculate(0)
+        return changed
 
     def begin_layer(self, layer: int, routing: Routing) -> list[int]:
         """The router of `layer` chose `routing` [T, K]; returns the experts in it, ascending."""
@@ -145,7 +150,7 @@ class RamTier:
         Raises DiskError if an expert cannot be read, and whatever `use` raises; the tier stays usable.
         """
         try:
-            self.residency.complete(demand, self._begin_reads, lambda decision: self._serve(decision, use))
+            self.residency.complete(demand, self._begin_reads, lambda decision: self._serve(decision, use), self._stuck)
         except BaseException:
             self.abandon()
             raise
@@ -159,6 +164,10 @@ class RamTier:
         """A router applied early chose `experts` (best first) for `layer`: read them if the drive idles."""
         if self._lookahead:
             self._lookahead.expect(layer, experts)
+
+    def on_stuck(self, let_go: Callable[[], bool]) -> None:
+        """`let_go` is asked to give one held slot back when all are taken; False if it holds none."""
+        self._holders.append(let_go)
 
     def weights(self, slot: int) -> ExpertWeights:
         """The expert in `slot`, as views."""
@@ -258,6 +267,14 @@ class RamTier:
         else:
             self.residency.loaded(read.tag)
         return read
+
+    def _stuck(self) -> None:
+        if any(let_go() for let_go in self._holders):
+            return
+        assert self._speculative, "every slot is taken and nothing is under way"
+        if not self._settled:
+            self._collect(wait=True)
+        self._settle()
 
     # -- speculation: issued and settled between layers only, so that a replay can repeat it ------
 

@@ -245,3 +245,74 @@ def test_unusable_settings_are_named():
         create_policy("ema", SHAPE, half_life=0)
     with pytest.raises(BudgetError, match="1 slot"):
         Residency(create_policy("lru", SHAPE), 0, floor=1)
+
+
+def test_a_held_slot_is_no_victim_until_it_is_let_go():
+    residency = make_held()
+    slot = residency.slot(0, 0)
+    for hold in range(2):
+        residency.hold(slot)
+        residency.check()
+        assert residency.is_pinned(slot)
+        assert {load.slot for load in demand(residency, [5 + 4 * hold, 6 + 4 * hold])} == set(range(3)) - {slot}
+        residency.check()
+    residency.let_go(slot)
+    assert residency.is_pinned(slot)
+    residency.let_go(slot)
+    residency.check()
+    assert slot in {load.slot for load in demand(residency, [1, 2, 3])}
+
+
+def test_a_slot_stays_held_beyond_the_release_of_its_decision():
+    residency = make_held()
+    slot = residency.slot(0, 0)
+    residency.serve(0, [[0]], lambda _: None, lambda _: residency.hold(slot))
+    residency.check()
+    assert residency.prefetch(0, 7, worth=100.0) is not None
+    assert residency.slot(0, 0) == slot
+    residency.abandon()
+    residency.check()
+    assert not residency.is_pinned(slot)
+
+
+def test_when_every_slot_is_held_somebody_must_let_go():
+    residency = make_held()
+    for slot in range(3):
+        residency.hold(slot)
+    asked = []
+
+    def let_go():
+        asked.append(len(asked))
+        residency.let_go(asked[-1])
+
+    served = []
+
+    def finish(decision):
+        served.extend(load.expert for load in decision.loads)
+        for load in decision.loads:
+            residency.loaded(load.slot)
+
+    residency.complete(residency.open(0, [5, 6], lambda _: None), lambda _: None, finish, let_go)
+    residency.check()
+    assert served == [5, 6]
+    assert asked == [0]
+
+
+def make_held():
+    residency = Residency(create_policy("lfu", CacheShape(1, 12, 2)), 3, floor=0)
+    demand(residency, [0, 1])
+    demand(residency, [2])
+    return residency
+
+
+def demand(residency, experts):
+    """Serve `experts` at once; the loads it took."""
+    loads = []
+
+    def finish(decision):
+        loads.extend(decision.loads)
+        for load in decision.loads:
+            residency.loaded(load.slot)
+
+    residency.serve(0, [experts], lambda _: None, finish)
+    return loads

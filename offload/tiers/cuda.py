@@ -1,0 +1,177 @@
+"""An NVIDIA GPU through torch.
+
+Owns streams, events, page-locking and the translation of CUDA faults. Everything here needs a GPU and is
+imported only when one is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from offload.errors import BudgetError, DeviceError, OffloadError
+from offload.tiers.device import Event, Memory
+from offload.types import format_size
+
+T = TypeVar("T")
+
+_LOCK_NBYTES = 1 << 30
+"""Pages are locked in pieces of about this size: one refusal then leaves a clear state, and no call takes long."""
+
+_PORTABLE = 1  # cudaHostRegisterPortable: for every context
+_LOCKED: set[int] = set()
+"""Addresses of the locked pieces of this process."""
+
+
+class CudaEvent:
+    """A CUDA event with time stamps."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record(stream)
+
+    def done(self) -> bool:
+        return bool(self._event.query())
+
+    def wait(self) -> None:
+        self._event.synchronize()  # gives up the GIL
+
+    def seconds_since(self, earlier: Event) -> float:
+        return 1e-3 * float(cast(CudaEvent, earlier)._event.elapsed_time(self._event))
+
+
+class CudaStream:
+    """A CUDA stream. `None` stands for the current one, where the model's own calls go."""
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        # Slots and staging live as long as the tier, so the allocator need not be told with record_stream.
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def launch(self, work: Callable[[], None], *, reads: Sequence[Tensor] = (), writes: Sequence[Tensor] = ()) -> None:
+        with torch.cuda.stream(self._stream):
+            work()
+
+    def record(self) -> Event:
+        return CudaEvent(self._stream or torch.cuda.current_stream())
+
+    def wait(self, event: Event) -> None:
+        (self._stream or torch.cuda.current_stream()).wait_event(cast(CudaEvent, event)._event)
+
+
+class CudaDevice:
+    """The GPU with this index."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.torch_device = torch.device("cuda", index)
+        self._locked: list[int] = []
+        with self.guard():
+            torch.cuda.init()
+            self._properties = torch.cuda.get_device_properties(index)
+            self.compute = CudaStream(None)
+            # A non-blocking stream: it does not wait for the default stream, nor that one for it.
+            self.copies = CudaStream(torch.cuda.Stream(self.torch_device))
+
+    @property
+    def name(self) -> str:
+        return f"{self._properties.name} (cuda:{self.torch_device.index})"
+
+    def memory(self) -> Memory:
+        with self.guard():
+            free, total = torch.cuda.mem_get_info(self.torch_device)
+            # What torch holds and does not use is free for us.
+            return Memory(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total)
+
+    def limit(self, nbytes: int) -> None:
+        with self.guard():
+            total = self._properties.total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), self.torch_device)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        try:
+            with self.guard():
+                return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
+        except DeviceError as fault:
+            if isinstance(fault.__cause__, torch.cuda.OutOfMemoryError):
+                nbytes = dtype.itemsize * torch.Size(shape).numel()
+                free = self.memory().free
+                raise BudgetError(
+                    f"{self.name}: {format_size(nbytes)} cannot be allocated, {format_size(free)} are free; close "
+                    "other programs that use the GPU, or give a smaller --vram"
+                ) from None
+            raise
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        with self.guard():
+            return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
+
+    def page_lock(self, memory: Tensor, granule: int) -> str | None:
+        runtime = torch.cuda.cudart()
+        step = max(1, _LOCK_NBYTES // granule) * granule  # no slot lies in two pieces: such a copy would be refused
+        begin, end = memory.data_ptr(), memory.data_ptr() + memory.numel()
+        with self.guard():
+            for address in range(begin, end, step):
+                if address in _LOCKED:  # by another device: locked pages are locked for all
+                    continue
+                code = int(runtime.cudaHostRegister(address, min(step, end - address), _PORTABLE))
+                if code != 0:
+                    self._clear_error()
+                    return f"CUDA refuses to lock {format_size(memory.numel())} of host memory (error {code})"
+                _LOCKED.add(address)
+                self._locked.append(address)
+        return None
+
+    def _clear_error(self) -> None:
+        """The runtime remembers a refusal and blames the next kernel for it: let that be a harmless one."""
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self.torch_device)
+
+    def call(self, work: Callable[[], T]) -> T:
+        with self.guard():
+            return work()
+
+    def synchronize(self) -> None:
+        with self.guard():
+            torch.cuda.synchronize(self.torch_device)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        try:
+            with torch.cuda.device(self.torch_device):
+                yield
+        except OffloadError:
+            raise
+        except torch.cuda.OutOfMemoryError as fault:
+            raise DeviceError(
+                f"{self.torch_device}: out of memory although everything was set aside at load: {_first_line(fault)}; "
+                "close other programs that use the GPU, or give a smaller --vram or --context"
+            ) from fault
+        except RuntimeError as fault:  # torch.AcceleratorError is one
+            if "CUDA" not in str(fault) and "cuda" not in str(fault):
+                raise
+            raise DeviceError(
+                f"{self.torch_device} failed: {_first_line(fault)}; the model must be loaded again. The system log "
+                "(dmesg, NVRM: Xid) says more; --device cpu runs without the GPU"
+            ) from fault
+
+    def peak_nbytes(self) -> int:
+        with self.guard():
+            return int(torch.cuda.max_memory_reserved(self.torch_device))
+
+    def close(self) -> None:
+        runtime = torch.cuda.cudart()
+        for address in self._locked:
+            runtime.cudaHostUnregister(address)
+            _LOCKED.discard(address)
+        self._locked.clear()
+
+
+def _first_line(fault: BaseException) -> str:
+    return str(fault).splitlines()[0] if str(fault) else type(fault).__name__

@@ -1,0 +1,193 @@
+"""Routed experts computed on accelerators, in the VRAM slots where their bytes lie or are copied to.
+
+Owns the way of a layer through the tiers: ids to the host, decisions, kernels and copies queued, the sum.
+Satisfies the model's `RoutedExperts`. Every expert's output goes to its own row of `partial`, and the rows
+are summed in a fixed order: which experts were resident, and when the others arrived, changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.cache.trace import Trace
+from offload.kernels.device import DeviceKernels
+from offload.telemetry import Telemetry, TierCounters
+from offload.tiers.device import Device, Event
+from offload.tiers.ram import ExpertStore, RamTier
+from offload.tiers.vram import LayerJob, VramTier
+
+
+@dataclass(frozen=True)
+class DeviceShare:
+    """What one device gets: MoE layers `first` to `last` (decoder layers, inclusive) and a number of slots."""
+
+    device: Device
+    kernels: DeviceKernels
+    layers: range
+    slots: int
+
+
+class _Desk:
+    """Where the ids of a layer arrive on the host."""
+
+    def __init__(self, tier: VramTier, positions: int) -> None:
+        self.tier = tier
+        self.ids = tier.device.pinned((positions,), torch.int64)
+        self.arrived: Event | None = None
+
+
+class DeviceExecutor:
+    """Computes the routed experts of a store on the devices of `shares`.
+
+    Call `begin_step` with the token ids of each forward pass before it; the model then calls the executor
+    once per MoE layer, in order, with tensors on that layer's device. All memory is taken here, at load.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        shares: Sequence[DeviceShare],
+        *,
+        max_tokens: int = 1,
+        prefetch: bool = True,
+        **ram: Any,
+    ) -> None:
+        """`max_tokens`: the largest forward pass for which memory is set aside. `ram`: options of RamTier."""
+        self.ram = RamTier(store, prefetch=prefetch, **ram)
+        self._max_tokens = max_tokens
+        self._recording = bool(ram.get("record"))
+        first, self._top_k = self.ram.layers[0], self.ram.shape.top_k
+        self.tiers: list[VramTier] = []
+        self._desks: list[_Desk] = []  # per MoE layer
+        self._kernels = [share.kernels for share in shares for _ in share.layers]
+        for share in shares:
+            with share.device.guard():
+                note = share.device.page_lock(self.ram.pool.bytes, self.ram.pool.stride)
+                if note is not None:
+                    self.ram.telemetry.note(f"copies to {share.device.name} are slow: {note}")
+                tier = VramTier(
+                    share.device,
+                    share.kernels,
+                    self.ram,
+                    store.layout,
+                    layers=range(share.layers.start - first, share.layers.stop - first),
+                    slots=share.slots,
+                    max_tokens=max_tokens,
+                    prefetch=prefetch,
+                )
+                desk = _Desk(tier, max_tokens * self._top_k)
+            self.tiers.append(tier)
+            self._desks += [desk] * len(share.layers)
+        assert len(self._desks) == self.ram.shape.layers, "every layer has one device"
+        self._resident = False
+        self._hinted: int | None = None
+
+    # -- the model's side --------------------------------------------------------------------
+
+    def begin_session(self) -> None:
+        """The next step begins a new conversation."""
+        self.ram.begin_session()
+
+    def begin_step(self, tokens: Sequence[int], upcoming: Sequence[int] = ()) -> None:
+        """A forward pass over `tokens` begins; `upcoming` are tokens already known to follow them."""
+        assert len(tokens) <= self._max_tokens, "a forward pass is as long as what was set aside for it"
+        self._hinted = None
+        for tier in self.tiers:
+            with tier.device.guard():
+                tier.settle()
+        self._resident = not self._recording and all(tier.complete for tier in self.tiers)
+        if self._resident:  # nothing is decided, so there is nothing to learn
+            return
+        changed = self.ram.begin_step(tokens, upcoming)
+        for tier in self.tiers:
+            tier.begin_step(tokens, changed)
+
+    def hint(self, layer: int, ids: Tensor, weights: Tensor) -> None:
+        """`layer` will be called with these ids [T, K]: send them to the host while the shared expert is computed."""
+        index = layer - self.ram.layers[0]
+        self._hinted = index
+        if self._resident:
+            return
+        desk = self._desks[index]
+        device = desk.tier.device
+        with device.guard():
+            device.compute.copy(desk.ids[: ids.numel()], ids.reshape(-1))
+            desk.arrived = device.compute.record()
+
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x [T, H], ids [T, K], weights [T, K], all on the layer's device -> [T, H].
+
+        Raises DiskError if an expert cannot be read; the executor stays usable. Raises DeviceError if the
+        device fails; it does not.
+        """
+        index = layer - self.ram.layers[0]
+        if self._hinted != index:
+            self.hint(layer, ids, weights)
+        desk = self._desks[index]
+        device, partial = desk.tier.device, desk.tier.partial[: ids.numel()]
+        try:
+            with device.guard():
+                if self._resident:
+                    desk.tier.serve_resident(LayerJob(index, x, _NO_IDS, partial), ids)
+                else:
+                    self._serve(index, desk, x, partial, ids.shape)
+                return device.call(lambda: self._kernels[index].combine(partial, ids, weights))
+        except BaseException:
+            self._abandon()
+            raise
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """A router applied early chose `experts` (best first) for `layer`: bring them nearer if links idle."""
+        index = layer - self.ram.layers[0]
+        self.ram.expect(index, experts)
+        self._desks[index].tier.expect(index, experts)
+
+    # -- around a run ------------------------------------------------------------------------
+
+    def preload(self) -> None:
+        """Fill tiers that have room for all of their experts."""
+        for tier in self.tiers:
+            if tier.residency.slots == len(tier.layers) * self.ram.shape.experts:
+                with tier.device.guard():
+                    tier.preload()
+
+    def counters(self) -> Telemetry:
+        """The telemetry, brought up to date."""
+        telemetry = self.ram.counters()
+        telemetry.vram = sum((tier.counters() for tier in self.tiers), TierCounters())
+        return telemetry
+
+    def trace(self) -> Trace:
+        """The recorded routing. Its events are those of RAM below VRAM, which a replay without VRAM does not repeat."""
+        return self.ram.trace()
+
+    def close(self) -> None:
+        """Stop the readers and keep what was learned. Harmless when repeated."""
+        self.ram.close()
+        for tier in self.tiers:
+            tier.device.close()
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _serve(self, index: int, desk: _Desk, x: Tensor, partial: Tensor, shape: Sequence[int]) -> None:
+        assert desk.arrived is not None
+        desk.arrived.wait()
+        flat = desk.ids[: partial.shape[0]].numpy()
+        wanted = self.ram.begin_layer(index, flat.reshape(tuple(shape)).tolist())
+        desk.tier.serve(LayerJob(index, x, flat, partial), wanted)
+        self.ram.end_layer()
+
+    def _abandon(self) -> None:
+        self._hinted = None
+        for tier in self.tiers:
+            with tier.device.guard():
+                tier.abandon()
+        self.ram.abandon()
+
+
+_NO_IDS = torch.empty(0, dtype=torch.int64).numpy()

@@ -1,0 +1,381 @@
+"""The VRAM tier: routed experts in slots of device memory, copied from the slots of the RAM tier below.
+
+Owns the slab of slots, the copies into it and the order between copies and kernels. The same residency and
+the same policy as below decide what is kept. Every slot that a queued copy or kernel needs, here or in RAM,
+is held until an event says that it is over; only then may it become a victim. Must not know files, nor the
+architecture around the experts.
+
+A wave is computed like this: kernels of the hits are queued at once; every other expert is copied as soon
+as its bytes are in RAM, on a stream of its own, and its kernel is queued behind its copy. The host waits
+for none of it, except for the wave before the last one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from offload.cache.lookahead import LookAhead
+from offload.cache.residency import Decision, Residency, Service
+from offload.errors import DeviceError
+from offload.kernels.device import DeviceKernels, ExpertSlab
+from offload.store.layout import ExpertLayout
+from offload.telemetry import TierCounters
+from offload.tiers.device import Device, Event
+from offload.tiers.ram import RamTier
+from offload.tiers.staging import SlotLists
+from offload.types import align_up
+
+ALIGNMENT = 256
+"""Slots begin at multiples of it, so that every load of a warp is aligned."""
+
+PROMOTIONS = 1
+"""Experts copied on speculation at a time: a demand behind them waits no longer than that."""
+
+PROMOTION_MARGIN = 1.5
+"""By how much an expert must be worth more than the one it displaces on speculation."""
+
+
+@dataclass
+class LayerJob:
+    """The routed part of one layer of one forward pass."""
+
+    layer: int
+    x: Tensor  # [T, H] on the device
+    flat: NDArray[np.int64]
+    """The expert of every position, [T * K]."""
+    partial: Tensor  # [T * K, H] on the device
+
+
+@dataclass
+class _Copy:
+    """An expert on its way from a RAM slot, which is held until `end`."""
+
+    begin: Event
+    end: Event
+    source: int
+
+
+@dataclass
+class _Wave:
+    """Slots that queued kernels read, held until `used`."""
+
+    slots: list[int]
+    used: Event
+
+
+@dataclass
+class _Promotion:
+    layer: int
+    copy: _Copy
+
+
+@dataclass
+class LinkCounters:
+    """What the copies of experts did."""
+
+    copies: int = 0
+    nbytes: int = 0
+    busy_s: float = 0.0
+    rates: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    """Bytes per second of the latest copies."""
+
+
+def slot_nbytes(layout: ExpertLayout) -> int:
+    """Device memory of one slot."""
+    return align_up(layout.stride, ALIGNMENT)
+
+
+class VramTier:
+    """`slots` experts of the MoE layers `layers` (counted from 0) on one device.
+
+    For every layer: `serve`. All memory is taken here, at load; the device's calls are made within its guard.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        kernels: DeviceKernels,
+        ram: RamTier,
+        layout: ExpertLayout,
+        *,
+        layers: range,
+        slots: int,
+        max_tokens: int,
+        prefetch: bool = True,
+    ) -> None:
+        shape = ram.shape
+        self.device = device
+        self.layers = layers
+        self._kernels = kernels
+        self._ram = ram
+        self._stride = layout.stride
+        slots = min(slots, len(layers) * shape.experts)
+        # Two waves may be open: the RAM below must be able to hold what both of them copy.
+        width = max(1, min(16, ram.residency.slots // 4))
+        self.residency = Residency(ram.residency.policy, slots, floor=shape.top_k, width=width, leads=False)
+        self.slab = ExpertSlab(layout, device.empty((slots, slot_nbytes(layout)), torch.uint8))
+        self.partial = device.empty((max_tokens * shape.top_k, layout.hidden_size), torch.float32)
+        self.link = LinkCounters()
+        self._lists = SlotLists(device, max_tokens * shape.top_k, shape.experts)
+        self._table = device.empty((shape.layers, shape.experts), torch.int32)
+        self._table_valid = False
+        self._lookahead = LookAhead(ram.residency.policy) if prefetch else None
+        self._job: LayerJob | None = None
+        self._open: deque[tuple[Decision, Service | None]] = deque()
+        self._sources: deque[_Copy] = deque()
+        self._waves: deque[_Wave] = deque()
+        self._promotions: dict[int, _Promotion] = {}  # by slot
+        self._decoding = False
+        ram.on_stuck(self._give_back)
+
+    # -- a forward pass ----------------------------------------------------------------------
+
+    def begin_step(self, tokens: Sequence[int], changed: bool) -> None:
+        """A forward pass begins; `changed`: the policy's values have."""
+        if changed:
+            self.residency.refresh()
+        self._decoding = len(tokens) == 1
+        if self._lookahead:
+            self._lookahead.begin_step(tokens)
+
+    def serve(self, job: LayerJob, wanted: list[int]) -> None:
+        """Queue the outputs of the experts `wanted` (ascending, all of `job.flat`) for every position."""
+        self.settle()
+        self._ram.open(job.layer, [])  # what the router chose counts below, too, even if nothing is demanded there
+        self._job = job
+        self.residency.complete(
+            self.residency.open(job.layer, wanted, self._start), self._start, self._finish, self._stuck
+        )
+        self._job = None
+        if self._decoding:
+            self._promote(job.layer + 1)
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """A router applied early chose `experts` (best first) for `layer`."""
+        if self._lookahead:
+            self._lookahead.expect(layer, experts)
+
+    def settle(self) -> None:
+        """Let go of everything that earlier layers queued, and admit what has been promoted.
+
+        The ids of a layer come from the device behind all work of the layers before it: nothing is waited for.
+        """
+        while self._waves:
+            self._retire()
+        while self._sources:
+            self._release_source()
+        for slot in [slot for slot, promotion in self._promotions.items() if promotion.copy.end.done()]:
+            self._admit(slot)
+        events, lookahead = self.residency.events, self._lookahead
+        if lookahead is not None:
+            lookahead.outcome(events.prefetch_useful + events.prefetch_late, events.prefetch_wasted)
+
+    # -- everything resident -----------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """Whether every expert of every layer is in a slot, so that nothing is left to decide."""
+        full = self.residency.resident == len(self.layers) * self._ram.shape.experts
+        return full and not self._promotions and not self._waves
+
+    def preload(self) -> None:
+        """Bring in every expert, layer by layer, outside of any forward pass."""
+        for layer in self.layers:
+            self.load(layer, list(range(self._ram.shape.experts)))
+
+    def load(self, layer: int, experts: list[int]) -> None:
+        """Bring `experts` of one layer into slots without computing."""
+        hidden = self.partial.shape[1]
+        nothing = LayerJob(layer, self.partial[:0, :hidden], np.empty(0, np.int64), self.partial[:0])
+        self._job = nothing
+        self.residency.complete(
+            self.residency.open(layer, experts, self._start), self._start, self._finish, self._stuck
+        )
+        self._job = None
+        self.settle()
+
+    def serve_resident(self, job: LayerJob, ids: Tensor) -> None:
+        """`serve` when the tier is `complete`: slots are looked up on the device, the host knows no ids."""
+        if not self._table_valid:
+            rows = torch.tensor(self.residency.table(), dtype=torch.int32)
+            self.device.compute.launch(lambda: _assign(self._table, rows), writes=[self._table])
+            self._table_valid = True
+        row = self._table[job.layer]
+
+        def work() -> None:
+            slots = row.index_select(0, ids.reshape(-1))
+            self._kernels.slot_experts(self.slab, job.x, slots, job.partial)
+
+        self.device.compute.launch(work, reads=[self.slab.data, self._table], writes=[job.partial])
+        self.residency.events.hits += ids.numel()
+
+    # -- around a run ------------------------------------------------------------------------
+
+    def counters(self) -> TierCounters:
+        """Hits, misses and copies. `bytes_read` and `read_s` are those of the copies."""
+        link = self.link
+        return TierCounters(
+            **vars(self.residency.events), reads=link.copies, bytes_read=link.nbytes, read_s=link.busy_s
+        )
+
+    def abandon(self) -> None:
+        """A step broke off: wait for the device, then forget what was under way. RAM is to be abandoned as well."""
+        with suppress(DeviceError):
+            self.device.synchronize()
+        self._job = None
+        self._open.clear()
+        self._sources.clear()
+        self._waves.clear()
+        self._promotions.clear()
+        self._lists.abandon()
+        self.residency.abandon()
+
+    # -- waves -------------------------------------------------------------------------------
+
+    def _start(self, decision: Decision) -> None:
+        experts = [load.expert for load in decision.loads]
+        self._open.append((decision, self._ram.open(decision.layer, experts) if experts else None))
+        self._table_valid = False
+
+    def _finish(self, decision: Decision) -> None:
+        expected, demand = self._open.popleft()
+        assert expected is decision, "waves are finished in the order in which they were started"
+        self._launch(decision.hits)
+        for expert, slot in decision.joins:
+            self._join(slot)
+            self._launch([(expert, slot)])
+        if demand is not None:
+            slots = {load.expert: load.slot for load in decision.loads}
+            self._ram.complete(demand, lambda there: self._copy_in(there, slots))
+        held = decision.slots()
+        for slot in held:
+            self.residency.hold(slot)
+        self._waves.append(_Wave(held, self.device.compute.record()))
+        while len(self._waves) > 1:
+            self._retire()
+
+    def _copy_in(self, there: Sequence[tuple[int, int]], slots: dict[int, int]) -> None:
+        """Copy experts from their RAM slots and compute each behind its copy."""
+        for expert, source in there:
+            slot = slots[expert]
+            copy = self._copy(source, slot)
+            self._sources.append(copy)
+            self.device.compute.wait(copy.end)
+            # Whatever the compute stream does from now on finds the bytes there.
+            self.residency.loaded(slot)
+            self._launch([(expert, slot)])
+
+    def _copy(self, source: int, slot: int) -> _Copy:
+        copies = self.device.copies
+        self._ram.residency.hold(source)
+        begin = copies.record()
+        copies.copy(self.slab.data[slot, : self._stride], self._ram.weights(source).buffer[: self._stride])
+        return _Copy(begin, copies.record(), source)
+
+    def _launch(self, experts: Sequence[tuple[int, int]]) -> None:
+        """Queue the kernels of (expert, slot) pairs, for all positions of each."""
+        job = self._job
+        assert job is not None
+        if not experts or not len(job.flat):
+            return
+        with self._lists.of(experts, job.flat) as slots:
+            self.device.compute.launch(
+                lambda: self._kernels.slot_experts(self.slab, job.x, slots, job.partial),
+                reads=[self.slab.data[slot] for _, slot in experts],
+                writes=[job.partial],
+            )
+
+    def _join(self, slot: int) -> None:
+        """A promotion under way is demanded: the compute stream waits for it, the host does not."""
+        copy = self._promotions[slot].copy
+        self.device.compute.wait(copy.end)
+        del self._promotions[slot]
+        self._sources.append(copy)
+        self.residency.loaded(slot)
+
+    def _retire(self) -> None:
+        wave = self._waves.popleft()
+        wave.used.wait()
+        for slot in wave.slots:
+            self.residency.let_go(slot)
+
+    def _release_source(self) -> bool:
+        """Wait for the oldest copy and give its RAM slot back; False if there is none."""
+        if not self._sources:
+            return False
+        copy = self._sources.popleft()
+        copy.end.wait()
+        self._count(copy)
+        self._ram.residency.let_go(copy.source)
+        return True
+
+    def _give_back(self) -> bool:
+        with self.device.guard():  # it may be for another device that RAM needs the slot
+            return self._release_source()
+
+    def _stuck(self) -> None:
+        if self._waves:
+            self._retire()
+        else:
+            assert self._promotions, "every slot is taken and nothing is under way"
+            slot = next(iter(self._promotions))
+            self._promotions[slot].copy.end.wait()
+            self._admit(slot)
+
+    def _count(self, copy: _Copy) -> None:
+        seconds = copy.end.seconds_since(copy.begin)
+        self.link.copies += 1
+        self.link.nbytes += self._stride
+        self.link.busy_s += seconds
+        if seconds > 0:
+            self.link.rates.append(self._stride / seconds)
+
+    # -- promotion: copies nobody asked for, while the link idles ----------------------------------
+
+    def _promote(self, following: int) -> None:
+        """Copy an expert that later layers will probably need, or that is worth more than one here."""
+        lookahead = self._lookahead
+        if lookahead is None or len(self._promotions) >= PROMOTIONS:
+            return
+        while self._sources and self._sources[0].end.done():
+            self._release_source()
+        if self._sources:
+            return
+        for layer in range(following, min(following + 2, self.layers.stop)):
+            for expert in lookahead.candidates(layer):
+                if self._copy_early(layer, expert, worth=0.5):
+                    return
+        layer = following if following in self.layers else self.layers.start
+        absent = self.residency.best_absent(layer)
+        if absent is not None:
+            self._copy_early(layer, absent, worth=0.0)
+
+    def _copy_early(self, layer: int, expert: int, worth: float) -> bool:
+        below = self._ram.residency
+        source = below.slot(layer, expert)
+        if source < 0 or below.is_loading(source):
+            return False
+        load = self.residency.prefetch(layer, expert, worth=worth, margin=PROMOTION_MARGIN)
+        if load is None:
+            return False
+        self._table_valid = False
+        self._promotions[load.slot] = _Promotion(layer, self._copy(source, load.slot))
+        return True
+
+    def _admit(self, slot: int) -> None:
+        copy = self._promotions.pop(slot).copy
+        self._count(copy)
+        self._ram.residency.let_go(copy.source)
+        self.residency.loaded(slot)
+
+
+def _assign(target: Tensor, values: Tensor) -> None:
+    target.copy_(values)

@@ -1,0 +1,281 @@
+"""Experts paged through VRAM give the bits of resident experts, whatever the device does with its queues."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from paging_samples import EXPERTS, FIRST, LAYERS, TOP_K, Unruly, make_store, random_steps
+from test_executor import reference, repeating
+
+from offload.errors import DeviceError, DiskError
+from offload.kernels.reference_device import ReferenceDeviceKernels
+from offload.tiers.device_executor import DeviceExecutor, DeviceShare
+from offload.tiers.disk import DiskReader
+from offload.tiers.simulated import SimulatedDevice
+
+LENGTHS = [1, 1, 7, 1, 1, 23, 1, 1, 1]
+ALL = LAYERS * EXPERTS
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    torch.set_num_threads(1)
+    return ReferenceDeviceKernels()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("experts"), "int4-g32")
+
+
+@pytest.fixture(scope="module")
+def steps(store):
+    return random_steps(store, LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def expected(store, kernels, steps):
+    return reference(store, kernels, steps)
+
+
+def make(store, kernels, vram, ram, *, seeds=(None,), system=None, **options):
+    """An executor whose layers are shared out among as many devices as there are seeds."""
+    reader = DiskReader(threads=3, part_nbytes=4096, backoff_s=0.0005, system=system or Unruly())
+    devices = [SimulatedDevice(seed=seed, name=f"device {n}") for n, seed in enumerate(seeds)]
+    bounds = [round(LAYERS * n / len(devices)) for n in range(len(devices) + 1)]
+    shares = [
+        DeviceShare(device, kernels, range(FIRST + bounds[n], FIRST + bounds[n + 1]), vram)
+        for n, device in enumerate(devices)
+    ]
+    options = {"prefetch": False, "allow_slow": True, "policy": "ema"} | options
+    executor = DeviceExecutor(store, shares, slots=ram, max_tokens=23, reader=reader, **options)
+    watch_reads(executor)
+    for device in devices:
+        device.seal()
+    return executor
+
+
+def watch_reads(executor):
+    """Reading from the drive into a RAM slot is an access by the host, which must not meet a copy."""
+    pool = executor.ram.pool
+    buffer = pool.buffer
+
+    def checked(slot):
+        for tier in executor.tiers:
+            tier.device.host_access(pool.tensor(slot), write=True)
+        return buffer(slot)
+
+    pool.buffer = checked
+
+
+def run(executor, steps, tokens=None):
+    outputs = []
+    for number, step in enumerate(steps):
+        executor.begin_step(tokens[number : number + 1] if tokens else [number] * len(step[0][0]))
+        for layer, (x, ids, weights) in enumerate(step):
+            if (number + layer) % 2:
+                executor.hint(FIRST + layer, ids, weights)
+            outputs.append(executor(FIRST + layer, x, ids, weights).clone())
+            check(executor)
+    return outputs
+
+
+def check(executor):
+    executor.ram.residency.check()
+    for tier in executor.tiers:
+        tier.residency.check()
+
+
+def assert_same(outputs, expected):
+    assert len(outputs) == len(expected)
+    for number, (ours, right) in enumerate(zip(outputs, expected, strict=True)):
+        assert torch.equal(ours, right), f"output {number} differs"
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("ram", [2, 5, 20])
+@pytest.mark.parametrize("vram", [2, 3, 14, ALL])
+def test_outputs_do_not_depend_on_budgets_or_timing(store, kernels, steps, expected, vram, ram, seed):
+    executor = make(store, kernels, vram, ram, seeds=[seed])
+    assert_same(run(executor, steps), expected)
+    telemetry = executor.counters()
+    demanded = sum(len(ids.unique()) for step in steps for _, ids, _ in step)
+    assert telemetry.vram.hits + telemetry.vram.misses == demanded
+    assert telemetry.ram.hits + telemetry.ram.misses == telemetry.vram.misses
+    with executor.tiers[0].device.guard():
+        executor.tiers[0].settle()
+    assert executor.counters().vram.reads == telemetry.vram.misses
+    assert (telemetry.vram.evictions == 0) == (vram == ALL)
+    executor.close()
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_several_devices_share_one_ram_tier(store, kernels, steps, expected, seed):
+    for ram in (2, 12):
+        executor = make(store, kernels, 4, ram, seeds=[seed, None, seed + 10])
+        assert [tier.layers for tier in executor.tiers] == [range(1), range(1, 2), range(2, 3)]
+        assert_same(run(executor, steps), expected)
+        assert all(tier.device.bytes_copied for tier in executor.tiers)
+        executor.close()
+
+
+@pytest.mark.parametrize(("codec", "lead"), [("bf16", 4096), ("int8-g32", 832), ("fp8", 64)])
+def test_outputs_do_not_depend_on_the_layout(kernels, codec, lead, tmp_path):
+    store = make_store(tmp_path, codec, lead=lead)
+    steps = random_steps(store, [1, 7, 1])
+    executor = make(store, kernels, 3, 7, seeds=[5], system=Unruly(short=0.3, seed=1))
+    assert_same(run(executor, steps), reference(store, kernels, steps))
+    executor.close()
+
+
+@pytest.mark.parametrize("policy", ["ema", "ema+tokens"])
+@pytest.mark.parametrize("seed", [None, 7])
+def test_promotion_changes_no_bits_and_raises_hits(store, kernels, policy, seed):
+    ids, steps = repeating(store, 40)
+    expected = reference(store, kernels, steps)
+    hits = []
+    for prefetch in (False, True):
+        executor = make(store, kernels, 16, 30, seeds=[seed], policy=policy, prefetch=prefetch)
+        assert_same(run(executor, steps, ids), expected)
+        vram = executor.counters().vram
+        assert vram is not None
+        hits.append(vram.hits)
+        assert (vram.prefetch_issued > 0) == prefetch
+        executor.close()
+    if policy == "ema+tokens":
+        assert hits[1] > hits[0]
+
+
+def test_everything_resident_needs_no_ids_on_the_host(store, kernels, steps, expected):
+    executor = make(store, kernels, ALL, ALL, seeds=[1, 2])
+    executor.preload()
+    assert all(tier.complete for tier in executor.tiers)
+    copied = [tier.device.bytes_copied for tier in executor.tiers]
+    assert sum(copied) == ALL * store.layout.stride
+    for tier in executor.tiers:
+        tier.device.compute.copy = None  # ids would go this way
+    assert_same(run(executor, steps), expected)
+    assert [tier.device.bytes_copied for tier in executor.tiers] == copied
+    assert executor.counters().ram.reads == ALL
+    executor.close()
+
+
+def test_a_dead_disk_is_an_error_and_the_executor_survives_it(store, kernels, steps, expected):
+    system = Unruly(delay_s=0.001)
+    executor = make(store, kernels, 5, 10, seeds=[1, 2], system=system)
+    run(executor, steps[:2])
+    system.broken.add(str(store.path / f"{FIRST + 1}.bin"))
+    with pytest.raises(DiskError, match=rf"expert \d+ of layer {FIRST + 1} "):
+        run(executor, steps)
+    check(executor)
+    system.broken.clear()
+    assert_same(run(executor, steps), expected)
+    executor.close()
+
+
+@pytest.mark.parametrize("fuse", [0, 3, 8, 21])
+def test_an_exception_while_computing_leaves_the_executor_usable(store, kernels, steps, expected, fuse):
+    class Fragile(ReferenceDeviceKernels):
+        left = fuse
+
+        def slot_experts(self, *arguments):
+            self.left -= 1
+            if self.left == -1:
+                raise KeyboardInterrupt
+            super().slot_experts(*arguments)
+
+    executor = make(store, Fragile(), 4, 8, seeds=[fuse])
+    with pytest.raises(KeyboardInterrupt):
+        run(executor, steps)
+    check(executor)
+    assert_same(run(executor, steps), expected)
+    executor.close()
+
+
+def test_a_step_that_stops_after_a_hint_is_forgotten(store, kernels, steps, expected):
+    executor = make(store, kernels, 5, 9, seeds=[1])
+    executor.begin_step([0])
+    executor.hint(FIRST, steps[5][0][1], steps[5][0][2])
+    assert_same(run(executor, steps), expected)
+    executor.close()
+
+
+def test_a_lost_device_ends_in_an_error_that_says_so(store, kernels, steps):
+    executor = make(store, kernels, 5, 9, seeds=[1])
+    run(executor, steps[:3])
+    executor.tiers[0].device.lost = True
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="device 0 failed"):
+            run(executor, steps[3:4])
+    executor.close()
+
+
+def test_hits_are_queued_before_misses_arrive(store, kernels):
+    system = Unruly()
+
+    class Watched(ReferenceDeviceKernels):
+        def slot_experts(self, slab, x, slots, partial):
+            computed.append(int((slots >= 0).sum()))
+            super().slot_experts(slab, x, slots, partial)
+            system.gate.set()
+
+    computed = []
+    executor = make(store, Watched(), ALL, ALL, system=system)
+    x, weights = torch.randn(1, 64), torch.ones(1, TOP_K)
+    executor.begin_step([0])
+    executor(FIRST, x, torch.tensor([[0, 1, 2]]), weights)
+    computed.clear()
+    system.gate.clear()
+    stream = executor.tiers[0].device.compute
+    stream.launch = lambda work, **_: (stream.drain(), work())  # a device as fast as its host
+    executor.begin_step([0])
+    executor(FIRST, x, torch.tensor([[5, 1, 2]]), weights)  # would hang if the hits waited
+    assert computed == [2, 1]
+    executor.close()
+
+
+def soak(store, kernels, steps, seed):
+    """Random budgets, devices, passes and interruptions; every pass that ends is right."""
+    dice = random.Random(seed)
+    pool = random_steps(store, [1] * 24 + [5, 23], seed=seed)
+    right = [reference(store, kernels, [step]) for step in pool]
+    system = Unruly(fail=0.02, short=0.05, seed=seed)
+    done = 0
+    while done < steps:
+        executor = make(
+            store,
+            kernels,
+            dice.choice([2, 3, 6, 12, 30, ALL]),
+            dice.choice([2, 4, 9, 18, ALL]),
+            seeds=[dice.choice([None, dice.randrange(1000)]) for _ in range(dice.choice([1, 1, 2, 3]))],
+            system=system,
+            prefetch=dice.random() < 0.7,
+            policy=dice.choice(["lru", "ema", "ema+tokens"]),
+        )
+        for _ in range(min(dice.choice([10, 40, 120]), steps - done)):
+            number = dice.randrange(len(pool))
+            stop = dice.randrange(LAYERS) if dice.random() < 0.1 else LAYERS
+            executor.begin_step([number] * len(pool[number][0][0]))
+            for layer, (x, ids, weights) in enumerate(pool[number]):
+                if layer == stop:
+                    if dice.random() < 0.5:
+                        executor.hint(FIRST + layer, ids, weights)
+                    break
+                if dice.random() < 0.3:
+                    executor.expect(FIRST + layer, ids[0].tolist())
+                assert torch.equal(executor(FIRST + layer, x, ids, weights), right[number][layer])
+            done += 1
+        check(executor)
+        executor.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_soak(store, kernels, seed):
+    soak(store, kernels, 60, seed)
+
+
+@pytest.mark.slow
+def test_long_soak(store, kernels):
+    soak(store, kernels, 2000, 99)
