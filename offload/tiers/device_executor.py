@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload.cache.policy import Routing
 from offload.cache.trace import Trace
 from offload.kernels.device import DeviceKernels
 from offload.telemetry import Telemetry, TierCounters
@@ -38,7 +39,19 @@ class _Desk:
     def __init__(self, tier: VramTier, positions: int) -> None:
         self.tier = tier
         self.ids = tier.device.pinned((positions,), torch.int64)
-        self.arrived: Event | None = None
+        self._arrived: Event | None = None
+
+    def send(self, ids: Tensor) -> None:
+        """Queue the way of ids [T, K] to the host."""
+        stream = self.tier.device.compute
+        stream.copy(self.ids[: ids.numel()], ids.reshape(-1))
+        self._arrived = stream.record()
+
+    def receive(self, shape: Sequence[int]) -> Routing:
+        """Wait for what was sent last, of this shape [T, K]."""
+        assert self._arrived is not None
+        self._arrived.wait()
+        return self.ids[: shape[0] * shape[1]].view(*shape).tolist()
 
 
 class DeviceExecutor:
@@ -107,6 +120,20 @@ class DeviceExecutor:
         for tier in self.tiers:
             tier.begin_step(tokens, changed)
 
+    def preference(self, layer: int, ids: Tensor) -> Tensor | None:
+        """The lead of every expert of `layer` that needs no read, float32 [E]; None to keep the choice ids [T, K].
+
+        Only with the option `prefer_resident`, which costs a wait for the ids.
+        """
+        if self.ram.preference is None or self._resident:
+            return None
+        index = layer - self.ram.layers[0]
+        desk = self._desks[index]
+        with desk.tier.device.guard():
+            desk.send(ids)
+            lead = self.ram.preference.of(index, desk.receive(ids.shape))
+            return None if lead is None else torch.from_numpy(lead).to(ids.device)
+
     def hint(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         """`layer` will be called with these ids [T, K]: send them to the host while the shared expert is computed."""
         index = layer - self.ram.layers[0]
@@ -114,10 +141,8 @@ class DeviceExecutor:
         if self._resident:
             return
         desk = self._desks[index]
-        device = desk.tier.device
-        with device.guard():
-            device.compute.copy(desk.ids[: ids.numel()], ids.reshape(-1))
-            desk.arrived = device.compute.record()
+        with desk.tier.device.guard():
+            desk.send(ids)
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [T, H], ids [T, K], weights [T, K], all on the layer's device -> [T, H].
@@ -175,11 +200,8 @@ class DeviceExecutor:
     # -- inside ------------------------------------------------------------------------------
 
     def _serve(self, index: int, desk: _Desk, x: Tensor, partial: Tensor, shape: Sequence[int]) -> None:
-        assert desk.arrived is not None
-        desk.arrived.wait()
-        flat = desk.ids[: partial.shape[0]].numpy()
-        wanted = self.ram.begin_layer(index, flat.reshape(tuple(shape)).tolist())
-        desk.tier.serve(LayerJob(index, x, flat, partial), wanted)
+        wanted = self.ram.begin_layer(index, desk.receive(shape))
+        desk.tier.serve(LayerJob(index, x, desk.ids[: partial.shape[0]].numpy(), partial), wanted)
         self.ram.end_layer()
 
     def _abandon(self) -> None:
