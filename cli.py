@@ -89,7 +89,12 @@ runtime_options = options(
     click.option("--context", type=click.IntRange(1), help="Longest prompt plus answer, in tokens. Default: 4096."),
     click.option("--policy", help="Cache policy of the expert slots.  [default: ema+tokens]"),
     click.option("--allow-slow", is_flag=True, default=None, help="Run with fewer slots than one token's working set."),
-    click.option("--profile", type=click.Path(dir_okay=False), help="TOML file with runtime options; flags win."),
+    click.option(
+        "--profile",
+        type=click.Path(dir_okay=False),
+        help="TOML file with runtime options (flags win), or a domain's routing (from `routing atlas --traces`): its "
+        "experts are read at the start.",
+    ),
     click.option(
         "--trace", type=click.Path(dir_okay=False), help="Record in this file which experts every token used."
     ),
@@ -450,7 +455,9 @@ def explain(
 )
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page with plots.")
 @click.option(
-    "--traces", type=click.Path(file_okay=False, path_type=Path), help="Also write the routing of each domain."
+    "--traces",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Also write the routing of each domain, for --profile and `simulate`.",
 )
 @runtime_options
 @json_option

@@ -337,6 +337,17 @@ class Residency:
         self.events.prefetch_issued += 1
         return load
 
+    def warm(self, keys: Sequence[int]) -> list[tuple[int, Load]]:
+        """(layer, load) for as many of `keys`, in their order, as there are free slots. Before anything runs."""
+        loads = []
+        for layer, expert in (divmod(key, self.shape.experts) for key in keys[: len(self._free)]):
+            loads.append((layer, self._place(layer, [expert])[0]))
+        if self._tell is not None:  # a policy that has learned from a trace took its experts for residents
+            for key, slot in enumerate(self._slot_of):
+                if slot < 0:
+                    self._tell(*divmod(key, self.shape.experts))
+        return loads
+
     # -- questions ---------------------------------------------------------------------------
 
     def slot(self, layer: int, expert: int) -> int:

@@ -16,6 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from offload.cache.trace import Trace
 from offload.engine.generation import Generation, check_prompt, generate
 from offload.engine.options import RuntimeOptions
 from offload.engine.request import GenerationStep, resolve_sampling
@@ -64,6 +65,7 @@ class Engine:
             record=self._trace_path is not None,
             prefer_resident=options.prefer_resident,
         )
+        self._warmed = self._executor.ram.warm(Trace.load(options.warm)) if options.warm else 0
         self._cache = KVCache(self.config, self.context)
         self._model = DeepseekV3(
             self.config, load_weights(self.store, self.config), self.kernels, self._executor, self.context
@@ -157,6 +159,8 @@ class Engine:
             f"policy {self._executor.ram.residency.policy.name}",
             self.plan.describe(),
         ]
+        if self._warmed:
+            lines.append(f"{self._warmed} experts that {self.options.warm} uses most were read at the start")
         if margin is not None:
             lines.append(
                 f"prefer-resident {margin:g}: a resident expert is chosen before a missing one whose biased score is "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import tomllib
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ class RuntimeOptions:
     policy      cache policy of the expert slots
     allow_slow  go below one token's working set of slots
     trace       file that gets the recorded routing when the engine is closed
+    warm        a domain's routing (`routing atlas --traces`): its experts fill the slots at load
     prefer_resident  margin within which a resident expert is chosen before a missing one; None: exact routing
     """
 
@@ -47,6 +49,7 @@ class RuntimeOptions:
     policy: str = "ema+tokens"
     allow_slow: bool = False
     trace: str | Path | None = None
+    warm: str | Path | None = None
     prefer_resident: float | None = None
 
     def __post_init__(self) -> None:
@@ -69,7 +72,10 @@ class RuntimeOptions:
 
 
 def resolve_options(given: Mapping[str, Any], profile: str | Path | None = None) -> RuntimeOptions:
-    """Defaults, then the TOML file `profile`, then every value of `given` that is not None.
+    """Defaults, then the file `profile`, then every value of `given` that is not None.
+
+    A profile is a TOML file with options, in which `warm` is relative to the file; or a domain's routing, which
+    means the same as a TOML file that only names it.
 
     Raises UsageError for an unknown name, in the profile with the file's name.
     """
@@ -91,12 +97,17 @@ def _overlay(options: RuntimeOptions, values: Mapping[str, Any]) -> RuntimeOptio
 
 
 def _read_profile(path: Path) -> dict[str, Any]:
+    if zipfile.is_zipfile(path):  # as .npz files are
+        return {"warm": path}
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as fault:
         raise UsageError(f"cannot be read: {fault.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
         raise UsageError(f"is not TOML: {fault}") from None
+    if isinstance(values.get("warm"), str):
+        values["warm"] = path.parent / values["warm"]
+    return values
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:

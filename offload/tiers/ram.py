@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from offload.cache.atlas import count_choices
 from offload.cache.lookahead import LookAhead
 from offload.cache.policy import CacheShape, Routing, create_policy
 from offload.cache.preference import Preference
@@ -19,7 +22,7 @@ from offload.cache.residency import Decision, Residency, Service
 from offload.cache.trace import Trace, TraceRecorder
 from offload.cache.usage import load_usage, save_usage
 from offload.config import ModelConfig
-from offload.errors import BudgetError, DiskError
+from offload.errors import BudgetError, DiskError, UsageError
 from offload.store.layout import ExpertLayout, ExpertWeights
 from offload.telemetry import Telemetry
 from offload.tiers.disk import DiskReader, Read
@@ -102,6 +105,33 @@ class RamTier:
         self._reads: dict[int, Read] = {}
         self._next_layer = 0
         self._holders: list[Callable[[], bool]] = []
+
+    def warm(self, trace: Trace) -> int:
+        """Learn from `trace` and read its most used experts into the free slots; returns how many were read.
+
+        Raises UsageError for the trace of another model, DiskError if an expert cannot be read.
+        """
+        if trace.shape != self.shape:
+            raise UsageError(f"the profile's routing is of another model: {trace.shape}, not {self.shape}")
+        if self._recorder:  # a replay of the recording begins with empty slots
+            self.telemetry.note("not warmed: a run that is recorded begins with empty slots")
+            return 0
+        counts = count_choices(trace)
+        for token, experts in zip(trace.tokens.tolist(), trace.experts.tolist(), strict=True):
+            # One by one, as in decoding: what many tokens need at once says little about the next one.
+            self.residency.begin_step([token])
+            for layer, ids in enumerate(experts):
+                self.residency.observe(layer, [ids])
+        keys = np.argsort(-counts.reshape(-1), kind="stable")[: np.count_nonzero(counts)]
+        reads = [self._read(layer, load.expert, load.slot) for layer, load in self.residency.warm(keys.tolist())]
+        self.reader.submit(reads)
+        try:
+            while self._reads:
+                self._collect(wait=True)
+        except BaseException:
+            self.abandon()
+            raise
+        return len(reads)
 
     # -- a forward pass ----------------------------------------------------------------------
 
