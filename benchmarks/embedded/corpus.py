@@ -29,7 +29,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from convert.synthetic_tokenizer import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, PAD, USER
 
 HELD_OUT_EVERY = 16
-"""One document of this many is never trained on; which one depends on its content only."""
+"""One part of this many is never trained on; which one depends on its content only."""
+
+PART = 12_000
+"""Longest part of a document in characters: held-out text then comes from many files of every domain."""
 
 _BLANK_RUNS = re.compile(r"\n{3,}")
 _ROFF = re.compile(r'^[.\'](?:\\"|de|ie|if|el|ds|nr|tr|rm|hy|ad|nh|so|TH|UR|UE|PD|TS|TE|in|ft|mso).*\n?', re.MULTILINE)
@@ -46,6 +49,8 @@ class Domain:
     read: Callable[[Path], str]
     limit: int
     share: float
+    without: tuple[str, ...] = ()
+    """Beginnings of file names that are left out."""
 
 
 @dataclass
@@ -81,18 +86,18 @@ def domains() -> tuple[Domain, ...]:
     stdlib = sysconfig.get_paths()["stdlib"]
     mega = 1_000_000
     return (
-        Domain("python", (f"{stdlib}/*.py", f"{stdlib}/[a-hj-su-z]*/*.py"), read_text, 5 * mega, 0.25),
+        Domain("python", (f"{stdlib}/*.py", f"{stdlib}/[a-hj-su-z]*/*.py"), read_text, 5 * mega, 0.26),
         Domain(
             "c",
             ("/usr/include/*.h", "/usr/include/linux/**/*.h", "/usr/include/*-linux-gnu/**/*.h"),
             read_text,
             3 * mega,
-            0.15,
+            0.18,
         ),
-        Domain("manual", ("/usr/share/man/man[1578]/*.gz",), read_man, 4 * mega, 0.17),
-        Domain("licence", ("/usr/share/common-licenses/*", "/usr/share/doc/*/copyright"), read_text, 2 * mega, 0.13),
+        Domain("manual", ("/usr/share/man/man[1578]/*.gz",), read_man, 4 * mega, 0.17, ("gcloud", "kubectl")),
+        Domain("licence", ("/usr/share/common-licenses/*", "/usr/share/doc/*/copyright"), read_text, 2 * mega, 0.15),
         *(
-            Domain(name, (f"/usr/share/locale/{code}/LC_MESSAGES/[!i]*.mo",), read_catalogue, 2 * mega, 0.1)
+            Domain(name, (f"/usr/share/locale/{code}/LC_MESSAGES/[!i]*.mo",), read_catalogue, 2 * mega, 0.08)
             for name, code in (("german", "de"), ("french", "fr"), ("russian", "ru"))
         ),
     )
@@ -114,8 +119,8 @@ def read_corpus(seed: int = 0) -> Corpus:
         corpus.held_out[domain.name] = held
         corpus.record[domain.name] = {
             "patterns": [pattern.replace(sysconfig.get_paths()["stdlib"], "STDLIB") for pattern in domain.patterns],
-            "documents": len(documents),
-            "held_out_documents": len(held),
+            "parts": len(documents),
+            "held_out_parts": len(held),
             "bytes": used,
             "sha256": digest.hexdigest(),
             "share": domain.share,
@@ -128,7 +133,7 @@ def _documents(domain: Domain, order: random.Random) -> Iterator[str]:
     order.shuffle(paths)
     seen = set()
     for path in map(Path, paths):
-        if path.is_dir() or path.stat().st_size > 1_000_000:
+        if path.is_dir() or path.stat().st_size > 1_000_000 or path.name.startswith(domain.without):
             continue
         try:
             text = _BLANK_RUNS.sub("\n\n", domain.read(path)).strip()
@@ -137,8 +142,7 @@ def _documents(domain: Domain, order: random.Random) -> Iterator[str]:
         key = hashlib.sha256(text.encode(errors="replace")).digest()
         if len(text) > 200 and key not in seen:
             seen.add(key)
-            # Long files in parts, so that held-out text exists where a domain has few files.
-            yield from (text[i : i + 40_000] for i in range(0, len(text), 40_000))
+            yield from (text[i : i + PART] for i in range(0, len(text), PART))
 
 
 def _held_out(text: str) -> bool:
