@@ -361,12 +361,14 @@ def probe(as_json: bool, **arguments: Any) -> None:
 @click.option("--drop-caches", is_flag=True, help="Empty the system's page cache before cold runs (needs root).")
 @runtime_options
 @prefer_option
+@html_option
 @json_option
-def bench(store: str, as_json: bool, **arguments: Any) -> None:
+def bench(store: str, as_json: bool, html: str | None, **arguments: Any) -> None:
     """Measure generation with STORE, cold and warm, and explain the difference to the plan."""
     from offload.engine.bench import bench as run
 
     report = run(store, tell=lambda what: click.echo(what, err=True), **arguments)
+    _write_page(report, html)
     _report(report.lines(), report.to_dict(), as_json)
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from offload.engine.bench_page import bench_page
 from offload.engine.engine import Engine
 from offload.engine.options import resolve_options
 from offload.engine.summary import peak_ram
 from offload.errors import UsageError
+from offload.report import Page
 from offload.tune.budget import PREFILL_CHUNK
 from offload.tune.compare import Comparison, Measured, compare
 from offload.tune.cost import ModelCost, decode_cost, prefill_cost
@@ -69,6 +71,8 @@ class Sample:
 
     prefill: Phase
     decode: Phase
+    layer_stall_s: Sequence[float]
+    """Waiting per MoE layer while decoding."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,12 @@ class BenchReport:
     machine: MachineSpec | None
     comparisons: Sequence[Comparison]
     peak_ram_bytes: int
+    layer_stall_s: Sequence[float] = ()
+    """Waiting per MoE layer and token of warm decoding."""
+
+    def page(self) -> Page:
+        """For people, with charts."""
+        return bench_page(self)
 
     def lines(self) -> Iterator[str]:
         """A table for people."""
@@ -134,6 +144,7 @@ class BenchReport:
             "compared": {item.what: item.to_dict() for item in self.comparisons},
             "notes": list(self.notes),
             "peak_ram_bytes": self.peak_ram_bytes,
+            "layer_stall_s": list(self.layer_stall_s),
         }
 
 
@@ -201,7 +212,14 @@ def bench(
         spec,
         compared,
         peak_ram(),
+        layer_waiting(samples["warm"]),
     )
+
+
+def layer_waiting(samples: Sequence[Sample]) -> list[float]:
+    """Seconds of waiting per MoE layer and decoded token, over all samples."""
+    tokens = sum(sample.decode.tokens for sample in samples)
+    return [sum(layer) / tokens for layer in zip(*(sample.layer_stall_s for sample in samples), strict=True)]
 
 
 def run_once(engine: Engine, prompt: Sequence[int], max_tokens: int, seed: int) -> Sample:
@@ -210,12 +228,13 @@ def run_once(engine: Engine, prompt: Sequence[int], max_tokens: int, seed: int) 
     begun = time.perf_counter()
     steps = engine.generate(prompt, max_tokens=max_tokens, temperature=0.8, seed=seed, ignore_eos=True)
     next(steps)
-    first, middle = time.perf_counter(), _counted(engine)
+    first, middle, stalled = time.perf_counter(), _counted(engine), _layer_stall(engine)
     decoded = sum(1 for _ in steps)
     end = time.perf_counter()
     return Sample(
         _phase(len(prompt), first - begun, start, middle),
         _phase(max(1, decoded), end - first, middle, _counted(engine)),
+        [now - then for then, now in zip(stalled, _layer_stall(engine), strict=True)],
     )
 
 
@@ -226,6 +245,12 @@ def _counted(engine: Engine) -> dict[str, Any]:
     ram = engine.counters()["ram"]
     assert isinstance(ram, dict)
     return {name: ram[name] for name in _COUNTS}
+
+
+def _layer_stall(engine: Engine) -> list[float]:
+    stalls = engine.counters()["layer_stall_s"]
+    assert isinstance(stalls, list)
+    return stalls
 
 
 def _phase(tokens: int, seconds: float, before: dict[str, Any], after: dict[str, Any]) -> Phase:

@@ -90,3 +90,14 @@ def test_spread_and_pages(tmp_path: Path) -> None:
     assert spread([1.0, 3.0, 2.0], "s") == "2.00 (1.00-3.00) s" and spread([1.5], "") == "1.50"
     (tmp_path / "a.safetensors").write_bytes(b"x")
     assert forget_pages(tmp_path, everything=False) == []
+
+
+def test_page_and_waiting_per_layer(store: Path, tmp_path: Path) -> None:
+    ram = ram_for_share(store, 0.5, context=64) + (64 << 20)
+    report = bench(store, prompt_tokens=5, max_tokens=4, warm=2, ram=ram, **SMALL)
+    waited = sum(sum(sample.layer_stall_s) for sample in report.warm)
+    assert len(report.layer_stall_s) == 3
+    assert sum(report.layer_stall_s) == pytest.approx(waited / sum(sample.decode.tokens for sample in report.warm))
+    assert waited == pytest.approx(sum(sample.decode.stall_s for sample in report.warm), abs=1e-4)
+    html = report.page().write(tmp_path / "bench.html").read_text()
+    assert "cold 1, prefill" in html and "warm 2, decode" in html and "<svg" in html
