@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,14 @@ COVERAGE = (0.05, 0.1, 0.25, 0.5, 0.75)
 
 HOT_SHARE = 0.25
 """Part of a layer's experts that counts as hot, for the overlap of domains."""
+
+
+class Specialist(NamedTuple):
+    """An expert (layer from 0) and the part of its use that one domain makes."""
+
+    layer: int
+    expert: int
+    share: float
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,24 @@ class Atlas:
         within = ((used - 1) / choices).mean(0)
         between = ((self.counts.sum(0) > 0).sum(1) - 1) / mixed
         return np.asarray((within - between) / (2 * np.log(2)))
+
+    @property
+    def part(self) -> Floats:
+        """p(d|e): the part of an expert's use that a domain makes, domains counting alike, [D, L, E]; 0 if unused."""
+        total = self.use.sum(0)
+        return np.asarray(np.divide(self.use, total, out=np.zeros_like(self.use), where=total > 0))
+
+    def specialists(self, domain: int, count: int) -> list[Specialist]:
+        """Up to `count` experts with the largest part of their use in `domain`, the largest first.
+
+        Only experts that carry at least an even load there, so that a single stray token makes no specialist; ties go
+        to the lower layer and expert.
+        """
+        usual = self.use[domain] >= 1 / self.shape.experts  # [L, E]
+        parts = np.where(usual, self.part[domain], -1.0).ravel()
+        best = np.argsort(-parts, kind="stable")[: min(count, int(usual.sum()))].tolist()
+        places = ((*divmod(key, self.shape.experts), float(parts[key])) for key in best)
+        return [Specialist(layer, expert, share) for layer, expert, share in places]
 
     @property
     def overlap(self) -> Floats:
@@ -182,6 +208,10 @@ class Atlas:
             "reuse": self.reuse.tolist(),
             "chance_reuse": self.chance_reuse,
             "overlap": self.overlap.tolist(),
+            "specialists": {
+                name: [[self.first_layer + one.layer, one.expert, one.share] for one in self.specialists(index, 8)]
+                for index, name in enumerate(self.domains)
+            },
         }
 
     def _top(self, share: float) -> int:

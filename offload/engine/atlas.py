@@ -1,6 +1,6 @@
 """Recording an atlas: folders of texts through the router, one trace per domain.
 
-Owns reading the texts and running them. The statistics are `cache.atlas`, the page is `cache.atlas_page`.
+Owns reading the texts and running them. The statistics are `cache.atlas`, the page is `atlas_page`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from offload.cache.atlas import Atlas, make_atlas
-from offload.cache.atlas_page import atlas_page
 from offload.cache.policy import CacheShape
 from offload.cache.trace import Trace, TraceRecorder
+from offload.engine.atlas_page import atlas_page
 from offload.engine.engine import Engine
 from offload.errors import UsageError
 
@@ -50,7 +50,7 @@ def write_atlas(
 ) -> None:
     """Write the page `html` and one trace per domain into the folder `traces_to`, as far as they are given."""
     if html is not None:
-        html.write_text(atlas_page(atlas, f"Routing atlas of {model}"), encoding="utf-8")
+        atlas_page(atlas, f"Routing atlas of {model}").write(html)
     if traces_to is not None:
         traces_to.mkdir(parents=True, exist_ok=True)
         for domain, trace in traces.items():

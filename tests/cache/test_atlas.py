@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from offload.cache.atlas import HOT_SHARE, Atlas, make_atlas
-from offload.cache.atlas_page import atlas_page
 from offload.cache.policy import CacheShape
 from offload.cache.trace import Trace, TraceRecorder
 from offload.errors import UsageError
@@ -155,6 +152,25 @@ def test_overlap_of_domains(atlas: Atlas) -> None:
     assert atlas.overlap.diagonal().tolist() == [1.0] * 3
 
 
+def test_parts_and_specialists(atlas: Atlas) -> None:
+    for d, domain in enumerate(TRACES):
+        found = []
+        for layer in range(LAYERS):
+            uses = [use(name, layer) for name in TRACES]
+            for e in range(EXPERTS):
+                total = sum(p[e] for p in uses)
+                part = use(domain, layer)[e] / total if total else 0.0
+                assert atlas.part[d, layer, e] == pytest.approx(part)
+                if use(domain, layer)[e] >= 1 / EXPERTS:
+                    found.append((-part, layer, e))
+        best = sorted(found)[:4]
+        specialists = atlas.specialists(d, 4)
+        assert [-one.share for one in specialists] == pytest.approx([part for part, _, _ in best])
+        assert specialists[0][:2] in [(layer, e) for part, layer, e in found if part == pytest.approx(best[0][0])]
+        told = atlas.to_dict()["specialists"][domain]
+        assert told[0] == [1 + specialists[0].layer, specialists[0].expert, specialists[0].share]
+
+
 def test_summary_and_json_hold_the_same_numbers(atlas: Atlas) -> None:
     lines = list(atlas.lines())
     values = atlas.to_dict()
@@ -163,30 +179,6 @@ def test_summary_and_json_hold_the_same_numbers(atlas: Atlas) -> None:
     everyone = next(line for line in lines if "all domains" in line)
     assert f"{values['coverage'][round(0.25 * EXPERTS) - 1]:.0%}" in everyone
     assert np.array(values["counts"]).shape == (3, LAYERS, EXPERTS)
-
-
-class _Tags(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found[tag] += 1
-        self.links += [str(value) for name, value in attrs if name in ("src", "href")]
-
-
-def test_page_stands_alone_and_draws_every_cell(atlas: Atlas) -> None:
-    page = atlas_page(atlas, "Atlas of <model>")
-    tags = _Tags()
-    tags.feed(page)
-    assert not tags.links and "url(" not in page and "<script" not in page and "Atlas of <model>" not in page
-    assert tags.found["rect"] == (1 + len(TRACES)) * LAYERS * EXPERTS
-    assert tags.found["polyline"] == 2 + (1 + len(TRACES)) + (len(TRACES) + 1)
-    busiest = int(atlas.load[2].argmax())
-    shown = re.search(rf"layer 3, expert {busiest}: ([\d.]+) of an even load", page)
-    assert shown and float(shown[1]) == pytest.approx(atlas.load[2, busiest] * EXPERTS, abs=0.006)
-    assert "nan" not in page
 
 
 def test_unusable_traces_are_refused_by_name() -> None:
