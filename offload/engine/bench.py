@@ -22,7 +22,6 @@ from offload.engine.options import resolve_options
 from offload.engine.summary import peak_ram
 from offload.errors import UsageError
 from offload.report import Page
-from offload.tune.budget import PREFILL_CHUNK
 from offload.tune.compare import Comparison, Measured, compare
 from offload.tune.cost import ModelCost, decode_cost, prefill_cost
 from offload.tune.machine import MachineSpec, load_machine
@@ -199,7 +198,7 @@ def bench(
     compared: list[Comparison] = []
     if spec is not None:
         expected = hit_curve(hits, config).at(share)
-        compared = predictions(model, spec, samples["cold"], samples["warm"], expected)
+        compared = predictions(model, spec, samples["cold"], samples["warm"], expected, plan.chunk)
     return BenchReport(
         str(store),
         described,
@@ -258,9 +257,12 @@ def _phase(tokens: int, seconds: float, before: dict[str, Any], after: dict[str,
 
 
 def predictions(
-    model: ModelCost, machine: MachineSpec, cold: Sequence[Sample], warm: Sequence[Sample], expected: float
+    model: ModelCost, machine: MachineSpec, cold: Sequence[Sample], warm: Sequence[Sample], expected: float, chunk: int
 ) -> list[Comparison]:
-    """Warm decode and cold prefill against the cost model; `expected` is the hit rate assumed for decoding."""
+    """Warm decode and cold prefill against the cost model.
+
+    `expected` is the hit rate assumed for decoding, `chunk` the number of tokens that share one sweep of the experts.
+    """
     decode = [sample.decode for sample in warm]
     context = warm[0].prefill.tokens + warm[0].decode.tokens // 2
     per_token = Measured(
@@ -279,10 +281,10 @@ def predictions(
     ]
     prefill = [sample.prefill for sample in cold]
     tokens = prefill[0].tokens
-    sweep = prefill_cost(model, machine, tokens, PREFILL_CHUNK, share=0.0)
+    sweep = prefill_cost(model, machine, tokens, chunk, share=0.0)
     read = median(phase.bytes_read for phase in prefill)
     # Fewer bytes than a sweep: the prompt used fewer experts than if all were equally likely.
-    actual = prefill_cost(model, machine, tokens, PREFILL_CHUNK, share=max(0.0, 1 - read / sweep.read_nbytes))
+    actual = prefill_cost(model, machine, tokens, chunk, share=max(0.0, 1 - read / sweep.read_nbytes))
     whole = Measured(median(p.seconds for p in prefill), median(p.stall_s for p in prefill), read)
     return [*found, compare(f"cold prefill of {tokens} tokens", whole, sweep, actual)]
 

@@ -30,7 +30,7 @@ from offload.model.watch import WatchedExperts, Watcher
 from offload.model.weights import load_weights, widened_nbytes
 from offload.store import Store
 from offload.tiers.executor import Executor
-from offload.tune.budget import DEFAULT_CONTEXT, FREE_SHARE, PREFILL_CHUNK, RamPlan, plan_ram, ram_for_slots
+from offload.tune.budget import DEFAULT_CONTEXT, FREE_SHARE, RamPlan, plan_ram, ram_for_slots
 from offload.types import parse_size
 
 log = logging.getLogger("expertpager")
@@ -61,7 +61,7 @@ class Engine:
             slots=self.plan.slots,
             policy=options.policy,
             allow_slow=options.allow_slow,
-            max_tokens=min(PREFILL_CHUNK, self.context),
+            max_tokens=self.plan.chunk,
             record=self._trace_path is not None,
             prefer_resident=options.prefer_resident,
         )
@@ -93,7 +93,7 @@ class Engine:
         )
         return self._steps(run)
 
-    def logits(self, token_ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Tensor:
+    def logits(self, token_ids: Sequence[int], chunk: int | None = None) -> Tensor:
         """Teacher-forced logits, float32 [T, vocab]: row t is the prediction after token t.
 
         `chunk` tokens make a forward pass: with 1 they go one by one, as in decoding.
@@ -188,7 +188,7 @@ class Engine:
         self._executor.begin_session()
 
     def _chunks(self, token_ids: Sequence[int], chunk: int | None = None) -> Iterator[Tensor]:
-        size = min(chunk or PREFILL_CHUNK, PREFILL_CHUNK)
+        size = min(chunk or self.plan.chunk, self.plan.chunk)
         for first in range(0, len(token_ids), size):
             yield self._model.forward(list(token_ids[first : first + size]), self._cache)
 
@@ -225,7 +225,6 @@ def _demand(store: Store, context: int, process: int) -> dict[str, int]:
         "process": process,
         "resident": store.resident_nbytes + widened_nbytes(store.config),
         "slot_nbytes": store.layout.slot_nbytes,
-        "chunk": min(PREFILL_CHUNK, context),
         "context": context,
     }
 

@@ -19,12 +19,12 @@ from offload.model.kv_cache import KVCache
 from offload.quant import QuantizedTensor
 
 EXPAND_FROM = 16
-"""Tokens from which the first chunk of a context is computed in the expanded form.
+"""Tokens from which the first block of a context is computed in the expanded form.
 
 There it takes less arithmetic: per head, query and key nope + rope + v = 320 products instead of
-2 * R + rope = 1088, and the latents pass through kv_b_proj once in either form. Later chunks would have to
+2 * R + rope = 1088, and the latents pass through kv_b_proj once in either form. Later blocks would have to
 restore the whole context (160 KiB per token and layer of DeepSeek-V3) and outgrow any working memory set
-aside at load, so they are absorbed. So are short chunks, which thus get the bits of the same tokens fed one
+aside at load, so they are absorbed. So are short blocks, which thus get the bits of the same tokens fed one
 by one.
 """
 
@@ -51,14 +51,16 @@ def mla(
     config: ModelConfig,
     kernels: Kernels,
     absorbed: bool | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """Attention output [T, H] for normed inputs x [T, H] at positions cache.length .. + T.
+    """Attention output [T, H] for normed inputs x [T, H] at positions cache.length + first .. + T.
 
-    Writes the layer's latents to `cache` without advancing it. `absorbed` forces a form.
+    Writes the layer's latents to `cache` without advancing it; `first` is the place of x in a longer pass whose
+    earlier blocks have done so. `absorbed` forces a form.
     """
-    tokens, start = x.shape[0], cache.length
+    tokens, start = x.shape[0], cache.length + first
     q_nope, q_rope = _queries(x, weights, angles, config, kernels)
-    rows = cache.write(layer, _latents(x, weights, angles, config, kernels))  # [S, R+D]
+    rows = cache.write(layer, _latents(x, weights, angles, config, kernels), first)  # [S, R+D]
     if absorbed is None:
         absorbed = start > 0 or tokens < EXPAND_FROM
     if absorbed:

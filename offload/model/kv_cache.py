@@ -28,10 +28,11 @@ class KVCache:
                 f"{self.length + tokens} tokens do not fit into the context of {self.capacity}; give a larger --context"
             )
 
-    def write(self, layer: int, latent: Tensor) -> Tensor:
-        """Append latent [T, R+D] of `layer` behind the filled part; returns rows 0..length+T of the layer."""
-        end = self.length + latent.shape[0]
-        self.data[layer, self.length : end] = latent
+    def write(self, layer: int, latent: Tensor, first: int = 0) -> Tensor:
+        """Put latent [T, R+D] of `layer` `first` rows behind the filled part; returns all rows up to its end."""
+        start = self.length + first
+        end = start + latent.shape[0]
+        self.data[layer, start:end] = latent
         return self.data[layer, :end]
 
     def advance(self, tokens: int) -> None:

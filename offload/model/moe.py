@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from offload.config import ModelConfig
 from offload.kernels import Kernels, RouterShape
+from offload.model.blocks import blocks
 from offload.model.preference import reroute
 from offload.quant import QuantizedTensor
 
@@ -77,8 +79,16 @@ def moe(
     if preference is not None:
         ids, scores = reroute(kernels, x, weights.router, weights.bias, shape, preference)
     routed.hint(layer, ids, scores)
-    shared = (
-        kernels.swiglu_mlp(x, weights.shared.gate, weights.shared.up, weights.shared.down) if weights.shared else None
-    )
+    shared = mlp(x, weights.shared, kernels) if weights.shared else None
     out = routed(layer, x, ids, scores)
     return out if shared is None else out + shared
+
+
+def mlp(x: Tensor, weights: MlpWeights, kernels: Kernels) -> Tensor:
+    """down(silu(gate x) * up x) for x [T, H], block by block: the intermediate values of a long pass are many."""
+    if len(parts := blocks(x.shape[0])) == 1:
+        return kernels.swiglu_mlp(x, weights.gate, weights.up, weights.down)
+    out = torch.empty_like(x)
+    for rows in parts:
+        out[rows] = kernels.swiglu_mlp(x[rows], weights.gate, weights.up, weights.down)
+    return out

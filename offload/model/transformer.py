@@ -6,6 +6,7 @@ state but the cache it is handed. Must not know tiers, stores or tokenizers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from offload.config import ModelConfig
 from offload.kernels import Kernels
 from offload.model.attention import AttentionWeights, mla
+from offload.model.blocks import blocks
 from offload.model.kv_cache import KVCache
-from offload.model.moe import MlpWeights, MoeWeights, RoutedExperts, moe, router_shape
+from offload.model.moe import MlpWeights, MoeWeights, RoutedExperts, mlp, moe, router_shape
 from offload.model.rope import RotaryTable
 from offload.quant import QuantizedTensor
 
@@ -54,17 +56,21 @@ class DeepseekV3:
         self._rotary = RotaryTable(config, context)
         self._router_shape = router_shape(config)
 
-    def forward(self, token_ids: list[int], cache: KVCache) -> Tensor:
+    def forward(self, token_ids: list[int], cache: KVCache, progress: Callable[[int], None] | None = None) -> Tensor:
         """Hidden states [T, H] after the final norm for tokens at positions cache.length .. + T.
 
-        Appends them to `cache`. Raises UsageError when they do not fit.
+        Appends them to `cache`. Raises UsageError when they do not fit. `progress` is called after each layer with
+        the number of layers done.
         """
         cache.require(len(token_ids))
         self.routed.begin_step(token_ids)
-        angles = self._rotary.at(cache.length, len(token_ids))
+        cos, sin = self._rotary.at(cache.length, len(token_ids))
+        parts = [(rows, (cos[rows], sin[rows])) for rows in blocks(len(token_ids))]
         hidden = self.weights.embed.rows_of(torch.tensor(token_ids))  # [T, H]
         for index, layer in enumerate(self.weights.layers):
-            hidden = self._layer(index, layer, hidden, cache, angles)
+            hidden = self._layer(index, layer, hidden, cache, parts)
+            if progress is not None:
+                progress(index + 1)
         cache.advance(len(token_ids))
         return self.kernels.rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
 
@@ -73,13 +79,21 @@ class DeepseekV3:
         return self.kernels.linear(hidden, self.weights.head)
 
     def _layer(
-        self, index: int, layer: LayerWeights, hidden: Tensor, cache: KVCache, angles: tuple[Tensor, Tensor]
+        self,
+        index: int,
+        layer: LayerWeights,
+        hidden: Tensor,
+        cache: KVCache,
+        parts: list[tuple[slice, tuple[Tensor, Tensor]]],
     ) -> Tensor:
+        """The residual stream [T, H] after a layer; `hidden` is overwritten. `parts`: blocks and their rotations."""
         kernels, eps = self.kernels, self.config.rms_norm_eps
-        x = kernels.rms_norm(hidden, layer.input_norm, eps)
-        hidden = hidden + mla(x, layer.attention, index, cache, angles, self.config, kernels)
-        x = kernels.rms_norm(hidden, layer.post_attention_norm, eps)
+        x = torch.empty_like(hidden)
+        for rows, angles in parts:
+            normed = kernels.rms_norm(hidden[rows], layer.input_norm, eps)
+            hidden[rows] += mla(normed, layer.attention, index, cache, angles, self.config, kernels, first=rows.start)
+            x[rows] = kernels.rms_norm(hidden[rows], layer.post_attention_norm, eps)
         if layer.moe is not None:
             return hidden + moe(x, layer.moe, index, self._router_shape, self.routed, kernels)
         assert layer.mlp is not None
-        return hidden + kernels.swiglu_mlp(x, layer.mlp.gate, layer.mlp.up, layer.mlp.down)
+        return hidden + mlp(x, layer.mlp, kernels)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from offload.config import ModelConfig
 from offload.errors import BudgetError
+from offload.model.blocks import BLOCK
 from offload.types import format_size
 
-PREFILL_CHUNK = 512
-"""Tokens of a prompt computed at once: one sweep over the experts they use. Fixed, so that how a prompt is
-cut never depends on the memory at hand."""
+CHUNK_SHARE = 1 / 16
+"""Share of the memory for slots that may go into longer prefill chunks instead. Each chunk is one sweep over the
+experts it uses, so a chunk of twice the length halves what a long prompt reads."""
 
 DEFAULT_CONTEXT = 4096
 FREE_SHARE = 0.8
@@ -35,6 +36,8 @@ class RamPlan:
     kv_cache: int
     working: int
     """Activations of one chunk, partial sums, staging."""
+    chunk: int
+    """Tokens of a prompt computed at once: each expert they use is read once for all of them."""
     slot_nbytes: int
     slots: int
     experts: int
@@ -54,8 +57,8 @@ class RamPlan:
         return (
             f"{format_size(self.total)} RAM: {self.slots} expert slots of {format_size(self.slot_nbytes)} "
             f"({share:.0f}% of {self.experts} experts), resident weights {format_size(self.resident)}, "
-            f"KV cache {format_size(self.kv_cache)}, working memory {format_size(self.working)}, "
-            f"process {format_size(self.process)}"
+            f"KV cache {format_size(self.kv_cache)}, working memory {format_size(self.working)} for prompts in "
+            f"chunks of {self.chunk}, process {format_size(self.process)}"
         )
 
 
@@ -67,16 +70,18 @@ def kv_cache_nbytes(config: ModelConfig, context: int) -> int:
 def working_nbytes(config: ModelConfig, chunk: int, context: int) -> int:
     """Upper estimate of the activations alive at once for a chunk of `chunk` tokens, in bytes.
 
-    Counted in fp32: the routed experts' outputs [chunk, K, H], hidden states and residuals, the widest
-    MLP, queries and latent outputs of attention, one logits row, and one head's attention scores.
+    Counted in fp32. Of the whole chunk: hidden states, their norm, the routed experts' outputs [chunk, K, H] and
+    their sum. Of one block: the widest MLP, queries and latent outputs of attention. Besides: one head's attention
+    scores of a block, and two logits rows.
     """
-    per_token = (
-        (config.num_experts_per_tok + 8) * config.hidden_size
+    per_token = (config.num_experts_per_tok + 5) * config.hidden_size
+    per_block_token = (
+        3 * config.hidden_size
         + 3 * max(config.intermediate_size, config.moe_intermediate_size * max(config.n_shared_experts, 1))
         + config.num_attention_heads * (2 * config.qk_head_dim + 2 * config.kv_lora_rank + 2 * config.v_head_dim)
         + 2 * context
     )
-    return 4 * (chunk * per_token + 2 * config.vocab_size)
+    return 4 * (chunk * per_token + min(chunk, BLOCK) * per_block_token + 2 * config.vocab_size)
 
 
 def floor_slots(config: ModelConfig) -> int:
@@ -91,7 +96,6 @@ def plan_ram(
     process: int,
     resident: int,
     slot_nbytes: int,
-    chunk: int,
     context: int,
     allow_slow: bool = False,
 ) -> RamPlan:
@@ -101,39 +105,58 @@ def plan_ram(
     `allow_slow`.
     """
     experts = config.n_routed_experts * len(config.moe_layers)
-    fixed = RamPlan(
-        process,
-        resident,
-        kv_cache_nbytes(config, context),
-        working_nbytes(config, chunk, context),
-        slot_nbytes,
-        0,
-        experts,
-    )
-    slots = min(experts, max(0, (limit - fixed.fixed) // slot_nbytes))
+    kv_cache = kv_cache_nbytes(config, context)
+    chunk = min(BLOCK, context)
+    working = working_nbytes(config, chunk, context)
+    fixed = process + resident + kv_cache + working
     floor = min(floor_slots(config), experts)
     least = min(MIN_WAVE, experts) if allow_slow else floor
-    if slots < least:
-        need = fixed.fixed + least * slot_nbytes
+    spare = limit - fixed
+    if spare < least * slot_nbytes:
+        need = fixed + least * slot_nbytes
         reason = (
             f"below the floor of {floor} expert slots, one token's working set "
             f"({config.num_experts_per_tok} experts x {len(config.moe_layers)} layers)"
-            if fixed.fixed <= limit
+            if spare >= 0
             else "not enough even without expert slots"
         )
-        advice = "" if allow_slow else "; --allow-slow goes below the floor" if fixed.fixed < limit else ""
+        advice = "; --allow-slow goes below the floor" if spare > 0 and not allow_slow else ""
         raise BudgetError(
-            f"--ram {format_size(limit)} is {reason}: {format_size(fixed.fixed)} is needed for process "
+            f"--ram {format_size(limit)} is {reason}: {format_size(fixed)} is needed for process "
             f"{format_size(process)}, resident weights {format_size(resident)}, KV cache of {context} tokens "
-            f"{format_size(fixed.kv_cache)} and working memory {format_size(fixed.working)}, and a slot takes "
+            f"{format_size(kv_cache)} and working memory {format_size(working)}, and a slot takes "
             f"{format_size(slot_nbytes)}; give --ram {need // 2**20 + 1}MiB or more, or a smaller --context{advice}"
         )
-    return RamPlan(process, resident, fixed.kv_cache, fixed.working, slot_nbytes, slots, experts)
+    longer = _longer_chunk(config, context, _for_chunks(spare, floor * slot_nbytes))
+    extra = working_nbytes(config, longer, context) - working
+    slots = min(experts, (spare - extra) // slot_nbytes)
+    return RamPlan(process, resident, kv_cache, working + extra, longer, slot_nbytes, slots, experts)
 
 
 def ram_for_slots(
-    config: ModelConfig, slots: int, *, process: int, resident: int, slot_nbytes: int, chunk: int, context: int
+    config: ModelConfig, slots: int, *, process: int, resident: int, slot_nbytes: int, context: int
 ) -> int:
     """The smallest limit with which `plan_ram` makes `slots` slots."""
-    fixed = process + resident + kv_cache_nbytes(config, context) + working_nbytes(config, chunk, context)
-    return fixed + slots * slot_nbytes
+    fixed = process + resident + kv_cache_nbytes(config, context)
+    floor = min(floor_slots(config), config.n_routed_experts * len(config.moe_layers)) * slot_nbytes
+    chunk = least = min(BLOCK, context)
+    while True:
+        limit = fixed + working_nbytes(config, chunk, context) + slots * slot_nbytes
+        spare = limit - fixed - working_nbytes(config, least, context)
+        # As much spare memory makes longer chunks, which may take back what this limit gave to slots.
+        if _longer_chunk(config, context, _for_chunks(spare, floor)) <= chunk:
+            return limit
+        chunk = min(chunk + BLOCK, context)
+
+
+def _for_chunks(spare: int, floor: int) -> int:
+    """Of `spare` bytes, those that may make chunks longer: a share, and nothing that the `floor` of slots needs."""
+    return max(0, min(int(spare * CHUNK_SHARE), spare - floor))
+
+
+def _longer_chunk(config: ModelConfig, context: int, spare: int) -> int:
+    """Tokens of the longest chunk, in whole blocks, that takes at most `spare` bytes more than one block."""
+    if context <= BLOCK:
+        return context
+    per_token = working_nbytes(config, BLOCK + 1, context) - working_nbytes(config, BLOCK, context)
+    return min(context, BLOCK + spare // (per_token * BLOCK) * BLOCK)

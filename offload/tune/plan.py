@@ -14,7 +14,6 @@ from offload.model.weights import widened_nbytes
 from offload.tune.budget import (
     DEFAULT_CONTEXT,
     FREE_SHARE,
-    PREFILL_CHUNK,
     RamPlan,
     floor_slots,
     kv_cache_nbytes,
@@ -99,7 +98,6 @@ def ram_demand(footprint: Footprint, context: int, process: int) -> dict[str, in
         "process": process,
         "resident": footprint.resident_nbytes + widened_nbytes(footprint.config),
         "slot_nbytes": ModelCost.of(footprint).layout.slot_nbytes,
-        "chunk": min(PREFILL_CHUNK, context),
         "context": context,
     }
 
@@ -129,7 +127,7 @@ def plan_recipe(footprint: Footprint, machine: MachineSpec, setting: Setting, cu
     hit = _hit(curve, ram.slots, config)
     decode = decode_cost(model, machine, hit, context // 2)
     prompt = min(setting.prompt, context)
-    prefill = prefill_cost(model, machine, prompt, PREFILL_CHUNK, share)
+    prefill = prefill_cost(model, machine, prompt, ram.chunk, share)
     return RecipePlan(
         footprint,
         (),

@@ -12,7 +12,7 @@ from typing import Any
 from offload.config import ModelConfig
 from offload.errors import UsageError
 from offload.report import Curve, Page, line_chart, stacked_bars
-from offload.tune.budget import DEFAULT_CONTEXT, FREE_SHARE, PREFILL_CHUNK, floor_slots, kv_cache_nbytes
+from offload.tune.budget import DEFAULT_CONTEXT, FREE_SHARE, floor_slots, kv_cache_nbytes
 from offload.tune.cost import Footprint, ModelCost, ceiling_tok_s, decode_cost
 from offload.tune.hits import CURVES, HitCurve
 from offload.tune.machine import MachineSpec
@@ -159,8 +159,9 @@ def _details(report: PlanReport, plan: RecipePlan) -> Iterator[str]:
         drive += f", {ceiling_tok_s(model.token_nbytes, report.machine.drive_read, plan.hit):.2f} with {plan.hit:.0%}"
     ram_alone = ceiling_tok_s(model.token_nbytes + model.resident_read_nbytes, report.machine.ram_read)
     yield f"ceilings: {drive}; RAM alone {ram_alone:.2f}"
+    assert plan.ram is not None
     yield (
-        f"prefill: {plan.prefill.tokens} tokens in chunks of {PREFILL_CHUNK}: first token after {_time(plan.ttft_s)}, "
+        f"prefill: {plan.prefill.tokens} tokens in chunks of {plan.ram.chunk}: first token after {_time(plan.ttft_s)}, "
         f"bound by {plan.prefill.binding}"
     )
     if plan.conversion_s:

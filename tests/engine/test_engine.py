@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,12 +57,29 @@ def test_placement_never_changes_the_tokens(store: Path, kernels: str) -> None:
     assert tokens(store, kernels=kernels, share=0.1, allow_slow=True) == everything
 
 
-def test_prefill_in_chunks_equals_prefill_at_once(fp8_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_how_a_prompt_is_cut_changes_no_bit(store: Path, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.model.blocks.BLOCK", 32)
     ids = torch.randint(0, 512, (150,), generator=torch.Generator().manual_seed(2)).tolist()
-    with offload.load(fp8_store, kernels="reference", context=256) as engine:
-        whole = engine.logits(ids)
-        monkeypatch.setattr("offload.engine.engine.PREFILL_CHUNK", 7)
-        assert (engine.logits(ids) - whole).abs().max() <= 1e-4
+    found = []
+    with offload.load(store, kernels=kernels, context=200) as engine:
+        for chunk in (32, 64, 96, 200):
+            engine.plan = replace(engine.plan, chunk=chunk)
+            found.append(engine.logits(ids))
+    assert all(torch.equal(logits, found[0]) for logits in found)
+
+
+def test_an_expert_is_read_at_most_once_for_all_tokens_of_a_chunk(store: Path) -> None:
+    ids = [token % 512 for token in range(500)]
+    with offload.load(store, context=512, ram=ram_for_share(store, 0.1, context=512), allow_slow=True) as engine:
+        slots, experts = engine.plan.slots, engine.plan.experts
+        list(engine.generate(ids, max_tokens=1))
+        whole = engine.counters()["ram"]["misses"]
+        engine.plan = replace(engine.plan, chunk=125)
+        list(engine.generate(ids, max_tokens=1))
+        quarters = engine.counters()["ram"]["misses"] - whole
+    assert 0.9 * experts <= whole <= experts
+    assert 4 * (0.9 * experts - slots) <= quarters <= 4 * experts
 
 
 def test_a_second_generation_does_not_see_the_first(store: Path) -> None:

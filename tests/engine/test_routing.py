@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,13 +136,12 @@ def test_atlas_counts_what_the_runtime_executed(store: Path, prompts: Path, tmp_
     assert np.array_equal(Trace.load(tmp_path / "traces" / "prose.npz").experts, traces["prose"].experts)
 
 
-def test_chunks_of_a_long_text_are_one_session(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import offload.engine.engine as module
+def test_chunks_of_a_long_text_are_one_session(store: Path) -> None:
     from offload.cache.policy import CacheShape
     from offload.engine.atlas import record
 
     with load(store) as engine:
-        monkeypatch.setattr(module, "PREFILL_CHUNK", 8)
+        engine.plan = replace(engine.plan, chunk=8)
         recorder = TraceRecorder(CacheShape(3, 16, 4))
         record(engine, IDS, recorder)
     trace = recorder.trace()

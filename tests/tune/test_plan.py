@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ import offload
 from convert.footprint import Footprint, footprints
 from offload.engine.engine import ram_for_share
 from offload.errors import BudgetError, UsageError
+from offload.tune.budget import plan_ram, ram_for_slots
 from offload.tune.hits import CURVES
 from offload.tune.machine import FormatRate, MachineSpec, load_machine
-from offload.tune.plan import Setting, least_ram, plan_ram_of, plan_recipe
+from offload.tune.plan import Setting, least_ram, plan_ram_of, plan_recipe, ram_demand
 from offload.tune.plan_report import plan_model
 
 MACHINE = MachineSpec("box", 128 << 30, 124 << 30, ram_read=72e9, drive_read=7e9, threads=16, gflops=1000.0)
@@ -144,3 +146,24 @@ def test_page_of_a_plan(v3: dict[str, Footprint], tmp_path: Path) -> None:
     small = replace(MACHINE, ram_total=32 << 30, ram_available=28 << 30)
     refused = plan_model("V3", "checkpoint", [v3["fp8"]], small).page().html()
     assert "does not run" in refused and "floor of 464 expert slots" in refused and "<svg" not in refused
+
+
+def test_memory_for_so_many_slots_is_exactly_enough(v3: dict[str, Footprint]) -> None:
+    for context, wanted in itertools.product((256, 4096, 32768), (464, 700, 2000, 9000)):
+        demand = ram_demand(v3["int4"], context, 320 << 20)
+        config = v3["int4"].config
+        enough = ram_for_slots(config, wanted, **demand)
+        assert plan_ram(config, limit=enough, **demand).slots >= wanted
+        with_less = plan_ram(config, limit=enough - 1, allow_slow=True, **demand)
+        assert with_less.slots < wanted or with_less.chunk < plan_ram(config, limit=enough, **demand).chunk
+
+
+def test_chunks_grow_with_memory_and_end_at_the_context(v3: dict[str, Footprint]) -> None:
+    demand = ram_demand(v3["int4"], 4096, 320 << 20)
+    config = v3["int4"].config
+    sizes = (31, 32, 48, 64, 128)
+    plans = [plan_ram(config, limit=gib << 30, **demand) for gib in sizes]
+    chunks = [plan.chunk for plan in plans]
+    assert chunks == sorted(chunks) and chunks[0] % 512 == 0 and chunks[-1] == 4096
+    for plan, gib in zip(plans, sizes, strict=True):
+        assert plan.slots >= 464 and (gib << 30) - plan.slot_nbytes < plan.total <= gib << 30
