@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ import click
 if TYPE_CHECKING:
     from typing import Protocol
 
+    from convert.display import ProgressDisplay
     from offload.engine.engine import Engine
     from offload.report import Page
 
@@ -168,7 +171,7 @@ def convert(as_json: bool, dry_run: bool, recipe: str | None, **arguments: Any) 
     from convert.pipeline import convert as run
     from convert.recipe_files import with_recipe
 
-    with Progress() as progress:
+    with _progress(as_json) as progress:
         report = run(progress=progress, dry_run=dry_run, **with_recipe(recipe, arguments))
     _report(report.lines(), report.to_dict(), as_json)
 
@@ -183,7 +186,7 @@ def verify(as_json: bool, **arguments: Any) -> None:
     """Check every byte of STORE against its checksums."""
     from convert.verify import verify as run
 
-    with Progress() as progress:
+    with _progress(as_json) as progress:
         report = run(progress=progress, **arguments)
     _report(report.lines(), report.to_dict(), as_json)
     if not report.ok:
@@ -469,7 +472,7 @@ def atlas(
     """Show which experts the texts under --prompts use: load, specialization, coverage, reuse, overlap."""
     from offload.engine.atlas import record_atlas, write_atlas
 
-    with _load(store, arguments) as engine, Progress() as progress:
+    with _load(store, arguments) as engine, _progress() as progress:
         found, recorded = record_atlas(engine, prompts, max_tokens=max_tokens, progress=progress)
         write_atlas(found, recorded, engine.name, html=html, traces_to=traces)
     _report(found.lines(), found.to_dict(), as_json)
@@ -487,7 +490,7 @@ def demo(keep: str | None, max_tokens: int) -> None:
     from offload.engine.demo import show_paging
 
     with working_folder(keep) as folder:
-        with Progress() as progress:
+        with _progress() as progress:
             store = convert_embedded(folder, progress=progress, echo=click.echo)
         show_paging(store, max_tokens=max_tokens, echo=click.echo)
 
@@ -535,45 +538,21 @@ def _write_page(report: HasPage, html: str | None) -> None:
         click.echo(f"report: {report.page().write(html)}", err=True)
 
 
-class Progress:
-    """A bar with rate and ETA on stderr; silent where stderr is no terminal.
+@contextmanager
+def _progress(as_json: bool = False) -> Iterator[ProgressDisplay]:
+    """Progress on stderr. The first Ctrl-C ends the work in order, a second one ends the process at once."""
+    from convert.display import ProgressDisplay
 
-    Called by long work as `progress(done, total, unit, label)` with absolute amounts.
-    """
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise KeyboardInterrupt
 
-    def __enter__(self) -> Progress:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-        from rich.progress import Progress as Bars
-
-        self._bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
-        self._tasks: dict[str, Any] = {}
-        self._bars.start()
-        return self
-
-    def __call__(self, label: str, done: int, total: int) -> None:
-        """Bytes `done` of `total` under `label`."""
-        if label not in self._tasks:
-            self._tasks[label] = self._bars.add_task(label, total=total)
-        self._bars.update(self._tasks[label], completed=done, total=total)
-
-    def note(self, line: str) -> None:
-        """A line that stays on stderr."""
-        if self._bars.disable:
-            click.echo(line, err=True)
-        else:
-            self._bars.console.print(line, markup=False, highlight=False)
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+    former = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with ProgressDisplay(as_json) as progress:
+            yield progress
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def main() -> None:

@@ -1,12 +1,16 @@
-"""How fast conversion is, what memory and disk it takes, beside llama.cpp's two-step route.
+"""How fast conversion and verification are, what memory and disk they take, beside llama.cpp's two-step route.
 
     python benchmarks/convert.py encoder
-    python benchmarks/convert.py whole --folder SCRATCH [--experts 32] [--workers 2]
+    python benchmarks/convert.py whole --folder SCRATCH [--experts 256] [--scales ls] [--workers 2]
+    python benchmarks/convert.py verify --folder SCRATCH [--experts 256]
     python benchmarks/convert.py llama --folder SCRATCH --llama-cpp TREE
+    python benchmarks/convert.py kills --folder SCRATCH [--kills 200]
 
-`whole` and `llama` use one random checkpoint with DeepSeek-V3's true tensor shapes: one dense layer and one MoE layer
-with as many experts as asked for. TREE is a source tree of llama.cpp (for instance vendor/llama.cpp in the source
-distribution of llama-cpp-python) in which `llama-quantize` was built under build/. Every run appends a row to
+`whole` and `verify` use a random checkpoint with DeepSeek-V3's true tensor shapes: one dense layer and one MoE layer
+with as many experts as asked for (256: 12.7 GB). `llama` uses the 10B checkpoint of bench_model.py. TREE is a source
+tree of llama.cpp (for instance vendor/llama.cpp in the source distribution of llama-cpp-python) in which
+`llama-quantize` was built under build/. `kills` ends conversions of a small checkpoint, alone and three at a time, with
+SIGKILL at random instants and compares SHA-256 of every file with an undisturbed run. Every run appends a row to
 benchmarks/results/convert.jsonl.
 """
 
@@ -15,69 +19,77 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # Run as a script, this file would be found in place of the package it measures.
-sys.path[0] = str(ROOT)
+sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import bench_model  # noqa: E402
 import torch  # noqa: E402
+from convert_gguf import quantize, to_dense  # noqa: E402
+from record import append  # noqa: E402
 
+from convert import convert  # noqa: E402
 from convert.encoder import Encoder, NativeEncoder, ReferenceEncoder  # noqa: E402
 from convert.synthetic import V3_CONFIG, write_checkpoint  # noqa: E402
 from offload.quant import get_codec  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "convert.jsonl"
 GIB = 1 << 30
+SMALL = {"num_hidden_layers": 3, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4}
 
 CONVERT = """
 import json, resource, sys, time
 from convert import convert
-begun = time.monotonic()
+begun, cpu = time.monotonic(), time.process_time()
 report = convert(sys.argv[1], sys.argv[2], scales=sys.argv[3], workers=int(sys.argv[4]))
-wall, cpu = time.monotonic() - begun, time.process_time()
+wall, cpu = time.monotonic() - begun, time.process_time() - cpu
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps(report.to_dict() | {"wall_s": wall, "cpu_s": cpu, "peak_rss": peak}))
 """
 
-# llama.cpp knows tokenizers by a hash; a synthetic one is given the real one's kind.
-TO_GGUF = """
-import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
-from conversion.base import TextModel
-TextModel.get_vocab_base_pre = lambda self, tokenizer: "deepseek-v3"
-import convert_hf_to_gguf
-sys.argv = ["convert_hf_to_gguf.py", sys.argv[2], "--outtype", "bf16", "--outfile", sys.argv[3]]
-convert_hf_to_gguf.main()
+VERIFY = """
+import json, sys
+from convert.verify import verify
+print(json.dumps(verify(sys.argv[1]).to_dict()))
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("encoder", "whole", "llama"))
-    parser.add_argument("--folder", type=Path, help="scratch space of about 10 times the checkpoint")
-    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("what", choices=("encoder", "whole", "verify", "llama", "kills"))
+    parser.add_argument("--folder", type=Path, help="scratch space: a few times the checkpoint")
+    parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--scales", default="ls")
     parser.add_argument("--llama-cpp", type=Path)
+    parser.add_argument("--kills", type=int, default=200)
     arguments = parser.parse_args()
     if arguments.what == "encoder":
-        numbers: dict[str, Any] = measure_encoder()
+        numbers = measure_encoder()
     elif arguments.what == "whole":
-        numbers = measure_whole(arguments.folder, arguments.experts, arguments.scales, arguments.workers)
+        source = checkpoint(arguments.folder, arguments.experts)
+        numbers = {"experts": arguments.experts} | measure_whole(source, arguments.scales, arguments.workers)
+    elif arguments.what == "verify":
+        numbers = measure_verify(checkpoint(arguments.folder, arguments.experts))
+    elif arguments.what == "kills":
+        numbers = measure_kills(arguments.folder, arguments.kills)
     else:
-        numbers = measure_llama(arguments.folder, arguments.experts, arguments.workers, arguments.llama_cpp)
-    record(arguments.what, numbers)
+        numbers = measure_llama(bench_model.checkpoint(arguments.folder), arguments.workers, arguments.llama_cpp)
+    options = [option if not option.startswith("/") else "PATH" for option in sys.argv[1:]]
+    print(json.dumps(numbers, indent=1))
+    append("convert", " ".join(["python", "benchmarks/convert.py", *options]), numbers)
 
 
 def measure_encoder() -> dict[str, Any]:
@@ -86,7 +98,7 @@ def measure_encoder() -> dict[str, Any]:
     rng = torch.Generator().manual_seed(0)
     weight = (torch.randn(2048, 7168, generator=rng) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
     scale = torch.rand(16, 56, generator=rng) * 1e-4
-    numbers: dict[str, Any] = {"load_average": os.getloadavg()[0]}
+    numbers: dict[str, Any] = {}
     encoders: tuple[tuple[Encoder, int], ...] = ((NativeEncoder(), 10), (ReferenceEncoder(), 1))
     for encoder, rounds in encoders:
         for codec in ("int4-g32", "int8-g128"):
@@ -104,12 +116,11 @@ def timed(act: Callable[[], Any]) -> float:
     return time.thread_time() - begun
 
 
-def measure_whole(folder: Path, experts: int, scales: str, workers: int) -> dict[str, Any]:
+def measure_whole(source: Path, scales: str, workers: int) -> dict[str, Any]:
     """One conversion in a process of its own, source not in the page cache, against the drive's own speed."""
-    source = checkpoint(folder, experts)
     nbytes = tree_nbytes(source)
-    drive = measure_drive(folder)
-    out = folder / "store"
+    drive = measure_drive(source.parent)
+    out = source.parent / "store-of-benchmark"
     shutil.rmtree(out, ignore_errors=True)
     drop_from_cache(source)
     begun = time.monotonic()
@@ -119,7 +130,6 @@ def measure_whole(folder: Path, experts: int, scales: str, workers: int) -> dict
     wall = time.monotonic() - begun  # with starting Python, as a user waits for it
     limit = nbytes / drive["read"] + report["store_bytes"] / drive["write"]
     numbers = {
-        "experts": experts,
         "scales": scales,
         "workers": workers,
         "source_bytes": nbytes,
@@ -127,31 +137,49 @@ def measure_whole(folder: Path, experts: int, scales: str, workers: int) -> dict
         "wall_s": round(wall, 2),
         "cpu_s": round(report["cpu_s"], 2),
         "source_MB_per_s": round(nbytes / wall / 1e6, 1),
-        "source_MB_per_cpu_s": round(nbytes / report["cpu_s"] / 1e6, 1),
+        "source_MB_per_core_s": round(nbytes / report["cpu_s"] / 1e6, 1),
         "drive_read_MB_per_s": round(drive["read"] / 1e6, 1),
         "drive_write_MB_per_s": round(drive["write"] / 1e6, 1),
         "share_of_read_plus_write_limit": round(limit / wall, 3),
         "peak_rss_bytes": report["peak_rss"],
+        "memory_bound_bytes": GIB + workers * 4 * largest_expert(source),
         "extra_disk_bytes": max(0, disk.peak - tree_nbytes(out)),
-        "load_average": os.getloadavg()[0],
     }
     shutil.rmtree(out)
     return numbers
 
 
-def measure_llama(folder: Path, experts: int, workers: int, tree: Path | None) -> dict[str, Any]:
-    """Ours and llama.cpp's two steps (to a BF16 GGUF, then to Q4_0) on the same checkpoint."""
+def measure_verify(source: Path) -> dict[str, Any]:
+    """Verification of a store that is not in the page cache, against the same reads without checksums."""
+    out = source.parent / "store-of-benchmark"
+    if not (out / "expertpager.json").exists():
+        convert(source, out)
+    ceiling = max(direct_read_speed(out) for _ in range(2))
+    report = json.loads(run([sys.executable, "-c", VERIFY, str(out)]))
+    assert report["ok"], report
+    shutil.rmtree(out)
+    speed = report["bytes"] / report["seconds"]
+    return {
+        "store_bytes": report["bytes"],
+        "seconds": round(report["seconds"], 2),
+        "MB_per_s": round(speed / 1e6, 1),
+        "drive_MB_per_s": round(ceiling / 1e6, 1),
+        "share_of_drive": round(speed / ceiling, 3),
+    }
+
+
+def measure_llama(source: Path, workers: int, tree: Path | None) -> dict[str, Any]:
+    """Ours and llama.cpp's two steps (to a BF16 GGUF, then to Q4_0) on the same checkpoint, each from a cold cache."""
     if tree is None:
         raise SystemExit("--llama-cpp is needed")
-    ours = measure_whole(folder, experts, "ls", workers)
-    source = checkpoint(folder, experts)
-    dense, quantized = folder / "bf16.gguf", folder / "q4_0.gguf"
+    ours = measure_whole(source, "ls", workers)
+    dense, quantized = source.parent / "benchmark.bf16.gguf", source.parent / "benchmark.q4_0.gguf"
     drop_from_cache(source)
     begun = time.monotonic()
-    run([sys.executable, "-c", TO_GGUF, str(tree), str(source), str(dense)])
+    to_dense(tree, source, dense)
     os.sync()
     first = time.monotonic() - begun
-    run([str(tree / "build" / "bin" / "llama-quantize"), str(dense), str(quantized), "Q4_0", str(workers)])
+    quantize(tree, dense, quantized, workers)
     os.sync()
     both = time.monotonic() - begun
     numbers = {
@@ -168,6 +196,20 @@ def measure_llama(folder: Path, experts: int, workers: int, tree: Path | None) -
     return numbers
 
 
+def measure_kills(folder: Path, kills: int) -> dict[str, Any]:
+    """SIGKILL at random instants, one process and three sharing a store: are the files those of an undisturbed run?"""
+    folder.mkdir(parents=True, exist_ok=True)
+    script = str(ROOT / "tests" / "convert" / "killing.py")
+    numbers: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        source = write_checkpoint(Path(scratch) / "c", seed=1, shards=3, scatter=True, mtp=True, **SMALL)
+        for processes in (1, 3):
+            into = Path(scratch) / str(processes)
+            line = run([sys.executable, script, str(source), str(into), str(kills), "0", str(processes)])
+            numbers[f"{processes} at a time"] = json.loads(line)
+    return numbers
+
+
 def checkpoint(folder: Path, experts: int) -> Path:
     """The source: true shapes, a small vocabulary, so that experts are most of it."""
     path = folder / f"v3-shapes-{experts}"
@@ -176,6 +218,12 @@ def checkpoint(folder: Path, experts: int) -> Path:
         write_checkpoint(path, V3_CONFIG, shards=4, tokenizer=True, **sizes)
         os.sync()
     return path
+
+
+def largest_expert(source: Path) -> int:
+    """Bytes of one routed expert's FP8 weights."""
+    config = json.loads((source / "config.json").read_text())
+    return 3 * int(config["hidden_size"]) * int(config["moe_intermediate_size"])
 
 
 def measure_drive(folder: Path, nbytes: int = 2 * GIB) -> dict[str, float]:
@@ -197,6 +245,27 @@ def measure_drive(folder: Path, nbytes: int = 2 * GIB) -> dict[str, float]:
     read = nbytes / (time.monotonic() - begun)
     path.unlink()
     return {"read": read, "write": write}
+
+
+def direct_read_speed(folder: Path, threads: int = 4, block: int = 8 << 20) -> float:
+    """Bytes/s of direct reads of the largest file, `threads` at a time, with nothing done to the bytes."""
+    import mmap
+
+    path = max(folder.iterdir(), key=lambda file: file.stat().st_size)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    local = threading.local()
+
+    def read(offset: int) -> int:
+        if not hasattr(local, "buffer"):
+            local.buffer = mmap.mmap(-1, block)
+        return os.preadv(fd, [local.buffer], offset)
+
+    begun = time.monotonic()
+    with ThreadPoolExecutor(threads) as pool:
+        total = sum(pool.map(read, range(0, path.stat().st_size, block)))
+    seconds = time.monotonic() - begun
+    os.close(fd)
+    return total / seconds
 
 
 class PeakDisk:
@@ -243,33 +312,11 @@ def drop_from_cache(folder: Path) -> None:
 
 def run(command: list[str]) -> str:
     """The last line of the standard output of `command`, which must succeed."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    # llama-quantize prints the vocabulary's bytes as they are.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "convert")])}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=env, check=False)
     if done.returncode:
         raise SystemExit(f"{command[:2]}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return (done.stdout.splitlines() or [""])[-1]
-
-
-def record(what: str, numbers: dict[str, Any]) -> None:
-    """Print the row and append it to the results."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
-    models = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    processor = next(models, platform.processor()).split(":")[-1].strip()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    options = [option if not option.startswith("/") else "SCRATCH" for option in sys.argv[1:]]
-    row = {
-        "benchmark": f"convert {what}",
-        "command": " ".join(["python", "benchmarks/convert.py", *options]),
-        "commit": git.stdout.strip(),
-        "machine": {"processor": processor, "cores": os.cpu_count(), "ram_gib": round(memory / GIB, 1)},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "numbers": numbers,
-    }
-    print(json.dumps(row, indent=1))
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

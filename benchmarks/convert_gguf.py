@@ -23,9 +23,20 @@ convert_hf_to_gguf.main()
 def to_gguf(tree: Path, checkpoint: Path, out: Path, threads: int = 2) -> Path:
     """The checkpoint as Q4_0 in `out`, made if it is not there; `tree` is llama.cpp's with its build/."""
     if not out.exists():
-        dense = out.with_suffix(".bf16.gguf")
-        subprocess.run([sys.executable, "-c", TO_GGUF, str(tree), str(checkpoint), str(dense)], check=True)
-        quantize = tree / "build" / "bin" / "llama-quantize"
-        subprocess.run([str(quantize), str(dense), str(out), "Q4_0", str(threads)], check=True)
+        dense = to_dense(tree, checkpoint, out.with_suffix(".bf16.gguf"))
+        quantize(tree, dense, out, threads)
         dense.unlink()
     return out
+
+
+def to_dense(tree: Path, checkpoint: Path, out: Path) -> Path:
+    """The first step: every weight in BF16."""
+    subprocess.run([sys.executable, "-c", TO_GGUF, str(tree), str(checkpoint), str(out)], check=True)
+    return out
+
+
+def quantize(tree: Path, dense: Path, out: Path, threads: int) -> None:
+    """The second step."""
+    command = [str(tree / "build" / "bin" / "llama-quantize"), str(dense), str(out), "Q4_0", str(threads)]
+    # It prints the vocabulary's bytes as they are.
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

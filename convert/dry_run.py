@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert.display import duration
 from convert.plan import ConversionPlan, files_present
 from convert.speed import Speeds
 from offload.types import format_size
@@ -53,7 +54,7 @@ class DryRun:
             f"fetch:  {format_size(self.fetch_nbytes)} of {format_size(plan.checkpoint.nbytes)}{there}",
             f"write:  {format_size(plan.store_nbytes)}: {len(plan.mapped.experts)} experts of "
             f"{format_size(plan.layout.stride)} in {recipe.experts}, resident weights in {', '.join(codecs)}",
-            f"time:   {_duration(self.seconds)} or more: {self._links()}",
+            f"time:   {duration(self.seconds)} or more: {self._links()}",
             f"disk:   {format_size(need)} needed in {self.out}, {format_size(self.free_nbytes)} free: {verdict}",
             *plan.notes,
         ]
@@ -87,10 +88,3 @@ class DryRun:
         write = "not measured" if speeds.write is None else f"{speeds.write / 1e6:.0f} MB/s"
         drive = ", on the same drive" if speeds.same_drive else ""
         return f"reading {read}, encoding {speeds.encode / 1e6:.0f} MB/s, writing {write}{drive}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 100 else f"{minutes} min"

@@ -24,19 +24,22 @@ from offload.errors import CheckpointError
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+", re.ASCII)
-_CHUNK = 1 << 20
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Retry:
-    """How patient a request is. Times in seconds; `attempts` counts those without any progress."""
+    """How patient a request is. Times in seconds; `attempts` counts those without any progress.
+
+    A connection that brings less than `slowest` bytes per second over `timeout` seconds is given up for a new one.
+    """
 
     attempts: int = 8
     first_delay: float = 0.5
     longest_delay: float = 60.0
     timeout: float = 30.0
+    slowest: float = 8192.0
 
 
 RETRY = Retry()
@@ -116,14 +119,19 @@ class HubSource(Source):
         try:
             with get_session().stream("GET", url, headers=headers, timeout=self.retry.timeout) as response:
                 self._check(response, file, offset, last)
-                for chunk in response.iter_raw(_CHUNK):
-                    if self._cancelled.is_set():
-                        raise CheckpointError(f"reading {self.where(file)} was given up")
+                mark, since = 0, time.monotonic()
+                for chunk in response.iter_raw():
                     if done + len(chunk) > len(buffer):
                         done = 0
                         raise _Fault(f"the server sent more than the {len(buffer)} bytes asked for")
                     buffer[done : done + len(chunk)] = chunk
                     done += len(chunk)
+                    if self._cancelled.is_set():
+                        raise CheckpointError(f"reading {self.where(file)} was given up")
+                    if time.monotonic() - since > self.retry.timeout:
+                        if done - mark < self.retry.slowest * self.retry.timeout:
+                            raise _Fault(f"the server sends less than {self.retry.slowest:.0f} bytes per second")
+                        mark, since = done, time.monotonic()
         except (HTTPError, OSError) as fault:
             if not done:
                 raise _Fault(f"{type(fault).__name__}: {_line(fault)}") from None

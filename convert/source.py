@@ -263,6 +263,13 @@ class Checkpoint:
                     "index and shards belong to different checkpoints"
                 )
             tensors[name] = TensorInfo(name, file, entry.dtype, entry.shape, entry.offset, entry.nbytes)
+        for file, header in headers.items():
+            for name in header.tensors:
+                if name in tensors and tensors[name].file != file:
+                    raise CheckpointError(
+                        f"{name} is both in {tensors[name].file} and in {file}; {self.source.name} is a mixture of "
+                        "checkpoints, download it again"
+                    )
         return tensors
 
     def raw_header(self, file: str) -> bytes:

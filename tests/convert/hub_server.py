@@ -30,6 +30,7 @@ FAULTS = (
     "no range",
     "whole file",
     "empty",
+    "slow drip",
 )
 
 
@@ -50,6 +51,8 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.etag_suffix = ""
         self.token: str | None = None
+        self.proxied = 0
+        self.retry_after = "0"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     @property
@@ -78,6 +81,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, _, _ = self.path.partition("?")
+        if path.startswith("http://"):  # asked as a proxy
+            self.server.proxied += 1
+            path = "/" + path.split("/", 3)[3]
         with self.server.lock:
             self.server.requests.append(path)
         if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
@@ -110,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
     def _list(self, what: str) -> None:
         fault = self.server.draw_fault()
         if fault in ("429", "500", "503"):
-            self._plain(int(fault), b"busy", {"Retry-After": "0"})
+            self._plain(int(fault), b"busy", {"Retry-After": self.server.retry_after})
             return
         repo, _, revision = what.partition("/revision/")
         if repo != REPO:
@@ -142,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "reset":
             return self._reset()
         if fault in ("429", "500", "503"):
-            return self._plain(int(fault), b"<html>busy</html>", {"Retry-After": "0"})
+            return self._plain(int(fault), b"<html>busy</html>", {"Retry-After": self.server.retry_after})
         if fault == "short length":
             body = body[: len(body) // 2]
             length = len(body)
@@ -170,6 +176,12 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             if fault == "reset in the body":
                 self._reset()
+            return None
+        if fault == "slow drip":
+            self.close_connection = True
+            for at in range(0, min(len(body), 500), 10):  # gone before everything is sent
+                self.wfile.write(body[at : at + 10])
+                time.sleep(0.02)
             return None
         self.wfile.write(body)
         with self.server.lock:

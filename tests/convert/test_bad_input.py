@@ -138,6 +138,19 @@ def test_index_names_a_tensor_the_shard_lacks(source: Path, tmp_path: Path) -> N
     refused(source, tmp_path / "s", CheckpointError, EXPERT, path.name, "index")
 
 
+def test_a_tensor_in_two_shards(source: Path, tmp_path: Path) -> None:
+    path = shard_of(source, EXPERT)
+    other = next(file for file in sorted(source.glob("*.safetensors")) if file != path)
+    edit_header(other, lambda h: h.update({EXPERT: {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]}}))
+    refused(source, tmp_path / "s", CheckpointError, EXPERT, path.name, other.name, "both")
+
+
+def test_weights_of_a_type_that_cannot_be_read(source: Path, tmp_path: Path) -> None:
+    path = shard_of(source, EXPERT)
+    edit_header(path, lambda header: header[EXPERT].update(dtype="I8"))
+    refused(source, tmp_path / "s", CheckpointError, EXPERT, path.name, "int8", "FP8")
+
+
 def test_index_that_leaves_the_folder(source: Path, tmp_path: Path) -> None:
     index = source / "model.safetensors.index.json"
     content = json.loads(index.read_text())

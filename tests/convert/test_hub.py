@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from convert.pipeline import convert
 from convert.verify import verify
 from offload.errors import CheckpointError, OffloadError
 
-QUICK = Retry(attempts=12, first_delay=0.001, longest_delay=0.01, timeout=0.3)
+QUICK = Retry(attempts=12, first_delay=0.001, longest_delay=0.01, timeout=0.3, slowest=10_000)
 
 
 @pytest.fixture
@@ -104,6 +107,9 @@ def test_a_server_that_stays_broken(server: Hub, tmp_path: Path, monkeypatch: py
     for kind in ("timeout", "long body", "other range", "whole file", "empty"):
         server.kinds = (kind,)
         fails("3 attempts", tmp_path / "s")
+    monkeypatch.setattr(hub, "RETRY", Retry(attempts=3, first_delay=0.001, timeout=0.3, slowest=10_000))
+    server.kinds = ("slow drip",)
+    fails("less than 10000 bytes per second.*3 attempts", tmp_path / "s")
 
 
 def test_a_fault_in_the_middle_keeps_what_is_done(server: Hub, tmp_path: Path, local: dict[str, str]) -> None:
@@ -184,6 +190,49 @@ def test_environment_of_the_hub_is_honoured(server: Hub, tmp_path: Path, local: 
     assert done.returncode == 0, done.stderr
     assert data_digests(tmp_path / "s") == local
     assert not list((tmp_path / "home").rglob("*.safetensors")), "nothing of the source is stored"
+
+
+def test_a_proxy_of_the_environment_is_used(server: Hub, tmp_path: Path, local: dict[str, str]) -> None:
+    script = f"from convert.pipeline import convert; convert({REPO!r}, {str(tmp_path / 's')!r})"
+    env = os.environ | {
+        "HF_ENDPOINT": "http://mirror.invalid",
+        "HTTP_PROXY": server.url,
+        "http_proxy": server.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert server.proxied == len(server.requests)
+    assert data_digests(tmp_path / "s") == local
+
+
+def test_an_interrupted_run_does_not_wait_for_a_broken_server(server: Hub, tmp_path: Path) -> None:
+    """A minute until the next attempt would be no answer to Ctrl-C."""
+    server.fault_rate, server.kinds, server.retry_after = 0.0, ("503",), "60"
+    env = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "cli", "convert", REPO, "-o", str(tmp_path / "s"), "--workers", "1"]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "s").exists():
+            time.sleep(0.01)
+        server.fault_rate = 1.0
+        while not server.faults:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=40)
+    assert process.returncode == 130
+    assert re.search(r"interrupted: \d+ of 16 experts are finished and kept; the same command goes on", err)
+    assert "Traceback" not in err
+
+
+def test_what_a_server_asks_for_is_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1_000_000_000.0)
+    assert hub._retry_after("7") == 7.0
+    assert hub._retry_after("Sun, 09 Sep 2001 01:46:45 GMT") == 5.0
+    assert hub._retry_after("Sun, 09 Sep 2001 01:46:00 GMT") == 0.0
+    assert hub._retry_after("soon") is None
+    assert hub._retry_after(None) is None
 
 
 def test_retries_end(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
