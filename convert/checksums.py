@@ -7,14 +7,13 @@ the range is dropped from the page cache first. Must not know stores.
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
 import threading
 from pathlib import Path
 
 import xxhash
 
+from offload.store.direct import open_direct, page_buffer
 from offload.types import PAGE, align_up
 
 _CHUNK = 8 << 20
@@ -57,25 +56,15 @@ class RangeReader:
 
     def _buffer(self) -> memoryview:
         if not hasattr(self._local, "buffer"):
-            self._local.buffer = memoryview(mmap.mmap(-1, _CHUNK))  # page aligned, as direct I/O wants it
+            self._local.buffer = page_buffer(_CHUNK)
         buffer: memoryview = self._local.buffer
         return buffer
 
     def _open(self, path: Path, offset: int, nbytes: int) -> int:
         with self._lock:
             if path not in self._files:
-                self._files[path] = _open_direct(path)
+                direct = open_direct(path, os.O_RDONLY)
+                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if direct is None else direct
             fd = self._files[path]
         os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
         return fd
-
-
-def _open_direct(path: Path) -> int:
-    """A descriptor for direct reads, or for ordinary ones where the file system has no direct I/O."""
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    try:
-        return os.open(path, flags | getattr(os, "O_DIRECT", 0))
-    except OSError as fault:
-        if fault.errno != errno.EINVAL:
-            raise
-        return os.open(path, flags)

@@ -24,6 +24,9 @@ from offload.types import PROJECTIONS, ExpertId
 
 _CHUNK = 16 << 20  # bytes of a tensor copied at a time
 
+EncodedExpert = tuple[dict[str, dict[str, Tensor]], tuple[float, float, float]]
+"""Raw tensors by projection and suffix, and the relative RMSE of gate, up and down projection."""
+
 
 def load_expert(plan: ConversionPlan, expert: ExpertId) -> dict[str, Tensor]:
     """The source's tensors of `expert`, by name."""
@@ -31,9 +34,7 @@ def load_expert(plan: ConversionPlan, expert: ExpertId) -> dict[str, Tensor]:
     return plan.checkpoint.load(name for linear in linears for name in linear.names)
 
 
-def encode_expert(
-    plan: ConversionPlan, expert: ExpertId, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, dict[str, Tensor]], tuple[float, float, float]]:
+def encode_expert(plan: ConversionPlan, expert: ExpertId, tensors: Mapping[str, Tensor]) -> EncodedExpert:
     """Raw tensors of `expert` by projection and suffix, and the relative RMSE of each projection."""
     parts: dict[str, dict[str, Tensor]] = {}
     errors: list[float] = []
@@ -104,7 +105,7 @@ def _encode_strips(plan: ConversionPlan, linear: Linear, codec: Codec) -> Iterat
     step = max(1, _CHUNK // row // codec.row_unit) * codec.row_unit
     for first in range(0, linear.rows, step):
         rows = min(step, linear.rows - first)
-        raw = plan.checkpoint.read_array(info.file, info.offset + first * row, rows * row)
+        raw = plan.checkpoint.source.read_array(info.file, info.offset + first * row, rows * row)
         part = TensorInfo(info.name, info.file, info.dtype, (rows, linear.cols), 0, rows * row)
         strip = replace(linear, rows=rows, weight=part)
         tensors = {info.name: as_tensor(raw, part)}
@@ -116,7 +117,7 @@ def _copy(checkpoint: Checkpoint, info: TensorInfo, dtype: torch.dtype) -> Itera
     step = _CHUNK // info.dtype.itemsize * info.dtype.itemsize
     for at in range(0, info.nbytes, step):
         nbytes = min(step, info.nbytes - at)
-        raw = checkpoint.read_array(info.file, info.offset + at, nbytes)
+        raw = checkpoint.source.read_array(info.file, info.offset + at, nbytes)
         count = nbytes // info.dtype.itemsize
         part = as_tensor(raw, TensorInfo(info.name, info.file, info.dtype, (count,), 0, nbytes))
         if count_no_numbers(part):

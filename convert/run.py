@@ -5,21 +5,24 @@ tensors) has a place that is known beforehand, and its record goes to the journa
 run loses a moment's work, and the result is that of an undisturbed one. Runs that share a store divide it by units;
 which of them does what changes no byte.
 
-Memory: `workers` items are encoded while `ahead` more experts are being fetched; an expert in flight costs its FP8
-source and twice its encoded bytes. A quarter of the workers at most handles resident tensors, which are larger.
+Fetching, encoding and writing have threads of their own, so that the slowest of link, cores and drive is always busy.
+Memory: `workers` items are encoded while `ahead` more experts are being fetched and two are being written; an expert in
+flight costs its FP8 source and twice its encoded bytes. A quarter of the workers at most handles resident tensors,
+which are larger.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import ThreadPoolExecutor as _Pool
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from convert.committer import Committer
-from convert.encode import load_expert
+from convert.encode import EncodedExpert, encode_expert, load_expert
 from convert.journal import Journal, Records, Unit, recorded
 from convert.plan import ConversionPlan
 from convert.progress import Progress
@@ -34,6 +37,8 @@ from convert.unit import (
     unit_nbytes,
 )
 from offload.types import ExpertId
+
+_WRITERS = 2  # one copies into its extent while the drive is at the other's
 
 
 @dataclass(frozen=True)
@@ -94,15 +99,15 @@ class Run:
         opened: list[UnitWork] = []
         committer = Committer(committed)
         try:
-            with one_core_each(self.workers) as encoders, ThreadPoolExecutor(self.ahead) as fetchers:
+            with one_core_each(self.workers) as encoders, _Pool(_WRITERS) as writers, _Pool(self.ahead) as fetchers:
                 try:
-                    for item, records in self._results(self._items(opened), fetchers, encoders):
+                    for item, records in self._results(self._items(opened), fetchers, encoders, writers):
                         committer.add(item.work, records)
                         self._advance(item)
                 except BaseException:
                     # What waits is dropped, reads under way are given up.
-                    fetchers.shutdown(wait=False, cancel_futures=True)
-                    encoders.shutdown(wait=False, cancel_futures=True)
+                    for pool in (fetchers, encoders, writers):
+                        pool.shutdown(wait=False, cancel_futures=True)
                     self.plan.checkpoint.source.cancel()
                     raise
         finally:
@@ -139,9 +144,9 @@ class Run:
                 yield work
 
     def _results(
-        self, items: Iterator[_Item], fetchers: ThreadPoolExecutor, encoders: ThreadPoolExecutor
+        self, items: Iterator[_Item], fetchers: _Pool, encoders: _Pool, writers: _Pool
     ) -> Iterator[tuple[_Item, Records]]:
-        """Items in the order in which they get done; at most workers + ahead of them are in flight."""
+        """Items in the order in which they get done; the number of those in flight is bounded."""
         flight: dict[Future[Records], _Item] = {}
 
         def landed() -> Iterator[tuple[_Item, Records]]:
@@ -156,16 +161,16 @@ class Run:
                 flight[encoders.submit(item.work.write_resident)] = item
             else:
                 fetched = fetchers.submit(load_expert, self.plan, item.expert)
-                flight[encoders.submit(_write_expert, item.work, item.expert, fetched)] = item
+                encoded = encoders.submit(_encode, self.plan, item.expert, fetched)
+                flight[writers.submit(_write, item.work, item.expert, encoded)] = item
         while flight:
             yield from landed()
 
     def _full(self, item: _Item, flight: Collection[_Item]) -> bool:
         """Whether `item` has to wait until something in flight is done."""
         residents = sum(other.expert is None for other in flight)
-        return len(flight) >= self.workers + self.ahead or (
-            item.expert is None and residents >= max(1, self.workers // 4)
-        )
+        many = len(flight) >= self.ahead + self.workers + _WRITERS
+        return many or (item.expert is None and residents >= max(1, self.workers // 4))
 
     def _advance(self, item: _Item) -> None:
         self.nbytes += item.nbytes
@@ -173,5 +178,9 @@ class Run:
         self.progress("converting", self.nbytes, self.nbytes + sum(self._left.values()))
 
 
-def _write_expert(work: UnitWork, expert: ExpertId, fetched: Future[dict[str, Tensor]]) -> Records:
-    return work.write_expert(expert, fetched.result())
+def _encode(plan: ConversionPlan, expert: ExpertId, fetched: Future[dict[str, Tensor]]) -> EncodedExpert:
+    return encode_expert(plan, expert, fetched.result())
+
+
+def _write(work: UnitWork, expert: ExpertId, encoded: Future[EncodedExpert]) -> Records:
+    return work.write_expert(expert, encoded.result())

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from offload.errors import CheckpointError
+from offload.store.direct import open_direct, page_buffer
 from offload.store.safetensors import Header, header_length, parse_header
+from offload.types import PAGE
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -46,6 +48,7 @@ SIDE_FILES = (
 """Files copied verbatim into a store when the source has them."""
 
 _LARGEST_TEXT = 256 << 20
+_DIRECT = 1 << 20  # reads of so many bytes go past the page cache: nobody reads them again
 _MERGE_GAP = 64 << 10  # ranges closer than this are fetched as one
 _HEADER_THREADS = 16
 _FIRST_READ = 128 << 10  # most headers fit, so that one request per shard is enough
@@ -99,6 +102,13 @@ class Source(ABC):
         self.read_into(file, offset, memoryview(buffer))
         return bytes(buffer)
 
+    def read_array(self, file: str, offset: int, nbytes: int) -> np.ndarray:
+        """`nbytes` bytes of `file` from `offset`, as uint8 [nbytes]."""
+        buffer = np.empty(nbytes, dtype=np.uint8)
+        if nbytes:
+            self.read_into(file, offset, memoryview(buffer.data))
+        return buffer
+
     def read_small(self, file: str) -> bytes:
         """The whole of a text file such as config.json."""
         size = self.files.get(file)
@@ -121,6 +131,7 @@ class LocalSource(Source):
         except OSError as error:
             raise CheckpointError(f"cannot read the folder {folder}: {error.strerror}") from None
         self._open: dict[str, int] = {}
+        self._direct: dict[str, int | None] = {}
         self._lock = threading.Lock()
 
     @cached_property
@@ -152,13 +163,34 @@ class LocalSource(Source):
             while done < len(buffer):
                 count = os.preadv(fd, [buffer[done:]], offset + done)
                 if count == 0:
-                    raise CheckpointError(
-                        f"{self.where(file)} ends at byte {offset + done}, "
-                        f"but bytes up to {offset + len(buffer)} are needed: it is truncated"
-                    )
+                    raise self._truncated(file, offset + done, offset + len(buffer))
                 done += count
         except OSError as error:
             raise CheckpointError(f"cannot read {self.where(file)} at byte {offset + done}: {error.strerror}") from None
+
+    def read_array(self, file: str, offset: int, nbytes: int) -> np.ndarray:
+        fd = self._direct_descriptor(file) if nbytes >= _DIRECT else None
+        if fd is None:
+            return super().read_array(file, offset, nbytes)
+        begin, end = offset // PAGE * PAGE, offset + nbytes
+        pages = page_buffer(end - begin)
+        done = 0
+        try:
+            while begin + done < end:
+                count = os.preadv(fd, [pages[done:]], begin + done)
+                done += count
+                if count % PAGE or not count:
+                    break  # the end of the file
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.where(file)} at byte {begin + done}: {error.strerror}") from None
+        if begin + done < end:
+            raise self._truncated(file, begin + done, end)
+        return np.frombuffer(pages, dtype=np.uint8)[offset - begin : end - begin]
+
+    def _truncated(self, file: str, size: int, end: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.where(file)} ends at byte {size}, but bytes up to {end} are needed: it is truncated"
+        )
 
     def _descriptor(self, file: str) -> int:
         with self._lock:
@@ -166,11 +198,22 @@ class LocalSource(Source):
                 self._open[file] = os.open(self.folder / file, os.O_RDONLY | os.O_CLOEXEC)
             return self._open[file]
 
+    def _direct_descriptor(self, file: str) -> int | None:
+        with self._lock:
+            if file not in self._direct:
+                try:
+                    self._direct[file] = open_direct(self.folder / file, os.O_RDONLY)
+                except OSError:
+                    self._direct[file] = None  # the ordinary read says what is wrong
+            return self._direct[file]
+
     def close(self) -> None:
         with self._lock:
-            for fd in self._open.values():
-                os.close(fd)
+            for fd in (*self._open.values(), *self._direct.values()):
+                if fd is not None:
+                    os.close(fd)
             self._open.clear()
+            self._direct.clear()
 
 
 class Checkpoint:
@@ -209,18 +252,11 @@ class Checkpoint:
         tensors: dict[str, Tensor] = {}
         for run in _runs(wanted):
             begin, end = run[0].offset, max(t.offset + t.nbytes for t in run)
-            buffer = self.read_array(run[0].file, begin, end - begin)
+            buffer = self.source.read_array(run[0].file, begin, end - begin)
             for info in run:
                 at = info.offset - begin
                 tensors[info.name] = as_tensor(buffer[at : at + info.nbytes], info)
         return tensors
-
-    def read_array(self, file: str, offset: int, nbytes: int) -> np.ndarray:
-        """`nbytes` bytes of a shard from `offset`, as uint8."""
-        buffer = np.empty(nbytes, dtype=np.uint8)
-        if nbytes:
-            self.source.read_into(file, offset, memoryview(buffer.data))
-        return buffer
 
     def _weight_map(self) -> dict[str, str] | None:
         """The index, or None when one file holds everything."""

@@ -6,7 +6,6 @@ megabytes, past the page cache. What is written has no name and is gone afterwar
 
 from __future__ import annotations
 
-import mmap
 import os
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from convert.plan import ConversionPlan
 from convert.source import LocalSource
 from convert.threads import one_core_each
 from offload.quant import Codec
+from offload.store.direct import open_direct, page_buffer
 
 _BLOCK = 4 << 20
 _BLOCKS = 16
@@ -64,7 +64,7 @@ def existing_parent(directory: Path) -> Path:
 def _read_speed(source: LocalSource) -> float | None:
     """Of sequential reads from the largest shard, which are not in the page cache."""
     shard = max(source.files, key=source.files.__getitem__)
-    buffer = memoryview(mmap.mmap(-1, _BLOCK))
+    buffer = page_buffer(_BLOCK)
     fd = _open(source.folder / shard, os.O_RDONLY)
     if fd is None:
         return None
@@ -86,7 +86,7 @@ def _write_speed(folder: Path) -> float | None:
     fd = _open(folder, flags) if flags != os.O_RDWR else None
     if fd is None:
         return None
-    buffer = memoryview(mmap.mmap(-1, _BLOCK))
+    buffer = page_buffer(_BLOCK)
     buffer[:] = os.urandom(_BLOCK)
     done, begun = 0, time.perf_counter()
     try:
@@ -104,12 +104,11 @@ def _write_speed(folder: Path) -> float | None:
 
 def _open(path: Path, flags: int) -> int | None:
     """A descriptor for direct I/O, or for ordinary I/O, or None."""
-    for extra in (getattr(os, "O_DIRECT", 0), 0):
-        try:
-            return os.open(path, flags | os.O_CLOEXEC | extra, 0o600)
-        except OSError:
-            continue
-    return None
+    try:
+        direct = open_direct(path, flags)
+        return os.open(path, flags | os.O_CLOEXEC, 0o600) if direct is None else direct
+    except OSError:
+        return None
 
 
 def _encode_speed(plan: ConversionPlan, workers: int) -> float:

@@ -6,12 +6,10 @@ Must not know threads nor other units.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor
-
-from convert.encode import encode_expert, encode_resident
+from convert.encode import EncodedExpert, encode_resident
 from convert.journal import Claim, ExpertRecord, Records, Unit
 from convert.plan import ConversionPlan, ResidentFile
 from offload.store.layout import LayerFile, resident_file_name
@@ -54,10 +52,10 @@ class UnitWork:
             self._writer = LayerFileWriter(self.directory, layer)
         self._publish_if_complete()
 
-    def write_expert(self, expert: ExpertId, tensors: Mapping[str, Tensor]) -> Records:
-        """Encode and write `expert` from the source's `tensors`."""
+    def write_expert(self, expert: ExpertId, encoded: EncodedExpert) -> Records:
+        """Write `expert`, which `encode_expert` has encoded."""
         assert self._writer is not None
-        parts, errors = encode_expert(self.plan, expert, tensors)
+        parts, errors = encoded
         return Records({expert: ExpertRecord(self._writer.write_expert(expert.expert, parts), errors)})
 
     def write_resident(self) -> Records:

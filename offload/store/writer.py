@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO
@@ -18,10 +19,11 @@ import xxhash
 from torch import Tensor
 
 from offload.errors import BudgetError, DiskError, OffloadError
+from offload.store.direct import open_direct, page_buffer
 from offload.store.layout import LayerFile, TensorSlot
 from offload.store.manifest import checksum
 from offload.store.safetensors import build_header
-from offload.types import format_size
+from offload.types import PAGE, format_size
 
 PARTIAL = ".partial"
 """Ending of a file that is not finished."""
@@ -31,7 +33,8 @@ class LayerFileWriter:
     """Writes the experts of one MoE layer into `<name>.partial`, in any order, from any thread.
 
     The file has its final size from the beginning, so a full disk shows before work is done for it.
-    Opening an existing partial file of the right size keeps its bytes.
+    Opening an existing partial file of the right size keeps its bytes. Experts of whole pages are written by
+    direct I/O, where the file system has it: a copy through the page cache would cost a tenth of the conversion.
     """
 
     def __init__(self, directory: Path, file: LayerFile) -> None:
@@ -45,19 +48,27 @@ class LayerFileWriter:
                 os.posix_fallocate(self._fd, 0, file.nbytes)
             pwrite_all(self._fd, file.header, 0)
             pwrite_all(self._fd, file.tail, file.tail_start)
+            pages = file.layout.stride % PAGE == 0 and file.data_start % PAGE == 0
+            self._direct = open_direct(self.partial, os.O_WRONLY) if pages else None
+        self._local = threading.local()
 
     def write_expert(self, expert: int, parts: Mapping[str, Mapping[str, Tensor]]) -> str:
         """Write the raw tensors of `expert`, by projection and suffix; returns the extent's checksum."""
-        chunks = expert_chunks(self.file, parts)
-        digest = xxhash.xxh3_128()
-        for chunk in chunks:
-            digest.update(chunk)
-        with disk_faults(self.partial, self.file.layout.stride):
-            offset = self.file.offset(expert)
-            for chunk in chunks:
-                pwrite_all(self._fd, chunk, offset)
-                offset += len(chunk)
-        return digest.hexdigest()
+        data = self._buffer()
+        at = 0
+        for chunk in expert_chunks(self.file, parts):
+            data[at : at + len(chunk)] = chunk
+            at += len(chunk)
+        with disk_faults(self.partial, len(data)):
+            pwrite_all(self._fd if self._direct is None else self._direct, data, self.file.offset(expert))
+        return checksum(data)
+
+    def _buffer(self) -> memoryview:
+        """This thread's memory for one extent."""
+        if not hasattr(self._local, "extent"):
+            self._local.extent = page_buffer(self.file.layout.stride)[: self.file.layout.stride]
+        extent: memoryview = self._local.extent
+        return extent
 
     def sync(self) -> None:
         """Make everything written so far durable."""
@@ -76,6 +87,9 @@ class LayerFileWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._direct is not None:
+            os.close(self._direct)
+            self._direct = None
 
 
 def expert_chunks(file: LayerFile, parts: Mapping[str, Mapping[str, Tensor]]) -> list[memoryview]:
