@@ -195,7 +195,8 @@ def verify(as_json: bool, **arguments: Any) -> None:
 
 @cli.command()
 @click.argument("path")
-@click.option("--errors", is_flag=True, help="Quantization error per layer and projection, worst experts.")
+@click.option("--errors", is_flag=True, help="Quantization error per layer and projection, worst experts, outliers.")
+@click.option("--html", type=click.Path(dir_okay=False), help="With --errors: also write a page with charts.")
 @click.option("--revision", help="Revision of a hub repository.")
 @json_option
 def inspect(as_json: bool, **arguments: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from convert.error_table import ErrorTable
 from convert.journal import FOLDER
 from convert.mapping import kept_shapes, linear_shapes, map_checkpoint
 from convert.source import Checkpoint, open_source
@@ -21,7 +22,7 @@ from offload.config import ModelConfig
 from offload.errors import StoreError, UsageError
 from offload.store import Store
 from offload.store.manifest import MANIFEST_NAME
-from offload.types import PROJECTIONS, format_size
+from offload.types import format_size
 
 COMPONENTS = (
     "embedding",
@@ -37,8 +38,6 @@ COMPONENTS = (
 """The parts of a model, in the order of the tables. MTP is in checkpoints only."""
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8", torch.float16: "fp16", torch.float32: "fp32"}
-_BAR = 30
-_WORST = 10
 
 
 @dataclass
@@ -48,31 +47,6 @@ class Component:
     parameters: int = 0
     nbytes: int = 0
     codecs: set[str] = field(default_factory=set)
-
-
-@dataclass(frozen=True)
-class ErrorTable:
-    """Relative RMSE against the source: (mean, largest) per layer and projection, and the worst experts."""
-
-    layers: dict[int, tuple[tuple[float, float], ...]]
-    worst: list[tuple[float, int, int, str]]
-
-    def lines(self) -> list[str]:
-        """A table and a plot."""
-        head = "".join(f"{projection:>20}" for projection in PROJECTIONS)
-        lines = ["relative RMSE of the routed experts against the source, mean (largest)", f"layer{head}"]
-        top = max((mean for row in self.layers.values() for mean, _ in row), default=0.0)
-        for layer, row in self.layers.items():
-            cells = "".join(f"{f'{mean:.5f} ({largest:.5f})':>20}" for mean, largest in row)
-            mean = sum(value for value, _ in row) / len(row)
-            bar = "#" * round(_BAR * mean / top) if top else ""
-            lines.append(f"{layer:>5}{cells}  |{bar}")
-        lines.append("worst experts:")
-        lines += [
-            f"  layer {layer} expert {expert} {projection}: {error:.5f}"
-            for error, layer, expert, projection in self.worst
-        ]
-        return lines
 
 
 @dataclass(frozen=True)
@@ -152,22 +126,26 @@ class Inspection:
             },
         }
         if self.errors:
-            values["errors"] = {
-                str(layer): {p: {"mean": m, "max": x} for p, (m, x) in zip(PROJECTIONS, row, strict=True)}
-                for layer, row in self.errors.layers.items()
-            }
-            values["worst_experts"] = [
-                {"error": error, "layer": layer, "expert": expert, "projection": projection}
-                for error, layer, expert, projection in self.errors.worst
-            ]
+            values |= self.errors.to_dict()
         return values
 
 
-def inspect(path: str | Path, *, errors: bool = False, revision: str | None = None) -> Inspection:
-    """Describe the store, folder or hub repository `path`. `errors` adds what quantization cost (stores only)."""
+def inspect(
+    path: str | Path, *, errors: bool = False, html: str | Path | None = None, revision: str | None = None
+) -> Inspection:
+    """Describe the store, folder or hub repository `path`.
+
+    `errors` adds what quantization cost (stores only); `html` also writes that as a page with charts.
+    """
     directory = Path(path)
+    if html is not None and not errors:
+        raise UsageError("--html shows quantization errors; give --errors too")
     if (directory / MANIFEST_NAME).exists() or (directory / FOLDER).exists():
-        return _inspect_store(directory, errors)
+        found = _inspect_store(directory, errors)
+        if found.errors and html is not None:
+            (codec,) = found.components["routed experts"].codecs
+            found.errors.page(f"Errors of {directory.resolve().name}", codec).write(html)
+        return found
     if errors:
         raise UsageError(f"{path} is a checkpoint: only a store has quantization errors to show")
     source = open_source(path, revision)
@@ -233,22 +211,8 @@ def _inspect_store(directory: Path, errors: bool) -> Inspection:
         tensors=tensors,
         source=dict(store.manifest.source),
         expert_nbytes=store.layout.stride,
-        errors=_error_table(store) if errors else None,
+        errors=ErrorTable.of(store.manifest) if errors else None,
     )
-
-
-def _error_table(store: Store) -> ErrorTable:
-    layers = {}
-    for layer, record in store.manifest.layers.items():
-        columns = list(zip(*record.errors, strict=True))
-        layers[layer] = tuple((sum(column) / len(column), max(column)) for column in columns)
-    everything = (
-        (error, layer, expert, projection)
-        for layer, record in store.manifest.layers.items()
-        for expert, row in enumerate(record.errors)
-        for error, projection in zip(row, PROJECTIONS, strict=True)
-    )
-    return ErrorTable(layers, sorted(everything, key=lambda item: (-item[0], item[1:]))[:_WORST])
 
 
 def component(tensor: str) -> str:

@@ -159,6 +159,16 @@ def test_killed_at_random_instants(checkpoint: Path, tmp_path: Path) -> None:
     kill(checkpoint, tmp_path, 6, seed=3)
 
 
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_steps_that_make_something_durable(checkpoint: Path, tmp_path: Path, stride: int) -> None:
+    command = [sys.executable, str(Path(__file__).parent / "kill_points.py"), str(checkpoint), str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(stride)], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    killed = json.loads(done.stdout)
+    assert killed["pwrite"] > 100 // stride and killed["replace"] > 30 // stride and killed["unlink"] > 5 // stride
+
+
 @pytest.mark.slow
 def test_killed_at_200_random_instants(checkpoint: Path, tmp_path: Path) -> None:
     kill(checkpoint, tmp_path, 200, seed=4)
