@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from offload.types import align_up
@@ -31,4 +32,9 @@ def open_direct(path: Path, flags: int) -> int | None:
 
 def page_buffer(nbytes: int) -> memoryview:
     """Memory of at least `nbytes` bytes, in whole pages."""
-    return memoryview(mmap.mmap(-1, align_up(max(nbytes, 1))))
+    # Private and in huge pages: shared memory, the default of mmap, takes a fault for every 4 KiB.
+    memory = mmap.mmap(-1, align_up(max(nbytes, 1)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
