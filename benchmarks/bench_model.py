@@ -40,9 +40,10 @@ def checkpoint(folder: Path) -> Path:
     return path
 
 
-def store(folder: Path, experts: str = "int4-g32", resident: str = "int8-g128") -> Path:
-    """The converted store in `folder`; resumed or made if need be."""
-    path = folder / f"store-10b-{experts}-{resident}"
+def store(folder: Path, experts: str = "int4-g32", resident: str = "int8-g128", head: str = "bf16") -> Path:
+    """The converted store in `folder`; resumed or made if need be. `head` is the codec of head and embedding."""
+    suffix = "" if head == "bf16" else f"-{head}"
+    path = folder / f"store-10b-{experts}-{resident}{suffix}"
     if not (path / "expertpager.json").exists():
-        convert(checkpoint(folder), path, experts=experts, resident=resident)
+        convert(checkpoint(folder), path, experts=experts, resident=resident, head=head, embedding=head)
     return path

@@ -2,9 +2,11 @@
 
     python benchmarks/kernels.py [--threads 1,2] [--tokens 1,2,8,64] [--codecs int4-g32,int8-g128] [--record]
 
-Every round measures the read bandwidth and each contender once, in turn (A B A B), so a busy moment hits
-all of them; the medians of the rounds and of the per-round ratios are reported. Weights cycle through
-256 MB, far beyond any last-level cache. `--record` appends one JSON row to benchmarks/results/kernels.jsonl.
+The ceiling is a kernel that does nothing but read: vector loads in several streams, asked for ahead of time, from
+huge pages, on as many threads; the better of two reads. Every round measures it and each contender once, in turn
+(A B A B), so a busy moment hits all of them; the medians of the rounds and of the per-round ratios are reported.
+Weights cycle through 512 MB, far beyond any last-level cache. `--record` appends one JSON row to
+benchmarks/results/kernels.jsonl.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import mmap
 import os
 import platform
 import subprocess
@@ -33,7 +36,7 @@ from offload.quant import QuantizedTensor, get_codec
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
-CYCLE = 256 << 20
+CYCLE = 512 << 20
 SHAPES = ((2048, 7168), (7168, 2048), (1024, 2048))
 Call = Callable[[int], object]
 """Runs a contender on its i-th copy of the weight."""
@@ -63,6 +66,26 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return run.stdout.strip() or "unknown"
+
+
+def huge_memory(nbytes: int) -> Tensor:
+    """uint8 [nbytes] of random bytes in huge pages where the system gives them, as slots of experts are."""
+    pages = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    torch.randint(0, 255, (nbytes,), dtype=torch.uint8, out=memory)
+    return memory
+
+
+def read_speed(kernels: NativeKernels, memory: Tensor) -> float:
+    """Bytes per second of the better of two reads of `memory`."""
+    best = float("inf")
+    for _ in range(2):
+        start = time.perf_counter()
+        kernels.read(memory)
+        best = min(best, time.perf_counter() - start)
+    return memory.nbytes / best
 
 
 def native_copies(codec: str, rows: int, cols: int, memory: Tensor) -> list[QuantizedTensor]:
@@ -154,9 +177,7 @@ def measure(
     share: dict[str, list[float]] = {name: [] for name in contenders}
     position = dict.fromkeys(contenders, 0)
     for _ in range(rounds):
-        start = time.perf_counter()
-        kernels.read(memory)
-        bandwidth = memory.nbytes / (time.perf_counter() - start)
+        bandwidth = read_speed(kernels, memory)
         for name, (call, copies, nbytes) in contenders.items():
             taken, done = seconds(call, copies, position[name], budget)
             position[name] = (position[name] + done) % copies
@@ -185,17 +206,16 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    memory = torch.randint(0, 255, (CYCLE,), dtype=torch.uint8)
+    memory = huge_memory(CYCLE)
     results: list[dict[str, Any]] = []
+    reads: dict[str, dict[str, float]] = {}
     for threads in (int(n) for n in options.threads.split(",")):
         torch.set_num_threads(threads)
         kernels = NativeKernels(threads=threads, isa=options.isa)
-        rates = []
-        for _ in range(options.rounds):
-            start = time.perf_counter()
-            kernels.read(memory)
-            rates.append(memory.nbytes / 1e9 / (time.perf_counter() - start))
-        print(f"== {threads} threads, {kernels.isa}: reads {median(rates):.1f} GB/s", flush=True)
+        rates = [read_speed(kernels, memory) / 1e9 for _ in range(options.rounds)]
+        found = f"{median(rates):.1f} GB/s, at best {max(rates):.1f}"
+        print(f"== {threads} threads, {kernels.isa}: reads {found}", flush=True)
+        reads[str(threads)] = {"median_gb_s": round(median(rates), 2), "best_gb_s": round(max(rates), 2)}
         for rows, cols in SHAPES:
             for tokens in (int(n) for n in options.tokens.split(",")):
                 x = torch.randn(tokens, cols)
@@ -222,6 +242,7 @@ def main() -> None:
             "machine": machine(),
             "versions": versions(),
             "isa": kernels.isa,
+            "read": reads,
             "results": results,
         }
         RESULTS.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -109,4 +109,74 @@ class Kernels(Protocol):
 
         The order is fixed by the ids alone, so neither placement nor arrival changes a bit.
         """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayer:
+    """One layer of multi-head latent attention, with its input norm (names of config.json and of the checkpoint).
+
+    `q_a` and its norm are None when the model has a plain `q_proj` (in `q_b`). Norm weights are float32.
+    """
+
+    input_norm: Tensor
+    q_a: QuantizedTensor | None
+    q_a_norm: Tensor | None
+    q_b: QuantizedTensor
+    kv_a: QuantizedTensor
+    kv_a_norm: Tensor
+    kv_b: QuantizedTensor
+    o: QuantizedTensor
+    eps: float
+    latent_eps: float
+    scale: float
+    num_attention_heads: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class MoeLayer:
+    """The resident part of one MoE block: norm, router weight [E, H] and bias [E] (float32), shared expert if any."""
+
+    norm: Tensor
+    eps: float
+    router: Tensor
+    bias: Tensor
+    shape: RouterShape
+    shared: tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor] | None
+    """gate, up, down"""
+
+
+class MoeStart(NamedTuple):
+    """An MoE block whose routed experts are still to be computed."""
+
+    x: Tensor
+    """The normed input [T, H] of the experts."""
+    ids: Tensor
+    weights: Tensor
+    token: int
+    """The backend's mark of the shared expert under way."""
+
+
+@runtime_checkable
+class FusedKernels(Kernels, Protocol):
+    """A backend that also computes whole blocks in few calls, with the bits of its single kernels in turn."""
+
+    def attention(
+        self, layer: AttentionLayer, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, start: int
+    ) -> Tensor:
+        """hidden [T, H] plus the absorbed attention of its norm: [T, H].
+
+        Writes rows start..start+T of the layer's latent cache [capacity, R+D] (float32); cos, sin [T, D/2].
+        """
+        ...
+
+    def begin_moe(self, layer: MoeLayer, hidden: Tensor) -> MoeStart:
+        """Norm and router for hidden [T, H]. May go on with the shared expert behind the caller's back."""
+        ...
+
+    def end_moe(self, layer: MoeLayer, hidden: Tensor, start: MoeStart, routed: Tensor) -> Tensor:
+        """hidden + (routed + shared expert): [T, H], for the routed experts' sum `routed` [T, H]."""
         ...

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from offload.errors import KernelError
-from offload.kernels.api import Expert, RouterShape, Wave
+from offload.kernels.api import AttentionLayer, Expert, MoeLayer, MoeStart, RouterShape, Wave
 from offload.quant import Codec, QuantizedTensor
 from offload.types import PROJECTIONS
 
@@ -49,6 +49,15 @@ class _Weight(Structure):
     )
 
 
+class _Attention(Structure):
+    _fields_ = (
+        *((name, _Weight) for name in ("q_a", "q_b", "kv_a", "kv_b", "o")),
+        *((name, c_uint64) for name in ("input_norm", "q_a_norm", "kv_a_norm")),
+        *((name, c_float) for name in ("eps", "latent_eps", "scale")),
+        *((name, c_int32) for name in ("heads", "nope", "rope", "value")),
+    )
+
+
 class _Router(Structure):
     _fields_ = (
         ("experts", c_int32),
@@ -57,6 +66,18 @@ class _Router(Structure):
         ("top_k", c_int32),
         ("normalize", c_int32),
         ("scaling", c_float),
+    )
+
+
+class _Moe(Structure):
+    _fields_ = (
+        ("router", _Weight),
+        ("shared", _Weight * 3),
+        ("norm", c_uint64),
+        ("bias", c_uint64),
+        ("config", _Router),
+        ("eps", c_float),
+        ("has_shared", c_int32),
     )
 
 
@@ -79,6 +100,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ep_attend": (_N, (_P, _P, _P, _P, _N, _N, _N, _N, _N, _F, _P)),
     "ep_absorb_query": (_N, (_P, _P, _P, _N, _N, _N, _N, _P)),
     "ep_expand_value": (_N, (_P, _P, _P, _N, _N, _N, _P)),
+    "ep_attention": (_N, (_P, _P, _P, _P, _P, _N, _N, _P, _P)),
+    "ep_moe_begin": (_N, (_P, _P, _P, _N, _P, _P, _P, _P)),
+    "ep_moe_end": (_N, (_P, _P, _P, _P, _P, _N, c_uint64, _P)),
     "ep_read": (c_uint64, (_P, _P, _N)),
 }
 
@@ -155,6 +179,8 @@ class NativeKernels:
         self._layouts: dict[int, tuple[Any, Any]] = {}
         self._every: dict[int, Tensor] = {}  # positions 0..n-1 by n
         self._routers: dict[tuple[RouterShape, int], Any] = {}
+        self._attentions: dict[int, tuple[AttentionLayer, Any]] = {}
+        self._moes: dict[int, tuple[MoeLayer, Any]] = {}
 
     def reserve(self, nbytes: int) -> int:
         """Grow the scratch memory to at least `nbytes` now; returns its size in bytes."""
@@ -297,6 +323,53 @@ class NativeKernels:
             raise _not_finite(bad)
         return out
 
+    def attention(
+        self, layer: AttentionLayer, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, start: int
+    ) -> Tensor:
+        known = self._attentions.get(id(layer))
+        if known is None:  # holding the layer keeps its id taken
+            known = self._attentions[id(layer)] = (layer, byref(self._describe_attention(layer)))
+        tokens, width = hidden.shape[0], layer.kv_b.cols + layer.qk_rope_head_dim
+        _rows(hidden, layer.kv_a.cols)
+        _rows(cos, layer.qk_rope_head_dim // 2, tokens)
+        _rows(sin, layer.qk_rope_head_dim // 2, tokens)
+        if _rows(cache, width) < start + tokens:
+            raise KernelError(f"the latent cache has {cache.shape[0]} rows, this call needs {start + tokens}")
+        out = torch.empty_like(hidden)
+        pointers = hidden.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        bad = self._library.ep_attention(
+            self._context, known[1], *pointers, tokens, start, cache.data_ptr(), out.data_ptr()
+        )
+        if bad:
+            raise _not_finite(bad)
+        return out
+
+    def begin_moe(self, layer: MoeLayer, hidden: Tensor) -> MoeStart:
+        known = self._moes.get(id(layer))
+        if known is None:  # holding the layer keeps its id taken
+            known = self._moes[id(layer)] = (layer, byref(self._describe_moe(layer)))
+        tokens, k = _rows(hidden, layer.router.shape[1]), layer.shape.num_experts_per_tok
+        x = torch.empty_like(hidden)
+        ids = torch.empty((tokens, k), dtype=torch.int64)
+        weights = torch.empty((tokens, k), dtype=torch.float32)
+        token = c_uint64()
+        results = x.data_ptr(), ids.data_ptr(), weights.data_ptr(), byref(token)
+        bad = self._library.ep_moe_begin(self._context, known[1], hidden.data_ptr(), tokens, *results)
+        if bad:
+            raise _not_finite(bad)
+        return MoeStart(x, ids, weights, token.value)
+
+    def end_moe(self, layer: MoeLayer, hidden: Tensor, start: MoeStart, routed: Tensor) -> Tensor:
+        tokens = _rows(hidden, layer.router.shape[1])
+        _rows(routed, hidden.shape[1], tokens)
+        out = torch.empty_like(hidden)
+        pointers = hidden.data_ptr(), start.x.data_ptr(), routed.data_ptr()
+        described = self._moes[id(layer)][1]
+        bad = self._library.ep_moe_end(self._context, described, *pointers, tokens, start.token, out.data_ptr())
+        if bad:
+            raise _not_finite(bad)
+        return out
+
     def read(self, data: Tensor) -> int:
         """Touch every byte of `data` on all threads: the bandwidth that kernels are measured against."""
         return int(self._library.ep_read(self._context, data.data_ptr(), data.nbytes))
@@ -333,6 +406,55 @@ class NativeKernels:
                 described[index] = _describe(layout.codec, layout.shape(projection), parts)
             known = self._layouts[id(layout)] = (layout, described)  # holding it keeps its id taken
         return known[1]
+
+    def _describe_attention(self, layer: AttentionLayer) -> _Attention:
+        heads, value = layer.num_attention_heads, layer.v_head_dim
+        query = layer.qk_nope_head_dim + layer.qk_rope_head_dim
+        hidden, low = layer.kv_a.cols, layer.kv_a.cols if layer.q_a is None else layer.q_a.rows
+        latent = layer.kv_b.cols
+        expected = {
+            "q_b": (layer.q_b, heads * query, low),
+            "kv_a": (layer.kv_a, latent + layer.qk_rope_head_dim, hidden),
+            "kv_b": (layer.kv_b, heads * (layer.qk_nope_head_dim + value), latent),
+            "o": (layer.o, hidden, heads * value),
+        }
+        if layer.q_a is not None:
+            expected["q_a"] = (layer.q_a, low, hidden)
+        described = _Attention(
+            eps=layer.eps,
+            latent_eps=layer.latent_eps,
+            scale=layer.scale,
+            heads=heads,
+            nope=layer.qk_nope_head_dim,
+            rope=layer.qk_rope_head_dim,
+            value=value,
+        )
+        for name, (weight, rows, cols) in expected.items():
+            if (weight.rows, weight.cols) != (rows, cols):
+                raise KernelError(f"{name} of an attention layer is {weight.rows} x {weight.cols}, not {rows} x {cols}")
+            setattr(described, name, self._describe(weight)[1])
+        norms = {"input_norm": (layer.input_norm, hidden), "kv_a_norm": (layer.kv_a_norm, latent)}
+        if layer.q_a_norm is not None:
+            norms["q_a_norm"] = (layer.q_a_norm, low)
+        for name, (norm, width) in norms.items():
+            _rows(norm, width, 1)
+            setattr(described, name, norm.data_ptr())
+        return described
+
+    def _describe_moe(self, layer: MoeLayer) -> _Moe:
+        experts, hidden = layer.router.shape
+        _rows(layer.router, hidden, experts)
+        _rows(layer.bias, experts, 1)
+        _rows(layer.norm, hidden, 1)
+        return _Moe(
+            router=_Weight(_F32, 0, 0, 0, experts, hidden, layer.router.data_ptr(), 0),
+            shared=(_Weight * 3)(*(self._describe(weight)[1] for weight in layer.shared or ())),
+            norm=layer.norm.data_ptr(),
+            bias=layer.bias.data_ptr(),
+            config=_describe_router(layer.shape, experts),
+            eps=layer.eps,
+            has_shared=int(layer.shared is not None),
+        )
 
     def _describe(self, weight: QuantizedTensor) -> tuple[Any, _Weight]:
         key = id(weight)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offload.config import LATENT_NORM_EPS, ModelConfig
-from offload.kernels import Kernels
+from offload.kernels import AttentionLayer, Kernels
 from offload.model.kv_cache import KVCache
 from offload.quant import QuantizedTensor
 
@@ -40,6 +40,27 @@ class AttentionWeights:
     kv_a_norm: Tensor
     kv_b: QuantizedTensor
     o: QuantizedTensor
+
+
+def attention_layer(weights: AttentionWeights, input_norm: Tensor, config: ModelConfig) -> AttentionLayer:
+    """One layer as backends take it that compute the whole block."""
+    return AttentionLayer(
+        input_norm=input_norm,
+        q_a=weights.q_a,
+        q_a_norm=weights.q_a_norm,
+        q_b=weights.q_b,
+        kv_a=weights.kv_a,
+        kv_a_norm=weights.kv_a_norm,
+        kv_b=weights.kv_b,
+        o=weights.o,
+        eps=config.rms_norm_eps,
+        latent_eps=LATENT_NORM_EPS,
+        scale=config.softmax_scale,
+        num_attention_heads=config.num_attention_heads,
+        qk_nope_head_dim=config.qk_nope_head_dim,
+        qk_rope_head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim,
+    )
 
 
 def mla(

@@ -18,6 +18,8 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, capacity: int) -> None:
         self.data = torch.zeros(config.num_hidden_layers, capacity, config.latent_dim)
+        self.layers = list(self.data)
+        """Per layer, the rows [capacity, R+D] of `data`."""
         self.capacity = capacity
         self.length = 0
 

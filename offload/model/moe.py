@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offload.config import ModelConfig
-from offload.kernels import Kernels, RouterShape
+from offload.kernels import FusedKernels, Kernels, MoeLayer, RouterShape
 from offload.model.blocks import blocks
 from offload.model.preference import reroute
 from offload.quant import QuantizedTensor
@@ -92,3 +92,27 @@ def mlp(x: Tensor, weights: MlpWeights, kernels: Kernels) -> Tensor:
     for rows in parts:
         out[rows] = kernels.swiglu_mlp(x[rows], weights.gate, weights.up, weights.down)
     return out
+
+
+def moe_layer(weights: MoeWeights, norm: Tensor, config: ModelConfig) -> MoeLayer:
+    """One layer as backends take it that compute the block in two calls."""
+    shared = weights.shared
+    return MoeLayer(
+        norm=norm,
+        eps=config.rms_norm_eps,
+        router=weights.router,
+        bias=weights.bias,
+        shape=router_shape(config),
+        shared=None if shared is None else (shared.gate, shared.up, shared.down),
+    )
+
+
+def fused_moe(hidden: Tensor, block: MoeLayer, layer: int, routed: RoutedExperts, kernels: FusedKernels) -> Tensor:
+    """hidden [T, H] plus the MoE block of its norm, with the shared expert running while experts are looked up."""
+    start = kernels.begin_moe(block, hidden)
+    ids, scores = start.ids, start.weights
+    preference = routed.preference(layer, ids)
+    if preference is not None:
+        ids, scores = reroute(kernels, start.x, block.router, block.bias, block.shape, preference)
+    routed.hint(layer, ids, scores)
+    return kernels.end_moe(block, hidden, start, routed(layer, start.x, ids, scores))

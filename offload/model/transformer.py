@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from offload.config import ModelConfig
-from offload.kernels import Kernels
-from offload.model.attention import AttentionWeights, mla
+from offload.kernels import FusedKernels, Kernels
+from offload.model.attention import EXPAND_FROM, AttentionWeights, attention_layer, mla
 from offload.model.blocks import blocks
 from offload.model.kv_cache import KVCache
-from offload.model.moe import MlpWeights, MoeWeights, RoutedExperts, mlp, moe, router_shape
+from offload.model.moe import MlpWeights, MoeWeights, RoutedExperts, fused_moe, mlp, moe, moe_layer, router_shape
 from offload.model.rope import RotaryTable
 from offload.quant import QuantizedTensor
 
@@ -55,6 +55,13 @@ class DeepseekV3:
         self.routed = routed
         self._rotary = RotaryTable(config, context)
         self._router_shape = router_shape(config)
+        self._fused = kernels if isinstance(kernels, FusedKernels) else None
+        self._attention = [attention_layer(layer.attention, layer.input_norm, config) for layer in weights.layers]
+        self._moe = {
+            index: moe_layer(layer.moe, layer.post_attention_norm, config)
+            for index, layer in enumerate(weights.layers)
+            if layer.moe is not None
+        }
 
     def forward(self, token_ids: list[int], cache: KVCache, progress: Callable[[int], None] | None = None) -> Tensor:
         """Hidden states [T, H] after the final norm for tokens at positions cache.length .. + T.
@@ -68,7 +75,10 @@ class DeepseekV3:
         parts = [(rows, (cos[rows], sin[rows])) for rows in blocks(len(token_ids))]
         hidden = self.weights.embed.rows_of(torch.tensor(token_ids))  # [T, H]
         for index, layer in enumerate(self.weights.layers):
-            hidden = self._layer(index, layer, hidden, cache, parts)
+            if self._fused is not None and len(token_ids) < EXPAND_FROM:
+                hidden = self._short_layer(index, layer, hidden, cache, (cos, sin), self._fused)
+            else:
+                hidden = self._layer(index, layer, hidden, cache, parts)
             if progress is not None:
                 progress(index + 1)
         cache.advance(len(token_ids))
@@ -97,3 +107,20 @@ class DeepseekV3:
             return hidden + moe(x, layer.moe, index, self._router_shape, self.routed, kernels)
         assert layer.mlp is not None
         return hidden + mlp(x, layer.mlp, kernels)
+
+    def _short_layer(
+        self,
+        index: int,
+        layer: LayerWeights,
+        hidden: Tensor,
+        cache: KVCache,
+        angles: tuple[Tensor, Tensor],
+        fused: FusedKernels,
+    ) -> Tensor:
+        """A layer for few tokens, whose attention is absorbed: the same values in as few calls as the backend needs."""
+        hidden = fused.attention(self._attention[index], hidden, *angles, cache.layers[index], cache.length)
+        if layer.moe is not None:
+            return fused_moe(hidden, self._moe[index], index, self.routed, fused)
+        assert layer.mlp is not None
+        x = fused.rms_norm(hidden, layer.post_attention_norm, self.config.rms_norm_eps)
+        return hidden + mlp(x, layer.mlp, fused)

@@ -179,12 +179,57 @@ void attentions(ep_context* c, Outputs& out) {
   }
 }
 
+// Whole blocks: attention over a growing cache, and an MoE block with other calls between its halves.
+void blocks(ep_context* c, Outputs& out) {
+  constexpr int64_t kHidden = 90, kLow = 37, kLatent = 20, kRope = 6, kValue = 9, kNope = 7, kHeads = 5, kTokens = 3;
+  const Weight q_a(EP_INT4, 32, kLow, kHidden), q_b(EP_INT4, 32, kHeads * (kNope + kRope), kLow);
+  const Weight kv_a(EP_INT8, 128, kLatent + kRope, kHidden), kv_b(EP_INT4, 32, kHeads * (kNope + kValue), kLatent);
+  const Weight o(EP_INT4, 32, kHidden, kHeads * kValue);
+  const std::vector<float> input_norm = floats(kHidden), low_norm = floats(kLow), latent_norm = floats(kLatent);
+  const auto at = [](const std::vector<float>& v) { return reinterpret_cast<uint64_t>(v.data()); };
+  const ep_attention_layer layer{q_a.weight, q_b.weight, kv_a.weight, kv_b.weight, o.weight, at(input_norm), at(low_norm),
+                                 at(latent_norm), 1e-6f, 1e-6f, 0.3f, kHeads, kNope, kRope, kValue};
+  for (const int64_t start : {0, 45, 1022}) {
+    for (const int64_t tokens : {int64_t{1}, kTokens}) {
+      const std::vector<float> x = floats(tokens * kHidden), angle = floats(tokens * kRope / 2);
+      std::vector<float> cache = floats((start + tokens) * (kLatent + kRope)), y(x.size());
+      if (ep_attention(c, &layer, x.data(), angle.data(), angle.data(), tokens, start, cache.data(), y.data()) != 0) ++failures;
+      out.push_back(y);
+      out.push_back(cache);
+    }
+  }
+  constexpr int64_t kInner = 45, kExperts = 12, kTop = 3;
+  const Weight gate(EP_INT4, 32, kInner, kHidden), up_(EP_INT4, 32, kInner, kHidden), down(EP_INT4, 32, kHidden, kInner);
+  const Weight router(EP_F32, 0, kExperts, kHidden);
+  const std::vector<float> bias = floats(kExperts), hidden = floats(kTokens * kHidden), routed = floats(kTokens * kHidden);
+  const ep_moe_layer moe{router.weight, {gate.weight, up_.weight, down.weight}, at(input_norm), at(bias), {kExperts, 4, 2, kTop, 1, 2.5f}, 1e-6f, 1};
+  const ep_weight experts[3] = {gate.weight, up_.weight, down.weight};
+  for (const bool between : {false, true}) {
+    std::vector<float> x(hidden.size()), weights(kTokens * kTop), y(hidden.size()), partial(hidden.size());
+    std::vector<int64_t> ids(kTokens * kTop);
+    uint64_t generation = 0, other = 0;
+    if (ep_moe_begin(c, &moe, hidden.data(), kTokens, x.data(), ids.data(), weights.data(), &generation) != 0) ++failures;
+    if (between) {
+      std::vector<float> again(x.size());
+      if (ep_moe_begin(c, &moe, routed.data(), kTokens, again.data(), ids.data(), weights.data(), &other) != 0) ++failures;
+    }
+    const int64_t positions[3] = {0, 1, 2};
+    const int64_t* lists[1] = {positions};
+    const uint64_t base = 0;
+    const int64_t count = 3;
+    if (ep_experts(c, experts, &base, lists, &count, 1, x.data(), kTokens, 1, partial.data()) != 0) ++failures;
+    if (ep_moe_end(c, &moe, hidden.data(), x.data(), routed.data(), kTokens, generation, y.data()) != 0) ++failures;
+    for (const auto& result : {x, y, partial}) out.push_back(result);
+  }
+}
+
 Outputs everything(ep_context* c) {
   state = 1;
   Outputs out;
   linears(c, out);
   layer(c, out);
   attentions(c, out);
+  blocks(c, out);
   return out;
 }
 

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <type_traits>
 #include <vector>
@@ -14,14 +15,17 @@
 
 namespace ep {
 
+class SharedExpert;
+
 // What an ep_context is.
 struct Library {
-  Library(const Isa* which, int threads) : isa(which) { pool.resize(threads); }
+  Library(const Isa* which, int threads);
   ~Library() { std::free(scratch); }
   Library(const Library&) = delete;
   Library& operator=(const Library&) = delete;
 
   std::mutex mutex;
+  std::shared_ptr<SharedExpert> shared;  // outlives the workers
   Pool pool;
   const Isa* isa;
   uint8_t* scratch = nullptr;
@@ -48,8 +52,9 @@ class Scratch {
     pieces_.push_back({reinterpret_cast<void**>(where), total_});
     total_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
   }
-  void place(Library& lib) {
-    uint8_t* base = lib.reserve(total_);
+  int64_t bytes() const { return total_; }
+  void place(Library& lib) { place(lib.reserve(total_)); }
+  void place(uint8_t* base) {
     for (const Piece& piece : pieces_) *piece.where = base + piece.offset;
   }
 
@@ -83,11 +88,18 @@ class FirstBad {
 void prepare_rows(Library& lib, const ep_weight& w, const float* x, const int64_t* from, int64_t tokens, uint8_t* act,
                   int64_t stride, FirstBad& bad);
 
-// All rows of w against prepared tokens; row n of token t goes to out[t][n].
-void linear(Library& lib, const ep_weight& w, const uint8_t* const* act, int64_t tokens, float* const* out);
+// One weight to multiply with prepared tokens; row n of token t goes to out[t][n].
+struct Product {
+  const ep_weight* weight;
+  const uint8_t* const* act;
+  float* const* out;
+};
 
-// Rows per chunk so that a chunk is worth claiming, a multiple of `unit`.
-int64_t rows_per_chunk(const ep_weight& w, int64_t unit);
+// All rows of several weights in one job of the pool.
+void multiply(Library& lib, const Product* products, size_t count, int64_t tokens);
+
+// Bytes of a row's codes.
+int64_t row_bytes(const ep_weight& w);
 
 }  // namespace ep
 

@@ -31,6 +31,25 @@ struct ep_router {
   float scaling;
 };
 
+// One layer of multi-head latent attention. Norm weights are addresses of floats. Without a low-rank query
+// (q_a.rows == 0), q_b takes the normed input.
+struct ep_attention_layer {
+  ep_weight q_a, q_b, kv_a, kv_b, o;
+  uint64_t input_norm, q_a_norm, kv_a_norm;
+  float eps, latent_eps, scale;
+  int32_t heads, nope, rope, value;
+};
+
+// One MoE layer without its routed experts. `norm` and `bias` are addresses of floats, shared is gate, up, down.
+struct ep_moe_layer {
+  ep_weight router;
+  ep_weight shared[3];
+  uint64_t norm, bias;
+  ep_router config;
+  float eps;
+  int32_t has_shared;
+};
+
 struct ep_context;
 
 EP_API int32_t ep_abi(void);
@@ -75,5 +94,16 @@ EP_API int64_t ep_absorb_query(ep_context* context, const ep_weight* kv_b, const
 // The value rows times u [T, heads, latent] -> [T, heads, value].
 EP_API int64_t ep_expand_value(ep_context* context, const ep_weight* kv_b, const float* u, int64_t tokens, int64_t heads, int64_t value,
                                float* out);
+// hidden [T, H] plus the attention of its norm, absorbed: writes rows start .. start + T of the layer's `cache`
+// [.., latent + rope] and reads all rows before; cos and sin [T, rope / 2].
+EP_API int64_t ep_attention(ep_context* context, const ep_attention_layer* layer, const float* hidden, const float* cos,
+                            const float* sin, int64_t tokens, int64_t start, float* cache, float* out);
+// The first half of an MoE block: x [T, H] is the norm of hidden, ids and weights [T, top_k] the router's choice.
+// The workers go on with the shared expert; `generation` says which one that is.
+EP_API int64_t ep_moe_begin(ep_context* context, const ep_moe_layer* layer, const float* hidden, int64_t tokens, float* x,
+                            int64_t* ids, float* weights, uint64_t* generation);
+// The second half: out = hidden + (routed + shared expert of x), everything [T, H].
+EP_API int64_t ep_moe_end(ep_context* context, const ep_moe_layer* layer, const float* hidden, const float* x,
+                          const float* routed, int64_t tokens, uint64_t generation, float* out);
 // Reads `bytes` from `p` on all threads: the memory bandwidth that the kernels are measured against.
 EP_API uint64_t ep_read(ep_context* context, const void* p, int64_t bytes);

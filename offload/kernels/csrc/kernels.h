@@ -126,45 +126,92 @@ struct Geometry {
 template <int BITS, int G>
 void int_rows(const RowsCall& call);
 
-// Up to four tokens: accumulators stay in registers and a row is read once, front to back.
-template <int BITS, int G, int MT>
-void int_rows_few(const RowsCall& call) {
+// A single stream does not keep enough cache lines under way to use a core's share of the memory, so a
+// decoding step reads kStreams rows side by side and asks for each kAhead bytes before it gets there.
+constexpr int64_t kStreams = 4;
+constexpr int64_t kAhead = 1024;
+
+// NR rows side by side against up to four tokens; every row is read once, front to back.
+template <int BITS, int G, int MT, int NR>
+inline void int_rows_block(const RowsCall& call, const Geometry<IntFormat<BITS, G>, BITS, G>& geometry, int64_t n) {
   using Format = IntFormat<BITS, G>;
-  const Geometry<Format, BITS, G> geometry(*call.weight);
   constexpr int kPhases = Format::kPhases;
-  for (int64_t n = call.first; n < call.last; ++n) {
-    typename Format::Accumulator acc[kPhases][MT];
-    for (auto& phase : acc) {
-      for (auto& a : phase) a = Format::zero();
-    }
-    const uint8_t* rec[MT];
-    for (int m = 0; m < MT; ++m) rec[m] = call.act[m];
-    WeightRow<Format> w = geometry.row(n);
-    int64_t s = 0;
-    for (; s + kPhases <= geometry.whole; s += kPhases) {
+  typename Format::Accumulator acc[kPhases][NR][MT];
 #pragma GCC unroll 2
-      for (int phase = 0; phase < kPhases; ++phase) {
-        Format::template step<MT>(acc[phase], w.codes, w.scales, rec);
-        w.codes += Format::kWeightBytes;
-        w.scales += Format::kGroups;
-        for (auto& r : rec) r += Format::kRecordBytes;
-      }
+  for (int phase = 0; phase < kPhases; ++phase) {
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; ++r) {
+#pragma GCC unroll 4
+      for (int m = 0; m < MT; ++m) acc[phase][r][m] = Format::zero();
     }
-    if (s < geometry.whole) {
-      Format::template step<MT>(acc[0], w.codes, w.scales, rec);
-      for (auto& r : rec) r += Format::kRecordBytes;
+  }
+  const int64_t row_bytes = geometry.row_bytes, groups = geometry.groups, ahead = min_of(kAhead, row_bytes);
+  const uint8_t* codes = geometry.payload + n * row_bytes;
+  const uint16_t* scales = geometry.scale + n * groups;
+  const uint16_t* next_scales = scales + NR * groups;
+  const uint8_t* rec[MT];
+#pragma GCC unroll 4
+  for (int m = 0; m < MT; ++m) rec[m] = call.act[m];
+  int64_t s = 0;
+  while (s < geometry.whole) {
+#pragma GCC unroll 2
+    for (int phase = 0; phase < kPhases; ++phase) {
+      if (s == geometry.whole) break;
+      // Behind the end of the rows, the beginning of the next NR.
+      const bool inside = s * Format::kWeightBytes + ahead < row_bytes;
+      const uint8_t* target = codes + ahead + (inside ? 0 : (NR - 1) * row_bytes);
+      __builtin_prefetch(next_scales);
+#pragma GCC unroll 4
+      for (int r = 0; r < NR; ++r) {
+#pragma GCC unroll 16
+        for (int i = 0; i < Format::kWeightBytes; i += 64) __builtin_prefetch(target + r * row_bytes + i);
+        Format::template step<MT>(acc[phase][r], codes + r * row_bytes, scales + r * groups, rec);
+      }
+      codes += Format::kWeightBytes;
+      scales += Format::kGroups;
+      next_scales += NR * Format::kGroups;
+#pragma GCC unroll 4
+      for (int m = 0; m < MT; ++m) rec[m] += Format::kRecordBytes;
       ++s;
     }
-    if (s < geometry.steps) {
-      alignas(64) uint8_t codes[Format::kWeightBytes];
-      alignas(64) uint16_t scales[Format::kGroups];
-      geometry.copy_tail(n, codes, scales);
-      Format::template step<MT>(acc[s % kPhases], codes, scales, rec);
+  }
+  if (s < geometry.steps) {
+    alignas(64) uint8_t last_codes[Format::kWeightBytes];
+    alignas(64) uint16_t last_scales[Format::kGroups];
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; ++r) {
+      geometry.copy_tail(n + r, last_codes, last_scales);
+      if (kPhases == 1 || s % kPhases == 0) {
+        Format::template step<MT>(acc[0][r], last_codes, last_scales, rec);
+      } else {
+        Format::template step<MT>(acc[kPhases - 1][r], last_codes, last_scales, rec);
+      }
     }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < NR; ++r) {
+#pragma GCC unroll 4
     for (int m = 0; m < MT; ++m) {
       typename Format::Accumulator a[kPhases];
-      for (int phase = 0; phase < kPhases; ++phase) a[phase] = acc[phase][m];
-      call.out[m][n - call.base] = Format::finish(a);
+#pragma GCC unroll 2
+      for (int phase = 0; phase < kPhases; ++phase) a[phase] = acc[phase][r][m];
+      call.out[m][n + r - call.base] = Format::finish(a);
+    }
+  }
+}
+
+template <int BITS, int G, int MT>
+void int_rows_few(const RowsCall& call) {
+  constexpr int kRows = MT == 1 ? kStreams : 2;  // more tokens need the registers, and more time per byte
+  const Geometry<IntFormat<BITS, G>, BITS, G> geometry(*call.weight);
+  int64_t n = call.first;
+  for (; n + kRows <= call.last; n += kRows) int_rows_block<BITS, G, MT, kRows>(call, geometry, n);
+  RowsCall one = call;
+  for (; n < call.last; ++n) {
+    for (int m = 0; m < MT; ++m) {
+      one.act = call.act + m;
+      one.out = call.out + m;
+      int_rows_block<BITS, G, 1, 1>(one, geometry, n);
     }
   }
 }
@@ -738,15 +785,24 @@ void attention(const AttentionCall& call) {
   }
 }
 
+// The fastest way to read that was found here: as many streams as the kernels keep, asked for ahead of time.
 uint64_t read_bytes(const uint8_t* p, int64_t n) {
-  uint64_t lanes[32] = {};
-  for (int64_t i = 0; i + 256 <= n; i += 256) {
-    uint64_t v[32];
-    std::memcpy(v, p + i, 256);
-    for (int j = 0; j < 32; ++j) lanes[j] += v[j];
+  constexpr int kWords = 8;
+  uint64_t lanes[kStreams][kWords] = {};
+  const int64_t part = n / kStreams / 64 * 64;
+  for (int64_t i = 0; i < part; i += 64) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s) {
+      const uint8_t* from = p + s * part + i;
+      __builtin_prefetch(from + kAhead);
+#pragma GCC unroll 8
+      for (int j = 0; j < kWords; ++j) lanes[s][j] ^= element<uint64_t>(from, j);
+    }
   }
   uint64_t total = 0;
-  for (const uint64_t lane : lanes) total += lane;
+  for (const auto& stream : lanes) {
+    for (const uint64_t lane : stream) total ^= lane;
+  }
   return total;
 }
 

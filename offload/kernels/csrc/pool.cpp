@@ -40,41 +40,57 @@ bool Pool::claim_one() {
   return false;
 }
 
+void Pool::publish(int64_t chunks, Body body, void* context) {
+  body_ = body;
+  context_ = context;
+  open_ = chunks;
+  finished_.store(0, std::memory_order_relaxed);
+  const uint64_t job = (state_.load(std::memory_order_relaxed) >> (2 * kCountBits)) + 1;
+  // Sequentially consistent with the sleepers' counter: either they see the job or we see them.
+  state_.store((job << (2 * kCountBits)) | (static_cast<uint64_t>(chunks) << kCountBits));
+  if (sleeping_.load() > 0) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    wake_.notify_all();
+  }
+}
+
+void Pool::start(int64_t chunks, Body body, void* context) {
+  finish();
+  if (chunks > 0) publish(chunks, body, context);
+}
+
+void Pool::finish() {
+  if (open_ == 0) return;
+  while (claim_one()) {
+  }
+  for (int spins = 0; finished_.load(std::memory_order_acquire) < open_; ++spins) {
+    if (spins < kSpins) {
+      pause_cpu();
+    } else {
+      std::this_thread::yield();  // a worker with a chunk is not scheduled: give it this core
+    }
+  }
+  open_ = 0;
+}
+
 void Pool::run(int64_t chunks, Body body, void* context) {
   if (workers_.empty() || chunks <= 1) {
     for (int64_t i = 0; i < chunks; ++i) body(context, i);
     return;
   }
-  for (int64_t done = 0; done < chunks;) {  // more chunks than the counter holds: several jobs
-    const int64_t part = chunks - done < static_cast<int64_t>(kCountMask) ? chunks - done : static_cast<int64_t>(kCountMask);
+  constexpr auto kMost = static_cast<int64_t>(kCountMask);
+  for (int64_t done = 0; done < chunks; done += kMost) {  // more chunks than the counter holds: several jobs
     struct Shifted {
       Body body;
       void* context;
       int64_t by;
     } shifted{body, context, done};
-    body_ = done == 0 ? body : [](void* c, int64_t i) {
+    const Body later = [](void* c, int64_t i) {
       auto* s = static_cast<Shifted*>(c);
       s->body(s->context, s->by + i);
     };
-    context_ = done == 0 ? context : &shifted;
-    finished_.store(0, std::memory_order_relaxed);
-    const uint64_t job = (state_.load(std::memory_order_relaxed) >> (2 * kCountBits)) + 1;
-    // Sequentially consistent with the sleepers' counter: either they see the job or we see them.
-    state_.store((job << (2 * kCountBits)) | (static_cast<uint64_t>(part) << kCountBits));
-    if (sleeping_.load() > 0) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      wake_.notify_all();
-    }
-    while (claim_one()) {
-    }
-    for (int spins = 0; finished_.load(std::memory_order_acquire) < part; ++spins) {
-      if (spins < kSpins) {
-        pause_cpu();
-      } else {
-        std::this_thread::yield();  // a worker with a chunk is not scheduled: give it this core
-      }
-    }
-    done += part;
+    start(chunks - done < kMost ? chunks - done : kMost, done == 0 ? body : later, done == 0 ? context : &shifted);
+    finish();
   }
 }
 

@@ -28,6 +28,11 @@ class Pool {
   // Runs body(context, i) for i in [0, chunks) on all threads. Not reentrant; one caller at a time.
   void run(int64_t chunks, Body body, void* context);
 
+  // Lets the workers begin with body(context, i) for i in [0, chunks) and returns; the caller takes part in
+  // `finish`, which every later start or run begins with. `context` must stay valid until then.
+  void start(int64_t chunks, Body body, void* context);
+  void finish();
+
   template <class Function>
   void each(int64_t chunks, Function&& function) {
     using Plain = std::remove_reference_t<Function>;
@@ -38,6 +43,7 @@ class Pool {
   void stop();
   void work(int number);
   bool claim_one();
+  void publish(int64_t chunks, Body body, void* context);
 
   // Job number, chunk count and next chunk in one word, so that a claim is valid or fails as a whole.
   static constexpr int kCountBits = 24;
@@ -51,6 +57,7 @@ class Pool {
   std::atomic<bool> stopping_{false};
   Body body_ = nullptr;
   void* context_ = nullptr;
+  int64_t open_ = 0;  // chunks of a job that was published and not yet waited for
   std::mutex mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> workers_;
