@@ -25,6 +25,7 @@ from offload.quant import Codec
 class SlabLayout(Protocol):
     """The bytes of one routed expert; `offload.store.layout.ExpertLayout` is one."""
 
+    def __hash__(self) -> int: ...
     @property
     def codec(self) -> Codec: ...
     @property

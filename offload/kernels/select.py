@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 
 import torch
@@ -44,10 +45,29 @@ def select(name: str = "auto", threads: int | None = None) -> Kernels:
 def select_device(name: str = "auto") -> DeviceKernels:
     """The backend called `name` for tensors on an accelerator; `auto` is the compiled one.
 
-    Raises KernelError when that cannot be used: the reference would be too slow to take its place unasked.
+    Raises KernelError when that cannot be used: the reference is too slow to take its place unasked.
     """
     if name not in DEVICE_BACKENDS:
         raise UsageError(f"unknown kernels {name!r} for a GPU; known: {', '.join(DEVICE_BACKENDS)}")
     if name == "reference":
         return ReferenceDeviceKernels()
-    raise KernelError("there are no compiled kernels for a GPU yet; use --kernels reference")
+    reason = _no_triton()
+    if reason is not None:
+        raise KernelError(f"the GPU kernels cannot be used: {reason}; use --device cpu, or --kernels reference (slow)")
+    from offload.kernels.triton.backend import TritonKernels
+
+    return TritonKernels()
+
+
+def _no_triton() -> str | None:
+    """Why the Triton kernels cannot run on the current device, or None."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if torch.version.hip is not None:
+        return "they are for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, they need 8.0 or later"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None

@@ -50,3 +50,9 @@ def test_slabs_that_kernels_cannot_read_are_refused() -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(UsageError, match=r"'native'.*auto, triton, reference"):
         select_device("native")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_compiled_kernels_are_not_replaced_silently() -> None:
+    with pytest.raises(KernelError, match="no CUDA device; use --device cpu, or --kernels reference"):
+        select_device("auto")

@@ -1,0 +1,99 @@
+"""Routed experts out of a slab: few tokens position by position, many tokens grouped by slot.
+
+Owns the choice, by the number of tokens of the step alone, and the blocks. Neither path asks the device
+for anything.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offload.errors import KernelError
+from offload.kernels.device import ExpertSlab
+from offload.kernels.triton import groups, rows, slots
+from offload.kernels.triton.formats import Format, PackedExperts, pack_experts
+from offload.kernels.triton.launch import Launcher
+from offload.kernels.triton.linear import FEW_TOKENS, activations
+from offload.types import ceil_div
+
+
+def slab_experts(launch: Launcher, slab: ExpertSlab, x: Tensor, slot_of: Tensor, partial: Tensor) -> None:
+    """`DeviceKernels.slot_experts`."""
+    parts = pack_experts(slab.layout)
+    if parts is None:
+        raise KernelError(
+            f"device kernels cannot read {slab.layout.codec.name} experts of {slab.layout.hidden_size} x "
+            f"{slab.layout.moe_intermediate_size}; keep these experts on the CPU or convert them to int4-g32"
+        )
+    if x.shape[0] <= FEW_TOKENS:
+        _by_position(launch, slab, parts, x, slot_of, partial)
+    else:
+        _by_slot(launch, slab, parts, x, slot_of, partial)
+
+
+def group_tile(tokens: int) -> dict[str, int]:
+    """Tile of the grouped products. About T * K / experts rows meet in a group."""
+    if tokens <= 512:
+        return {"M": 16, "N": 64, "K": 128, "num_warps": 4, "num_stages": 3}
+    if tokens <= 2048:
+        return {"M": 64, "N": 64, "K": 64, "num_warps": 4, "num_stages": 3}
+    return {"M": 128, "N": 64, "K": 64, "num_warps": 8, "num_stages": 3}
+
+
+def _by_position(
+    launch: Launcher, slab: ExpertSlab, parts: PackedExperts, x: Tensor, slot_of: Tensor, partial: Tensor
+) -> None:
+    positions, top_k = slot_of.numel(), slot_of.numel() // x.shape[0]
+    hidden, width = slab.layout.hidden_size, slab.layout.moe_intermediate_size
+    words, scales = slab.data.view(torch.int32), slab.data.view(parts.up.scale_dtype)
+    pitches = words.shape[1], scales.shape[1]
+    at = {p: offset // 4 for p, offset in parts.payload.items()}
+    h = torch.empty((positions, width), dtype=torch.float32, device=x.device)
+    blocks = {"N": 8, "UNITS": 32, "num_warps": 4}
+    launch(
+        slots.gate_up_kernel, (ceil_div(width, blocks["N"]), positions),
+        words, scales, slot_of, x, h, *pitches,
+        at["gate_proj"], at["up_proj"], parts.scale["gate_proj"], parts.scale["up_proj"],
+        width, hidden, *_grid(parts.up, hidden), top_k, rows.MAGIC, **parts.up.rows_meta, **blocks,
+    )  # fmt: skip
+    blocks = {"N": 16, "UNITS": 32, "num_warps": 4}
+    launch(
+        slots.down_kernel, (ceil_div(hidden, blocks["N"]), positions),
+        words, scales, slot_of, h, partial, *pitches, at["down_proj"], parts.scale["down_proj"],
+        hidden, width, *_grid(parts.down, width), rows.MAGIC, **parts.down.rows_meta, **blocks,
+    )  # fmt: skip
+
+
+def _by_slot(
+    launch: Launcher, slab: ExpertSlab, parts: PackedExperts, x: Tensor, slot_of: Tensor, partial: Tensor
+) -> None:
+    positions, top_k = slot_of.numel(), slot_of.numel() // x.shape[0]
+    hidden, width = slab.layout.hidden_size, slab.layout.moe_intermediate_size
+    tile = group_tile(x.shape[0])
+    table = groups.group_positions(slot_of, slab.slots, tile["M"])
+    tables = table.order, table.slot, table.first, table.end
+    raw, scales = slab.data.view(parts.up.raw_dtype), slab.data.view(parts.up.scale_dtype)
+    pitches = raw.shape[1], scales.shape[1]
+    at = {p: offset // parts.up.raw_dtype.itemsize for p, offset in parts.payload.items()}
+    a, part = activations(x, parts.up)
+    h_part = ceil_div(width, 2) if parts.down.halves else width
+    h_width = 2 * h_part if parts.down.halves else width
+    h = torch.empty((positions, h_width), dtype=torch.bfloat16, device=x.device)
+    launch(
+        groups.grouped_gate_up_kernel, (ceil_div(width, tile["N"]), table.tiles),
+        raw, scales, *tables, a, h, *pitches,
+        at["gate_proj"], at["up_proj"], parts.scale["gate_proj"], parts.scale["up_proj"],
+        width, hidden, part, a.shape[-1], h_part, h_width,
+        parts.up.raw_row(hidden), parts.up.scale_cols(hidden), top_k, **parts.up.tiles_meta, **tile,
+    )  # fmt: skip
+    launch(
+        groups.grouped_down_kernel, (ceil_div(hidden, tile["N"]), table.tiles),
+        raw, scales, *tables, h, partial, *pitches, at["down_proj"], parts.scale["down_proj"],
+        hidden, width, h_part, h_width,
+        parts.down.raw_row(width), parts.down.scale_cols(width), **parts.down.tiles_meta, **tile,
+    )  # fmt: skip
+
+
+def _grid(form: Format, cols: int) -> tuple[int, int]:
+    return form.row_words(cols), form.scale_cols(cols)
