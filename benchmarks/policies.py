@@ -67,14 +67,15 @@ class Lookahead(CachePolicy):
     def __init__(self, inner: CachePolicy, tokens: Sequence[int]) -> None:
         self.shape, self.values, self.inner = inner.shape, inner.values, inner
         self.name = f"{inner.name}, next id known"  # type: ignore[misc]
+        self.floor_share = inner.floor_share  # type: ignore[misc]
         self._tokens, self._at = tokens, 0
 
     def begin_step(self, tokens: Sequence[int], upcoming: Sequence[int] = ()) -> bool:
         self._at += len(tokens)
         return self.inner.begin_step(tokens, self._tokens[self._at : self._at + 1])
 
-    def observe(self, layer: int, ids: Any) -> None:
-        self.inner.observe(layer, ids)
+    def observe(self, layer: int, ids: Any) -> bool | None:
+        return self.inner.observe(layer, ids)
 
 
 def hit_rates(shape: CacheShape, train: Trace, test: Trace, shares: Sequence[float]) -> Iterator[dict[str, Any]]:

@@ -43,6 +43,9 @@ class CachePolicy(ABC):
     """Keeps `values` [layers, experts], all finite: the higher, the longer an expert stays."""
 
     name: ClassVar[str]
+    floor_share: ClassVar[float] = 1.0
+    """Share of the slots that the floors of layers may take up. Values that compare uses of different layers
+    need a small one only: where slots are scarce, a floor keeps what another layer needs sooner."""
     values: NDArray[np.float64]
 
     def __init__(self, shape: CacheShape) -> None:
@@ -58,10 +61,10 @@ class CachePolicy(ABC):
         return False
 
     @abstractmethod
-    def observe(self, layer: int, ids: Routing) -> None:
+    def observe(self, layer: int, ids: Routing) -> bool | None:
         """The router of `layer` chose `ids`; called before victims are chosen for that layer.
 
-        Only values of this layer may change.
+        Returns whether values of other layers have changed as well.
         """
 
     def evicted(self, layer: int, expert: int) -> None:  # noqa: B027 - most policies do not care

@@ -1,7 +1,7 @@
 """What tends to be used next, learned online from the routing itself.
 
-Owns two tables: which experts a token id calls for (and those the token after it calls for), and which
-experts of a layer follow which. Must not know slots, nor what the predictions are used for.
+Owns which experts a token id calls for, and which experts of a layer follow which. Must not know slots, nor
+what the predictions are used for.
 
 Probabilities are always given as lift: how far they lie above (or below) the long-run rate of an
 expert. What was never observed has a lift of zero.
@@ -24,14 +24,14 @@ PRIOR = 4.0
 """Sightings of a token id after which its table counts as much as the long-run rate."""
 
 
-TURNS_ABOVE = 16 << 20
-"""Bytes of transition counts from which on a third of the layers learns from a token."""
+LARGE = 16 << 20
+"""Bytes of weights above which a layer hears fewer layers, and a third of the layers learns from a token."""
 
 
 class TokenTable:
-    """token id -> its most frequent experts in every layer, at the token itself and at the next one.
+    """token id -> its most frequent experts in every layer.
 
-    Keeps `width` experts per layer and relation for the `capacity` token ids seen last, all allocated
+    Keeps `width` experts per layer for the `capacity` token ids seen last, all allocated
     at once. An expert that does not fit replaces one that was seen only once.
     """
 
@@ -40,10 +40,10 @@ class TokenTable:
         self.width = min(shape.experts, width or max(12, 2 * shape.top_k))
         self._row_of: OrderedDict[int, int] = OrderedDict()
         self._capacity = capacity
-        size = (capacity, 2, shape.layers, self.width)
+        size = (capacity, shape.layers, self.width)
         self._ids = np.zeros(size, np.uint16 if shape.experts > 256 else np.uint8)
         self._counts = np.zeros(size, np.uint8)
-        self._seen = np.zeros((capacity, 2), np.int32)
+        self._seen = np.zeros(capacity, np.int32)
         self._column = np.arange(shape.layers)[:, None]
         self._used = np.zeros((shape.layers, shape.experts), np.uint8)
         self._listed = np.zeros((shape.layers, shape.experts), bool)
@@ -53,10 +53,10 @@ class TokenTable:
         """Memory taken."""
         return self._ids.nbytes + self._counts.nbytes + self._seen.nbytes
 
-    def learn(self, token: int, ids: NDArray[np.intp], following: bool) -> None:
-        """`token` used (or was followed by a token that used) experts `ids` [L, K]."""
-        row, relation, layers = self._row(token), int(following), self._column
-        table, counts = self._ids[row, relation], self._counts[row, relation]
+    def learn(self, token: int, ids: NDArray[np.intp]) -> None:
+        """`token` used experts `ids` [L, K]."""
+        row, layers = self._row(token), self._column
+        table, counts = self._ids[row], self._counts[row]
         used, listed = self._used, self._listed
         used[layers, ids] = 1
         counts += used[layers, table]
@@ -70,34 +70,33 @@ class TokenTable:
         where, which = new.nonzero()
         table[where, at[where, which]] = ids[where, which]
         counts[where, at[where, which]] = 1
-        self._seen[row, relation] += 1
-        if self._seen[row, relation] >= 250:
+        self._seen[row] += 1
+        if self._seen[row] >= 250:
             counts //= 2
-            self._seen[row, relation] //= 2
+            self._seen[row] //= 2
 
-    def add_lift(self, out: Floats, token: int, rate: Floats, scale: float, following: bool) -> bool:
+    def add_lift(self, out: Floats, token: int, rate: Floats, scale: float) -> bool:
         """Add `scale` times the lift of every expert [L, E]; False if `token` was never seen."""
         row = self._row_of.get(token)
         if row is None:
             return False
-        relation = int(following)
-        seen = int(self._seen[row, relation])
+        seen = int(self._seen[row])
         if seen == 0:
             return False
         share = scale / (seen + PRIOR)
         out -= (share * seen) * rate
-        out[self._column, self._ids[row, relation]] += share * self._counts[row, relation]
+        out[self._column, self._ids[row]] += share * self._counts[row]
         return True
 
     def likely(self, token: int) -> list[list[tuple[int, float]]]:
         """Per layer (expert, probability of use) for `token`, most frequent first; empty if unseen."""
         row = self._row_of.get(token)
-        if row is None or not self._seen[row, 0]:
+        if row is None or not self._seen[row]:
             return []
-        share = self._counts[row, 0] / (float(self._seen[row, 0]) + 1.0)
+        share = self._counts[row] / (float(self._seen[row]) + 1.0)
         order = np.argsort(-share, axis=1, kind="stable")
         return [
-            [(int(self._ids[row, 0, layer, i]), float(share[layer, i])) for i in order[layer] if share[layer, i]]
+            [(int(self._ids[row, layer, i]), float(share[layer, i])) for i in order[layer] if share[layer, i]]
             for layer in range(self.shape.layers)
         ]
 
@@ -131,97 +130,85 @@ class TokenTable:
         return row
 
 
-class Transitions:
-    """How often an expert follows experts of the token before, in the same layer and the one before.
+class Successors:
+    """Which experts a layer uses at the next token, from those that it and the layers below it use at this one.
 
-    `counts[l, s * E + i, j]`: weight with which expert i of layer l - s at one token was followed by
-    expert j of layer l at the next one. Experts that the router ranks higher weigh more.
+    A linear model per layer: the lift of expert j is the sum of `weights[l, s * E + i, j]` over the experts i
+    that layer l - s uses, those that the router ranks higher counting more. Learned online by the delta rule
+    (B. Widrow, M. Hoff, "Adaptive switching circuits", 1960): every prediction is corrected by a small part
+    of its error, so that sources which say the same thing share it instead of saying it twice.
     """
 
-    SOURCES = 2
-    """Layers that speak: the layer itself and the one before it."""
-    SMOOTHING = 10.0
-    LIMIT = 4000.0
+    STEP = 0.003
+    """Part of the error by which each weight is corrected in the long run."""
+    FIRST_STEP = 0.02
+    WARM_UP = 1000.0
+    """Tokens after which the step has gone halfway from the first to the last."""
 
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape
         layers, experts, top_k = shape.layers, shape.experts, shape.top_k
-        self._nowhere = self.SOURCES * experts  # row of sources that do not exist
-        self.counts = np.zeros((layers, self._nowhere + 1, experts), np.float32)
-        self.mass = np.zeros((layers, self._nowhere + 1), np.float32)
-        rank = np.arange(top_k, 0, -1, dtype=np.float32)
-        self.rank_weight = rank / rank.sum()
-        self._weight = np.tile(self.rank_weight, self.SOURCES)
-        self._inverse = np.full((layers, self._nowhere + 1), 1.0 / self.SMOOTHING, np.float32)
-        self._ones = np.ones(self.SOURCES * top_k, np.float32)
-        self._rows = np.full((layers, self.SOURCES * top_k), self._nowhere, np.intp)
-        self._nobody = [self._nowhere] * top_k
-        self._layer_before = self._nobody
-        self._before = self._rows.copy()
-        self._have_before = False
-        self._buffer = np.empty((self.SOURCES * top_k, experts), np.float32)
-        self._sum = np.empty(experts, np.float32)
+        large = 4 * layers * experts * experts * 4 > LARGE
+        self.sources = 2 if large else 4
+        # Weights of a large model lie far apart in memory: its layers take turns, so that learning stays cheap.
+        self._turns = 3 if large else 1
+        self._nowhere = self.sources * experts  # row of sources that do not exist, always 0
+        self.weights = np.zeros((layers, self._nowhere + 1, experts), np.float32)
+        self._lifts = np.zeros((layers, experts), np.float32)
+        rank = 1.0 - 0.5 * np.arange(top_k, dtype=np.float32) / top_k
+        self._rank = np.tile(rank, self.sources)
+        # A row beyond the last one stands for the last one, which belongs to sources that do not exist.
+        self._rows = np.full((layers, self.sources * top_k), self._nowhere, np.intp)
+        self._rows_before = self._rows.copy()
+        self._lifts_before = self._lifts.copy()
+        self._buffer = np.empty((self.sources * top_k, experts), np.float32)
         self._offset = (np.arange(layers) * (self._nowhere + 1))[:, None]
-        self._steps = 0
-        # Counts of a large model lie far apart in memory: its layers take turns, so that learning stays cheap.
-        self._turns = 1 if self.counts.nbytes < TURNS_ABOVE else 3
+        self._column = np.arange(layers)[:, None]
+        self._seen = 0  # tokens learned from
+        self._ready = False
 
     @property
     def nbytes(self) -> int:
         """Memory taken."""
-        return self.counts.nbytes
+        return self.weights.nbytes
 
-    def see(self, layer: int, ids: Sequence[int]) -> None:
-        """The token under way uses `ids` in `layer`, best first. Layers come in order."""
-        self._rows[layer] = [*ids, *self._layer_before] if layer else [*ids, *self._nobody]
-        experts = self.shape.experts
-        self._layer_before = [experts + expert for expert in ids]
-
-    def add_lift(self, out: Floats, layer: int, rate: Floats, scale: Floats, total: float) -> None:
-        """Add the lift [E] that the experts seen so far give `layer` at the next token.
-
-        `scale` [SOURCES * K]: weight of each of them, in which rank is included; `total` is its sum.
-        """
+    def lift(self, layer: int, ids: Sequence[int]) -> Floats:
+        """Lift [E] of `layer` at the next token; the one under way uses `ids`, best first. Layers come in order."""
+        top_k = self.shape.top_k
         rows = self._rows[layer]
-        share = self._inverse[layer].take(rows)
-        share *= scale
-        buffer = self._buffer
-        np.dot(share, self.counts[layer].take(rows, 0, buffer, "clip"), out=self._sum)
-        out += self._sum
-        np.multiply(rate, self.SMOOTHING * float(np.dot(share, self._ones)) - total, self._sum)
-        out += self._sum
+        if layer:
+            np.add(self._rows[layer - 1, :-top_k], self.shape.experts, out=rows[top_k:])
+        rows[:top_k] = ids
+        self.weights[layer].take(rows, 0, self._buffer, "clip")
+        return np.dot(self._rank, self._buffer, out=self._lifts[layer])
 
-    def learn(self, ids: NDArray[np.intp]) -> None:
-        """A token has used `ids` [L, K]: what was seen before it was followed by them."""
-        if self._have_before:
-            part = slice(self._steps % self._turns, None, self._turns)
-            flat = self._offset[part] + self._before[part]  # [L / turns, S * K]
-            mass = self.mass.reshape(-1)[flat] + self._weight
-            self.mass.reshape(-1)[flat] = mass
-            self._inverse.reshape(-1)[flat] = 1.0 / (mass + self.SMOOTHING)
-            targets = flat[:, :, None] * self.shape.experts + ids[part, None, :]
-            self.counts.reshape(-1)[targets] += self._weight[:, None]
-            self.counts[:, self._nowhere] = 0.0
-            self.mass[:, self._nowhere] = 0.0
-            self._inverse[:, self._nowhere] = 1.0 / self.SMOOTHING
-            self._steps += 1
-            if self._steps % 1024 == 0:
-                self._forget()
-        self._before[:] = self._rows
-        self._have_before = True
+    def learn(self, ids: NDArray[np.intp], rate: Floats) -> None:
+        """A token has used `ids` [L, K] and `lift` has seen it: correct what was predicted of it before.
 
-    def _forget(self) -> None:
-        full = self.mass > self.LIMIT
-        self.mass[full] *= 0.5
-        self.counts[full] *= 0.5
-        np.divide(1.0, self.mass + self.SMOOTHING, out=self._inverse)
+        `rate` [L, E]: uses per token in the long run, of which a lift is the difference.
+        """
+        if self._ready:
+            error = -rate
+            error -= self._lifts_before
+            error[self._column, ids] += 1.0
+            part = slice(self._seen % self._turns, None, self._turns)
+            step = self.STEP + (self.FIRST_STEP - self.STEP) / (1.0 + self._seen / self.WARM_UP)
+            flat = np.minimum(self._rows_before[part], self._nowhere)
+            flat += self._offset[part]
+            error = error[part]
+            error *= step
+            self.weights.reshape(-1, self.shape.experts)[flat] += self._rank[:, None] * error[:, None, :]
+            self.weights[:, self._nowhere] = 0.0
+            self._seen += 1
+        self._rows_before[:] = self._rows
+        self._lifts_before[:] = self._lifts
+        self._ready = True
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Arrays that `restore` takes."""
-        return {"follow_counts": self.counts.astype(np.float16), "follow_mass": self.mass}
+        return {"weights": self.weights.astype(np.float16), "seen": np.array([self._seen])}
 
     def restore(self, state: dict[str, NDArray[Any]]) -> None:
         """Begin with what an earlier run learned."""
-        self.counts[...] = state["follow_counts"]
-        self.mass[...] = state["follow_mass"]
-        np.divide(1.0, self.mass + self.SMOOTHING, out=self._inverse)
+        self.weights[...] = state["weights"]
+        self._seen = int(state["seen"][0])

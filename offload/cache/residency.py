@@ -86,7 +86,8 @@ class Residency:
     """The expert cache of one tier, without the bytes.
 
     `floor` is the number of slots of a layer that no other layer may take away, as long as there
-    is any other victim: without it a global budget starves the layers that happen to be cold.
+    is any other victim: without it a global budget starves the layers that happen to be cold. The
+    policy says how much of the slots floors may take up (`floor_share`).
     `width` bounds the loads of one wave, so that a sweep over a whole layer recycles a few slots;
     it is lowered where two waves would take more than a quarter of the slots.
     `leads` is False for a tier that follows another one's policy: only one of them tells it of evictions.
@@ -101,7 +102,7 @@ class Residency:
         self.policy = policy
         self.shape = shape
         self.slots = slots
-        self.floor = max(0, min(floor, slots // shape.layers))
+        self.floor = max(0, min(floor, int(policy.floor_share * slots) // shape.layers))
         self.width = min(max(width, 1), max(shape.top_k, slots // 8))
         self.events = CacheEvents()
         self._slot_of = [-1] * shape.keys
@@ -116,6 +117,7 @@ class Residency:
         # `worth` = values + closed, and per layer the cheapest expert and its worth. `guard` is
         # infinite for layers at their floor.
         self._values = policy.values
+        self._revision = policy.revision
         self._closed = np.full((shape.layers, shape.experts), np.inf)
         self._worth = np.full((shape.layers, shape.experts), np.inf)
         self._rows = list(zip(self._values, self._closed, self._worth, strict=True))
@@ -140,6 +142,7 @@ class Residency:
 
     def refresh(self) -> None:
         """The policy's values have changed in any layer."""
+        self._revision = self.policy.revision
         np.add(self._values, self._closed, out=self._worth)
         cheapest = self._worth.argmin(axis=1)
         self._cheapest_expert = cheapest.tolist()
@@ -164,6 +167,8 @@ class Residency:
 
     def open(self, layer: int, wanted: list[int], start: Callable[[Decision], None]) -> Service:
         """The first half of `serve`: decide the first wave of `wanted` (ascending) and begin its reads."""
+        if self._revision != self.policy.revision:
+            self.refresh()
         held, waiting = self._decide(layer, wanted, first=True)
         if not held.empty:
             start(held)

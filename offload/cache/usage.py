@@ -21,7 +21,7 @@ from offload.cache.policy import CachePolicy
 log = logging.getLogger("expertpager")
 
 FORMAT = "expertpager-usage"
-VERSION = 1
+VERSION = 2
 
 
 def save_usage(policy: CachePolicy, path: Path, model: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from offload.cache.expected_use import ExpectedUse
 from offload.cache.policy import CacheShape, DecayedFrequency
-from offload.cache.predictor import TokenTable, Transitions
+from offload.cache.predictor import Successors, TokenTable
 from offload.cache.residency import Residency
 from offload.cache.simulator import Replay
 
@@ -69,15 +69,13 @@ def test_the_token_table_matches_exact_counts_while_everything_fits():
     exact = np.zeros((SHAPE.layers, SHAPE.experts))
     for _ in range(40):
         ids = np.array([rng.sample(range(64), 3) for _ in range(SHAPE.layers)])
-        table.learn(7, ids, following=False)
-        table.learn(9, ids, following=True)
+        table.learn(7, ids)
         np.add.at(exact, (np.arange(SHAPE.layers)[:, None], ids), 1.0)
     rate = np.full((SHAPE.layers, SHAPE.experts), 3 / 64, np.float32)
-    for token, following in ((7, False), (9, True)):
-        lift = np.zeros((SHAPE.layers, SHAPE.experts), np.float32)
-        assert table.add_lift(lift, token, rate, 2.0, following)
-        assert lift == pytest.approx(2.0 * (exact - 40 * rate) / 44, abs=1e-5)
-        assert not table.add_lift(lift, token, rate, 2.0, not following)
+    lift = np.zeros((SHAPE.layers, SHAPE.experts), np.float32)
+    assert table.add_lift(lift, 7, rate, 2.0)
+    assert lift == pytest.approx(2.0 * (exact - 40 * rate) / 44, abs=1e-5)
+    assert not table.add_lift(lift, 9, rate, 2.0)
     likely = table.likely(7)
     assert likely[2][0][1] == exact[2].max() / 41
     assert dict(likely[2]) == {e: c / 41 for e, c in enumerate(exact[2]) if c}
@@ -89,55 +87,71 @@ def test_the_token_table_keeps_the_frequent_and_forgets_the_oldest_ids():
     rng = random.Random(1)
     for _ in range(300):  # passes the limit of a byte
         ids = np.array([[0, 1, rng.randrange(2, 64)] for _ in range(SHAPE.layers)])
-        table.learn(5, ids, following=False)
+        table.learn(5, ids)
     assert {e for e, _ in table.likely(5)[3][:2]} == {0, 1}
     assert table.likely(5)[3][0][1] > 0.9
-    table.learn(6, ids, following=False)
-    table.learn(5, ids, following=False)
-    table.learn(7, ids, following=False)
+    table.learn(6, ids)
+    table.learn(5, ids)
+    table.learn(7, ids)
     assert table.likely(6) == []
     assert table.likely(5)
 
 
-def test_transitions_match_exact_counts():
-    transitions = Transitions(SHAPE)
+def test_successors_correct_every_prediction_by_the_delta_rule():
+    successors = Successors(SHAPE)
     rng = random.Random(2)
     steps = [[rng.sample(range(64), 3) for _ in range(SHAPE.layers)] for _ in range(30)]
-    counts = np.zeros((SHAPE.layers, 2, 64, 64))
-    mass = np.zeros((SHAPE.layers, 2, 64))
-    weight = [3 / 6, 2 / 6, 1 / 6]
-    for before, after in itertools.pairwise(steps):
+    rate = np.full((SHAPE.layers, 64), 3 / 64, np.float32)
+    weights = np.zeros((SHAPE.layers, successors.sources, 64, 64))
+    rank = [1.0, 1.0 - 0.5 / 3, 1.0 - 1.0 / 3]
+
+    def sources(layer, step):
+        return [(s, step[layer - s][j], rank[j]) for s in range(min(successors.sources, layer + 1)) for j in range(3)]
+
+    def predict(layer, step):
+        return sum(weight * weights[layer, s, i] for s, i, weight in sources(layer, step))
+
+    lifts = [[predict(layer, steps[0]) for layer in range(SHAPE.layers)]]
+    for seen, (before, after) in enumerate(itertools.pairwise(steps)):
+        part = 0.003 + 0.017 / (1 + seen / 1000)
+        lifts.append([predict(layer, after) for layer in range(SHAPE.layers)])  # given before `after` is learned from
         for layer in range(SHAPE.layers):
-            for source in range(min(2, layer + 1)):
-                for j, i in enumerate(before[layer - source]):
-                    mass[layer, source, i] += weight[j]
-                    counts[layer, source, i, after[layer]] += weight[j]
-    for step in steps:
+            error = np.isin(np.arange(64), after[layer]) - rate[layer] - lifts[-2][layer]
+            for s, i, weight in sources(layer, before):
+                weights[layer, s, i] += part * weight * error
+    for step, expected in zip(steps, lifts, strict=True):
         for layer, ids in enumerate(step):
-            transitions.see(layer, ids)
-        transitions.learn(np.array(step))
-    rate = np.full(64, 3 / 64, np.float32)
-    scale = np.tile(np.array(weight, np.float32), 2) * np.repeat([1.0, 0.5], 3).astype(np.float32)
-    for layer in range(SHAPE.layers):
-        expected = np.zeros(64)
-        for source in range(min(2, layer + 1)):
-            for j, i in enumerate(steps[-1][layer - source]):
-                share = counts[layer, source, i] + 10 * rate
-                expected += scale[3 * source + j] * (share / (mass[layer, source, i] + 10) - rate)
-        lift = np.zeros(64, np.float32)
-        transitions.add_lift(lift, layer, rate, scale, float(scale.sum()))
-        assert lift == pytest.approx(expected, abs=1e-5)
+            assert successors.lift(layer, ids) == pytest.approx(expected[layer], abs=1e-5)
+        successors.learn(np.array(step), rate)
+    assert np.abs(lifts[-1]).max() > 1e-3
+
+
+def test_sources_that_say_the_same_share_what_they_say():
+    successors = Successors(CacheShape(2, 16, 1))
+    rate = np.full((2, 16), 1 / 16, np.float32)
+    for n in range(3000):
+        ids = [[n % 8], [n % 8]]
+        for layer in range(2):
+            successors.lift(layer, ids[layer])
+        successors.learn(np.array(ids), rate)
+    for layer in range(2):  # layer 1 hears it from both layers, and still no more than once
+        lift = successors.lift(layer, [3])
+        assert lift[4] + 1 / 16 == pytest.approx(1.0, abs=0.05)
+        assert np.abs(np.delete(lift, 4) + 1 / 16).max() < 0.05
 
 
 def test_layers_of_a_large_model_take_turns():
-    large = Transitions(CacheShape(layers=34, experts=256, top_k=2))
+    large = Successors(CacheShape(layers=34, experts=256, top_k=2))
+    rate = np.full((34, 256), 2 / 256, np.float32)
+    assert large.nbytes > 16 << 20
+    changed = np.zeros(34, int)
     for _ in range(10):
         for layer in range(34):
-            large.see(layer, [layer, layer + 1])
-        large.learn(np.array([[layer, layer + 1] for layer in range(34)]))
-    learned = large.mass.sum(1)
-    assert large.nbytes > 16 << 20
-    assert learned == pytest.approx([3.0 if layer == 0 else 6.0 for layer in range(34)])
+            large.lift(layer, [layer, layer + 1])
+        before = large.weights.copy()
+        large.learn(np.array([[layer, layer + 1] for layer in range(34)]), rate)
+        changed += (large.weights != before).any((1, 2))
+    assert changed.tolist() == [3] * 34  # the first of the ten has no token before it
 
 
 def test_a_chunk_teaches_the_same_as_its_tokens_one_by_one():

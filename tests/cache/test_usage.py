@@ -66,6 +66,12 @@ def test_what_does_not_fit_is_ignored_with_a_notice(tmp_path, caplog):
     with path.open("wb") as file:
         np.savez(file, **arrays | {"rates": arrays["rates"][:, :, :5]})
     ignored("rates")
+    with path.open("wb") as file:
+        np.savez(file, **arrays | {"recall_ids": arrays["recall_ids"][1:]})
+    ignored("remembered tokens")
+    with path.open("wb") as file:
+        np.savez(file, **arrays | {"recall_ids": arrays["recall_ids"] + np.uint8(9)})
+    ignored("remembered tokens")
     header = json.loads(arrays["header"].tobytes()) | {"version": 99}
     with path.open("wb") as file:
         np.savez(file, **arrays | {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)})
