@@ -25,14 +25,19 @@ PRIOR = 4.0
 
 
 LARGE = 16 << 20
-"""Bytes of weights above which a layer hears fewer layers, and a third of the layers learns from a token."""
+"""Bytes that weights of four sources would take, above which the work per layer is bounded."""
+
+
+def is_large(shape: CacheShape) -> bool:
+    """Whether the work per layer must be bounded: fewer sources and neighbours, and turns of layers."""
+    return 16 * shape.keys * shape.experts > LARGE
 
 
 class TokenTable:
     """token id -> its most frequent experts in every layer.
 
     Keeps `width` experts per layer for the `capacity` token ids seen last, all allocated
-    at once. An expert that does not fit replaces one that was seen only once.
+    at once. An expert that does not fit replaces one that was seen only once, if there is one.
     """
 
     def __init__(self, shape: CacheShape, capacity: int = 8192, width: int | None = None) -> None:
@@ -45,8 +50,6 @@ class TokenTable:
         self._counts = np.zeros(size, np.uint8)
         self._seen = np.zeros(capacity, np.int32)
         self._column = np.arange(shape.layers)[:, None]
-        self._used = np.zeros((shape.layers, shape.experts), np.uint8)
-        self._listed = np.zeros((shape.layers, shape.experts), bool)
 
     @property
     def nbytes(self) -> int:
@@ -55,21 +58,18 @@ class TokenTable:
 
     def learn(self, token: int, ids: NDArray[np.intp]) -> None:
         """`token` used experts `ids` [L, K]."""
-        row, layers = self._row(token), self._column
+        row = self._row(token)
         table, counts = self._ids[row], self._counts[row]
-        used, listed = self._used, self._listed
-        used[layers, ids] = 1
-        counts += used[layers, table]
-        used[layers, ids] = 0
-        listed[layers, table] = True
-        new = ~listed[layers, ids]
-        listed[layers, table] = False
-        # The n-th new expert of a layer may take the n-th least frequent place.
-        at = np.take_along_axis(counts.argsort(1, kind="stable"), np.maximum(new.cumsum(1) - 1, 0), 1)
-        new &= counts[layers, at] <= 1
-        where, which = new.nonzero()
-        table[where, at[where, which]] = ids[where, which]
-        counts[where, at[where, which]] = 1
+        equal = table[:, :, None] == ids[:, None, :]
+        counts += equal.any(2)
+        new = ~equal.any(1)
+        # As many new experts of a layer as it has places of the least count, if that is at most 1, take those.
+        least = counts.min(1, keepdims=True)
+        cheap = (counts == least) & (least <= 1)
+        new &= new.cumsum(1) <= cheap.sum(1, keepdims=True)
+        cheap &= cheap.cumsum(1) <= new.sum(1, keepdims=True)
+        table[cheap] = ids[new]
+        counts[cheap] = 1
         self._seen[row] += 1
         if self._seen[row] >= 250:
             counts //= 2
@@ -145,18 +145,23 @@ class Successors:
     WARM_UP = 1000.0
     """Tokens after which the step has gone halfway from the first to the last."""
 
-    def __init__(self, shape: CacheShape) -> None:
+    def __init__(self, shape: CacheShape, scale: Floats | None = None) -> None:
+        """`scale` [L]: what the lifts of a layer are multiplied by, 1 unless given."""
         self.shape = shape
         layers, experts, top_k = shape.layers, shape.experts, shape.top_k
-        large = 4 * layers * experts * experts * 4 > LARGE
+        large = is_large(shape)
         self.sources = 2 if large else 4
         # Weights of a large model lie far apart in memory: its layers take turns, so that learning stays cheap.
-        self._turns = 3 if large else 1
+        self._turns = 6 if large else 1
+        self._scale = np.ones(layers, np.float32) if scale is None else scale
         self._nowhere = self.sources * experts  # row of sources that do not exist, always 0
         self.weights = np.zeros((layers, self._nowhere + 1, experts), np.float32)
         self._lifts = np.zeros((layers, experts), np.float32)
         rank = 1.0 - 0.5 * np.arange(top_k, dtype=np.float32) / top_k
         self._rank = np.tile(rank, self.sources)
+        self._scaled_rank = list(self._rank * self._scale[:, None])
+        self._unscale = (-1.0 / self._scale)[:, None]
+        self._tables = list(self.weights)
         # A row beyond the last one stands for the last one, which belongs to sources that do not exist.
         self._rows = np.full((layers, self.sources * top_k), self._nowhere, np.intp)
         self._rows_before = self._rows.copy()
@@ -179,8 +184,9 @@ class Successors:
         if layer:
             np.add(self._rows[layer - 1, :-top_k], self.shape.experts, out=rows[top_k:])
         rows[:top_k] = ids
-        self.weights[layer].take(rows, 0, self._buffer, "clip")
-        return np.dot(self._rank, self._buffer, out=self._lifts[layer])
+        self._tables[layer].take(rows, 0, self._buffer, "clip")
+        lift: Floats = np.dot(self._scaled_rank[layer], self._buffer, out=self._lifts[layer])
+        return lift
 
     def learn(self, ids: NDArray[np.intp], rate: Floats) -> None:
         """A token has used `ids` [L, K] and `lift` has seen it: correct what was predicted of it before.
@@ -188,14 +194,13 @@ class Successors:
         `rate` [L, E]: uses per token in the long run, of which a lift is the difference.
         """
         if self._ready:
-            error = -rate
-            error -= self._lifts_before
-            error[self._column, ids] += 1.0
             part = slice(self._seen % self._turns, None, self._turns)
+            error = self._lifts_before[part] * self._unscale[part]
+            error -= rate[part]
+            error[self._column[: len(error)], ids[part]] += 1.0
             step = self.STEP + (self.FIRST_STEP - self.STEP) / (1.0 + self._seen / self.WARM_UP)
             flat = np.minimum(self._rows_before[part], self._nowhere)
             flat += self._offset[part]
-            error = error[part]
             error *= step
             self.weights.reshape(-1, self.shape.experts)[flat] += self._rank[:, None] * error[:, None, :]
             self.weights[:, self._nowhere] = 0.0

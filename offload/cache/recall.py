@@ -5,7 +5,7 @@ predictions are used for. Text repeats itself, within a conversation above all: 
 last tokens resembles that of an earlier passage, the next experts resemble those that came next there.
 Unlike counts, one occurrence is enough.
 
-Two places are compared by their marks: the router's first choice in up to 32 layers, and the token id. The
+Two places are compared by their marks: the router's first choice in up to 26 layers, and the token id. The
 likeness of what precedes two places is that of the tokens just before them plus half of the likeness of
 what precedes those, so it is carried from token to token and no two places are compared twice.
 """
@@ -23,7 +23,7 @@ from offload.cache.policy import CacheShape
 
 Floats = NDArray[np.float32]
 
-MARKED_LAYERS = 32
+MARKED_LAYERS = 26
 """Layers that take part in a comparison, spread evenly."""
 
 
@@ -45,14 +45,14 @@ class Likeness:
     """A place alike by one unit more weighs exp(sharpness) times as much."""
     neighbours: int = 32
     """Places that speak."""
-    discounts: tuple[float, ...] = (1.0, 0.7, 0.49, 0.343)
+    discounts: tuple[float, ...] = (1.0, 0.7, 0.49)
     """Weight of the uses by each of the tokens that followed."""
 
 
 class Recall:
     """Memory of the last `capacity` tokens: ids, the experts used, and how alike their past is to the present."""
 
-    def __init__(self, shape: CacheShape, capacity: int = 16384, likeness: Likeness = Likeness()) -> None:
+    def __init__(self, shape: CacheShape, capacity: int, likeness: Likeness = Likeness()) -> None:
         self.shape = shape
         self.capacity = capacity
         self.likeness = likeness
@@ -60,7 +60,7 @@ class Recall:
         self._marked = np.linspace(0, shape.layers - 1, count).round().astype(np.intp)
         self._marks = np.zeros((count, capacity), np.uint8 if shape.experts <= 256 else np.uint16)
         self._keys = np.zeros((capacity, shape.layers, shape.top_k), np.uint16 if shape.keys <= 65536 else np.uint32)
-        self._tokens = np.full(capacity, -1, np.int64)
+        self._tokens = np.full(capacity, -1, np.int32)
         self._offset = (np.arange(shape.layers) * shape.experts)[:, None]
         self._count = 0
         self._head = 0  # place of the next token
