@@ -74,8 +74,9 @@ class Lookahead(CachePolicy):
         self._at += len(tokens)
         return self.inner.begin_step(tokens, self._tokens[self._at : self._at + 1])
 
-    def observe(self, layer: int, ids: Any) -> bool | None:
-        return self.inner.observe(layer, ids)
+    def observe(self, layer: int, ids: Any) -> None:
+        self.inner.observe(layer, ids)
+        self.revision = self.inner.revision
 
 
 def hit_rates(shape: CacheShape, train: Trace, test: Trace, shares: Sequence[float]) -> Iterator[dict[str, Any]]:

@@ -118,7 +118,7 @@ class ExpectedUse(CachePolicy):
             np.multiply(base, self._near, out=values)
         return True
 
-    def observe(self, layer: int, ids: Routing) -> bool:
+    def observe(self, layer: int, ids: Routing) -> None:
         lift = self.successors.lift(layer, ids[-1])
         row = self.values[layer]
         self._routing.append(ids)
@@ -128,16 +128,15 @@ class ExpectedUse(CachePolicy):
             np.dot(self._frequency, rates, out=self._after[layer])
             self._after[layer] *= self._far[layer]
             np.add(lift, self._after[layer], out=row)
-            return False
+            return
         np.add(lift, self._after[layer], out=row)
         at, first, bump = self._values_at, layer * self.shape.experts, self._bump[layer]
         for expert in ids[0]:
             at[first + expert] += bump
-        if layer != self._refine_at or not len(self.recall):
-            return False
-        self.recall.refine(np.array(self._routing)[:, 0])
-        self._look_back(layer + 1)
-        return True
+        if layer == self._refine_at and len(self.recall):
+            self.recall.refine(np.array(self._routing)[:, 0])
+            self._look_back(layer + 1)
+            self.revision += 1
 
     def _look_back(self, done: int) -> None:
         """Take in what followed the places most like the present one, of whose layers `done` have run."""

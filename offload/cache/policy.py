@@ -47,6 +47,8 @@ class CachePolicy(ABC):
     """Share of the slots that the floors of layers may take up. Values that compare uses of different layers
     need a small one only: where slots are scarce, a floor keeps what another layer needs sooner."""
     values: NDArray[np.float64]
+    revision: int = 0
+    """Counts how often, within steps, values of other layers than the one observed have changed."""
 
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape
@@ -61,10 +63,10 @@ class CachePolicy(ABC):
         return False
 
     @abstractmethod
-    def observe(self, layer: int, ids: Routing) -> bool | None:
+    def observe(self, layer: int, ids: Routing) -> None:
         """The router of `layer` chose `ids`; called before victims are chosen for that layer.
 
-        Returns whether values of other layers have changed as well.
+        If values of other layers change as well, `revision` is raised.
         """
 
     def evicted(self, layer: int, expert: int) -> None:  # noqa: B027 - most policies do not care

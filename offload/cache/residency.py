@@ -93,9 +93,7 @@ class Residency:
     `leads` is False for a tier that follows another one's policy: only one of them tells it of evictions.
     """
 
-    def __init__(
-        self, policy: CachePolicy, slots: int, *, floor: int, width: int = 16, leads: bool = True
-    ) -> None:
+    def __init__(self, policy: CachePolicy, slots: int, *, floor: int, width: int = 16, leads: bool = True) -> None:
         shape = policy.shape
         if slots < 1:
             raise BudgetError(f"an expert cache needs at least 1 slot, not {slots}")
