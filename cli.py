@@ -403,13 +403,15 @@ def tune(store: str, as_json: bool, **arguments: Any) -> None:
 @click.option("--slots", "sizes", multiple=True, type=click.IntRange(1), help="Number of slots; several are allowed.")
 @click.option("--drive", type=SIZE, default="3GB", show_default=True, help="Bytes per second of the drive.")
 @click.option("--memory", type=SIZE, default="30GB", show_default=True, help="Bytes per second of the RAM.")
+@html_option
 @json_option
-def simulate(as_json: bool, **arguments: Any) -> None:
+def simulate(as_json: bool, html: str | None, **arguments: Any) -> None:
     """Replay TRACE (made with --trace) for a grid of policies and cache sizes, beside Belady's optimum."""
     from offload.cache.report import simulate as run
 
     report = run(**arguments)
     _report(report.lines(), report.to_dict(), as_json)
+    _write_page(report, html)
 
 
 # -- routing ---------------------------------------------------------------------------------

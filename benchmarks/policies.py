@@ -1,10 +1,11 @@
 """Cache policies on a recorded routing trace: hit rates beside the optimum, and the cost of a decision.
 
-    python -m benchmarks.policies TRACE [--test 14] [--seed 0] [--shares 0.05,0.1] [--tokens N] [-o results.jsonl]
+    python -m benchmarks.policies TRACE [--test 14] [--splits 3] [--shares 0.05,0.1] [--tokens N] [-o results.jsonl]
 
 TRACE is a trace of `expertpager ... --trace`, or an .npz with `experts` [tokens, layers, k], `tokens` [tokens] and
 `starts` [prompts + 1]. Prompts are split: what can be learned is learned from the others, the hit rates are those of
-the `--test` prompts, one after another through one cold cache. A row per policy and size goes to stdout, as JSON.
+the `--test` prompts, one after another through one cold cache. A row per policy and size goes to stdout, as JSON, for
+every split, and one with mean and spread over the splits.
 """
 
 from __future__ import annotations
@@ -104,6 +105,19 @@ def hit_rates(shape: CacheShape, train: Trace, test: Trace, shares: Sequence[flo
         yield record("belady", share, best, 1.0)
 
 
+def over_splits(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Mean, least and largest of every policy and size over the splits."""
+    for policy, share in dict.fromkeys((row["policy"], row["share"]) for row in rows):
+        same = [row for row in rows if (row["policy"], row["share"]) == (policy, share)]
+        summary: dict[str, Any] = {"benchmark": "policies, all splits", "policy": policy, "share": share}
+        summary["splits"] = len(same)
+        for name in ("hit_rate", "gap_closed"):
+            values = [row[name] for row in same]
+            summary[name] = round(float(np.mean(values)), 4)
+            summary[f"{name}_range"] = [min(values), max(values)]
+        yield summary
+
+
 def record(policy: str, share: float, result: Any, closed: float) -> dict[str, Any]:
     """One row."""
     return {
@@ -172,20 +186,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--test", type=int, default=14, help="prompts that are kept from learning")
-    parser.add_argument("--seed", type=int, default=0, help="which prompts those are")
+    parser.add_argument("--splits", type=int, default=3, help="so many choices of those prompts")
     parser.add_argument("--shares", default="0.05,0.1,0.2,0.3")
     parser.add_argument("--tokens", type=int, help="only so many tokens of the test prompts")
     parser.add_argument("--no-cost", action="store_true", help="leave the cost of a decision out")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     shape, prompts = load_prompts(arguments.trace)
-    order = np.random.default_rng(arguments.seed).permutation(len(prompts)).tolist()
-    train = as_trace(shape, [prompts[i] for i in order[arguments.test :]], None)
-    test = as_trace(shape, [prompts[i] for i in order[: arguments.test]], arguments.tokens)
-    common = facts() | {"trace": arguments.trace.name, "test_prompts": arguments.test, "seed": arguments.seed}
+    common = facts() | {"trace": arguments.trace.name, "test_prompts": arguments.test}
 
     def rows() -> Iterator[dict[str, Any]]:
-        yield from hit_rates(shape, train, test, [float(share) for share in arguments.shares.split(",")])
+        shares = [float(share) for share in arguments.shares.split(",")]
+        done = []
+        for seed in range(arguments.splits):
+            order = np.random.default_rng(seed).permutation(len(prompts)).tolist()
+            train = as_trace(shape, [prompts[i] for i in order[arguments.test :]], None)
+            test = as_trace(shape, [prompts[i] for i in order[: arguments.test]], arguments.tokens)
+            for row in hit_rates(shape, train, test, shares):
+                done.append(row)
+                yield row | {"seed": seed}
+        if arguments.splits > 1:
+            yield from over_splits(done)
         if not arguments.no_cost:
             for policy in ("lru", "ema", "ema+tokens"):
                 yield decision_cost(policy, CacheShape(layers=58, experts=256, top_k=8), 0.3)

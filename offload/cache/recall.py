@@ -6,7 +6,7 @@ last tokens resembles that of an earlier passage, the next experts resemble thos
 Unlike counts, one occurrence is enough.
 
 Two places are compared by their marks: the router's first choice in up to 26 layers, and the token id. The
-likeness of what precedes two places is that of the tokens just before them plus half of the likeness of
+likeness of what precedes two places is that of the tokens just before them plus a part of the likeness of
 what precedes those, so it is carried from token to token and no two places are compared twice.
 """
 
@@ -31,11 +31,11 @@ MARKED_LAYERS = 26
 class Likeness:
     """What makes two places alike, in units of all marks of a token being equal, and what follows from it."""
 
-    fade: float = 0.5
+    fade: float = 0.4
     """Weight of a token relative to the one after it."""
     same_token: float = 3 / 26
     """An equal id of a token that has passed."""
-    this_token: float = 5 / 26
+    this_token: float = 7 / 26
     """An equal id of the token under way."""
     next_token: float = 9 / 26
     """An equal id of the token after it, where that is known."""

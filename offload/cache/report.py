@@ -5,7 +5,7 @@ Owns the choice of the grid and the table. The replay itself is `simulator`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from offload.cache.policy import POLICIES
 from offload.cache.simulator import Machine, Result, sweep
 from offload.cache.trace import Trace
 from offload.errors import UsageError
+from offload.report import Curve, Page, line_chart
 from offload.types import format_size
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -40,6 +41,47 @@ class Simulation:
                 f"{r.policy:<12} {r.slots:>7} {r.slots / shape.keys:>6.1%} {r.hit_rate:>7.1%} "
                 f"{format_size(r.bytes_read / r.tokens):>11} {1000 * r.stall_s / r.tokens:>11.2f} ms"
             )
+
+    def page(self) -> Page:
+        """Hits, bytes and waiting over the cache size, as charts and as a table."""
+        shape = self.trace.shape
+        page = Page("Expert cache: policies and sizes", "One recorded routing, replayed for every policy and size.")
+        page.fact("Tokens", f"{len(self.trace.tokens):,}")
+        page.fact("Experts", f"{shape.layers} layers x {shape.experts}, {shape.top_k} per token")
+        charts: tuple[tuple[str, str, Callable[[Result], float], bool], ...] = (
+            ("Hit rate", "demands served without a read", lambda r: r.hit_rate, True),
+            ("Bytes read", "MB per token", lambda r: r.bytes_read / r.tokens / 1e6, False),
+            ("Waiting", "ms per token", lambda r: 1000 * r.stall_s / r.tokens, False),
+        )
+        for title, label, value, percent in charts:
+            curves = [
+                Curve(
+                    policy,
+                    [100 * r.slots / shape.keys for r in self.results if r.policy == policy],
+                    [value(r) for r in self.results if r.policy == policy],
+                    reference=policy == "belady",
+                )
+                for policy in dict.fromkeys(r.policy for r in self.results)
+            ]
+            chart = line_chart(curves, x_label="slots, % of all experts", y_label=label, percent=percent)
+            page.section(title).chart(chart)
+        page.section("All results").table(
+            ["policy", "slots", "hits", "misses", "evictions", "hit rate", "bytes read", "waiting, s"],
+            [
+                [
+                    r.policy,
+                    r.slots,
+                    r.events.hits,
+                    r.events.misses,
+                    r.events.evictions,
+                    f"{r.hit_rate:.1%}",
+                    format_size(r.bytes_read),
+                    f"{r.stall_s:.3f}",
+                ]
+                for r in self.results
+            ],
+        )
+        return page
 
     def to_dict(self) -> dict[str, Any]:
         """All results for machines."""

@@ -122,24 +122,36 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> Trace:
     wanted = (len(tokens), shape.layers, shape.top_k)
     if tokens.ndim != 1 or experts.shape != wanted:
         raise ValueError(f"experts has shape {experts.shape}, expected {wanted}")
-    if experts.size and int(experts.max()) >= shape.experts:
-        raise ValueError(f"it names expert {int(experts.max())} of {shape.experts}")
+    _in_range("experts", experts, shape.experts)
     if steps.ndim != 1 or (steps < 1).any() or int(steps.sum()) != len(tokens):
         raise ValueError(f"its steps cover {int(steps.sum())} of {len(tokens)} tokens")
     sorted_experts = np.sort(experts, axis=-1)
     if (sorted_experts[..., 1:] == sorted_experts[..., :-1]).any():
-        raise ValueError("a token uses the same expert twice in one layer")
-    if arrays["prefetches"].ndim != 2 or arrays["prefetches"].shape[1] != 5:
-        raise ValueError(f"prefetches has shape {arrays['prefetches'].shape}")
+        raise ValueError("experts holds the same expert twice for one token and layer")
+    prefetches, sessions = arrays["prefetches"], arrays["sessions"]
+    if prefetches.ndim != 2 or prefetches.shape[1] != 5:
+        raise ValueError(f"prefetches has shape {prefetches.shape}, expected (n, 5)")
+    bounds = Prefetch(len(steps) + 1, shape.layers + 1, 4, shape.layers, shape.experts)
+    for name, column, limit in zip(Prefetch._fields, prefetches.T, bounds, strict=True):
+        _in_range(f"{name} of prefetches", column, limit)
+    if sessions.ndim != 1:
+        raise ValueError(f"sessions has shape {sessions.shape}, expected (n,)")
+    _in_range("sessions", sessions, len(steps) + 1)
     return Trace(
         shape,
         tokens.astype(np.int32),
         steps.astype(np.int32),
         experts.astype(np.uint16),
-        arrays["sessions"].astype(np.int32),
-        [Prefetch(*row) for row in arrays["prefetches"].tolist()],
+        sessions.astype(np.int32),
+        [Prefetch(*row) for row in prefetches.tolist()],
         header,
     )
+
+
+def _in_range(name: str, values: NDArray[Any], limit: int) -> None:
+    if values.size and (int(values.min()) < 0 or int(values.max()) >= limit):
+        wrong = int(values.min()) if int(values.min()) < 0 else int(values.max())
+        raise ValueError(f"{name} holds {wrong}, which is not from 0 to {limit - 1}")
 
 
 class TraceRecorder:

@@ -9,6 +9,7 @@ import pytest
 from routing_samples import SHAPE, routing
 
 from offload.cache.policy import CacheShape, create_policy
+from offload.cache.report import simulate
 from offload.cache.residency import Residency
 from offload.cache.simulator import Machine, Replay, replay, sweep
 from offload.cache.trace import Trace, TraceRecorder
@@ -68,7 +69,12 @@ def rewrite(path, **changes):
     [
         ({"header": {"version": 9}}, "version 9"),
         ({"header": {"format": "other"}}, "header"),
-        ({"header": {"experts": 4}}, "expert"),
+        ({"header": {"experts": 4}}, "experts holds .* not from 0 to 3"),
+        ({"experts": -np.ones((21, 5, 4), np.int32)}, "experts holds -1"),
+        ({"sessions": np.array([0, 14], np.int32)}, "sessions holds 14"),
+        ({"sessions": np.zeros((1, 1), np.int32)}, "sessions has shape"),
+        ({"prefetches": np.array([[0, 0, 7, 0, 0]], np.int32)}, "kind of prefetches holds 7"),
+        ({"prefetches": np.array([[0, 0, 0, 5, 0]], np.int32)}, "layer of prefetches holds 5"),
         ({"header": {"layers": 0}}, "layers"),
         ({"header": {"top_k": 5}}, "shape"),
         ({"tokens": np.zeros(3, np.int32)}, "shape"),
@@ -139,3 +145,20 @@ def test_shape_of_a_replay_follows_the_trace():
     result = replay(trace, "ema", 500)
     assert result.events.evictions == 0
     assert result.tokens == 12
+
+
+def test_a_grid_is_told_as_table_values_and_page(tmp_path):
+    recorded(20).save(tmp_path / "t.npz")
+    report = simulate(tmp_path / "t.npz", policies=["lru", "ema+tokens", "belady"], sizes=[30, 60])
+    lines = list(report.lines())
+    assert [line.split()[:2] for line in lines[2:]] == [
+        [policy, str(size)] for policy in ("lru", "ema+tokens", "belady") for size in (30, 60)
+    ]
+    results = report.to_dict()["results"]
+    assert len(results) == 6
+    best = {r["slots"]: r["hit_rate"] for r in results if r["policy"] == "belady"}
+    assert all(r["hit_rate"] <= best[r["slots"]] for r in results)
+    page = report.page().html()
+    assert page.count("<svg") == 3
+    for result in results:
+        assert f"{result['hit_rate']:.1%}" in page
