@@ -77,10 +77,10 @@ class ExpectedUse(CachePolicy):
         bump = float(np.dot(self._frequency, 1.0 - self._keep))
         self._bump: list[float] = (bump * self._far[:, 0]).tolist()
         # Per layer, all but what the experts used in this step say: of its value once it has run, ...
-        self._after = np.zeros(self.values.shape, np.float32)
+        self._after = np.zeros(self.values.shape)
         # ... of that what memory says, and its value before it has run without what memory says.
         self._rest = np.zeros(self.values.shape)
-        self._base = np.zeros(self.values.shape, np.float32)
+        self._base = np.zeros(self.values.shape)
         self._offset = (np.arange(shape.layers) * shape.experts)[:, None]
         self._values_at: Any = self.values.reshape(-1).data  # item assignment without numpy's overhead
         self._refine_at = -1 if large else int(REFINE * shape.layers)
@@ -102,14 +102,14 @@ class ExpectedUse(CachePolicy):
         # Every layer's next use is in this step, and its tokens are known.
         if complete:
             values *= self._per_far
-            np.subtract(values, self._rest, out=base, casting="same_kind")
+            np.subtract(values, self._rest, out=base)
         else:
-            self._frequencies(base)
+            base[:] = self._frequencies(self._frequency)
         # Once a layer has run, its next use is in the step after this one.
-        np.dot(self._frequency * self._keep, self._flat_rates, out=after.reshape(-1))
+        expected = self._frequencies(self._frequency * self._keep)
         if upcoming:
-            self.table.add_lift(after, upcoming[0], self.long_run, weights.known_token)
-        after *= self._far
+            self.table.add_lift(expected, upcoming[0], self.long_run, weights.known_token)
+        np.multiply(expected, self._far, out=after)
         if len(tokens) == 1 and len(self.recall):
             self.recall.begin(tokens[0], upcoming)
             self._look_back(0)
@@ -125,8 +125,7 @@ class ExpectedUse(CachePolicy):
         if len(ids) > 1:
             rates = self._rates[:, layer]
             self._observe_many(rates, ids)
-            np.dot(self._frequency, rates, out=self._after[layer])
-            self._after[layer] *= self._far[layer]
+            np.multiply(np.dot(self._frequency, rates), self._far[layer], out=self._after[layer])
             np.add(lift, self._after[layer], out=row)
             return
         np.add(lift, self._after[layer], out=row)
@@ -134,7 +133,7 @@ class ExpectedUse(CachePolicy):
         for expert in ids[0]:
             at[first + expert] += bump
         if layer == self._refine_at and len(self.recall):
-            self.recall.refine(np.array(self._routing)[:, 0])
+            self.recall.refine(self.successors.used[: layer + 1])
             self._look_back(layer + 1)
             self.revision += 1
 
@@ -155,8 +154,9 @@ class ExpectedUse(CachePolicy):
             after += future * self._far
         rest[:] = future
 
-    def _frequencies(self, out: NDArray[np.float32]) -> None:
-        np.dot(self._frequency, self._flat_rates, out=out.reshape(-1))
+    def _frequencies(self, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Weighted sum of the decayed frequencies [L, E]."""
+        return np.dot(weights, self._flat_rates).reshape(self.values.shape)
 
     @property
     def _flat_rates(self) -> NDArray[np.float32]:
@@ -173,8 +173,7 @@ class ExpectedUse(CachePolicy):
         for part, prefix in ((self.recall, "recall_"), (self.table, "table_"), (self.successors, "successor_")):
             part.restore({k.removeprefix(prefix): array for k, array in state.items() if k.startswith(prefix)})
         self._rates[...] = state["rates"]
-        self._frequencies(self._base)
-        self.values[...] = self._base
+        self.values[...] = self._frequencies(self._frequency)
 
     def _observe_many(self, rates: NDArray[np.float32], ids: Routing) -> None:
         used = np.asarray(ids, np.intp)
@@ -189,14 +188,15 @@ class ExpectedUse(CachePolicy):
         routing, self._routing = self._routing, []
         if len(routing) != self.shape.layers:
             return False
-        steps = np.array(routing, np.intp).transpose(1, 0, 2)  # [T, L, K]
+        many = len(routing[0]) > 1
+        steps = np.array(routing, np.intp).transpose(1, 0, 2) if many else self.successors.used[None]  # [T, L, K]
         if len(steps) != len(self._tokens):
             return False
         if len(steps) == 1:
             self._rates *= self._keep[:, None, None]
             self._flat_rates[:, (steps[0] + self._offset).reshape(-1)] += self._gain
         for token, ids in zip(self._tokens, steps, strict=True):
-            if len(steps) > 1:
+            if many:
                 for layer, chosen in enumerate(ids.tolist()):
                     self.successors.lift(layer, chosen)
             self.successors.learn(ids, self.long_run)

@@ -152,7 +152,7 @@ class Successors:
         large = is_large(shape)
         self.sources = 2 if large else 4
         # Weights of a large model lie far apart in memory: its layers take turns, so that learning stays cheap.
-        self._turns = 6 if large else 1
+        self._turns = 8 if large else 1
         self._scale = np.ones(layers, np.float32) if scale is None else scale
         self._nowhere = self.sources * experts  # row of sources that do not exist, always 0
         self.weights = np.zeros((layers, self._nowhere + 1, experts), np.float32)
@@ -176,6 +176,11 @@ class Successors:
     def nbytes(self) -> int:
         """Memory taken."""
         return self.weights.nbytes
+
+    @property
+    def used(self) -> NDArray[np.intp]:
+        """What the token under way uses [L, K], in layers for which `lift` was asked."""
+        return self._rows[:, : self.shape.top_k]
 
     def lift(self, layer: int, ids: Sequence[int]) -> Floats:
         """Lift [E] of `layer` at the next token; the one under way uses `ids`, best first. Layers come in order."""
