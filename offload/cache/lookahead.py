@@ -17,11 +17,11 @@ from offload.cache.predictor import TokenTable
 class LookAheadLimits:
     """When speculation is worth a read."""
 
-    start: float = 0.6
+    start: float = 0.8
     """Least probability of use."""
-    step: float = 0.1
+    step: float = 0.05
     """The probability asked for rises by so much when too much was wasted."""
-    last: float = 0.9
+    last: float = 0.95
     """Beyond it speculation ends."""
     useful: float = 0.9
     """Least share of speculative reads that must have been demanded."""
