@@ -147,9 +147,11 @@ class Journal:
         begun = items[0]
         for key in sorted((set(begun) | set(identity)) - {_ASIDE}):
             if begun.get(key) != identity.get(key):
+                commit = key == "source revision" and ":" not in str(begun.get(key))
+                remedy = f"go on with --revision {begun.get(key)}" if commit else "use the same source and options"
                 raise StoreError(
                     f"{self.directory}: this conversion was begun with {key} {begun.get(key)}, now it is "
-                    f"{identity.get(key)}; use the same source and options, or another folder"
+                    f"{identity.get(key)}; {remedy}, or another folder"
                 )
         return begun
 
@@ -199,6 +201,7 @@ def recorded(directory: Path, unit: Unit) -> Records:
 
 def remove_journal(directory: Path) -> None:
     """Delete the journal of a finished store, or what a killed process left of it."""
+    shutil.rmtree(directory / _REMOVED, ignore_errors=True)
     # Renamed first: a process that still looks for work cannot create a file in a folder that is being deleted.
     with suppress(OSError):
         os.replace(directory / FOLDER, directory / _REMOVED)

@@ -145,6 +145,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "timeout":
             time.sleep(0.6)
             return self._reset()
+        if fault == "hang":
+            time.sleep(25)
+            return self._reset()
         if fault == "reset":
             return self._reset()
         if fault in ("429", "500", "503"):

@@ -209,7 +209,24 @@ def test_a_proxy_of_the_environment_is_used(server: Hub, tmp_path: Path, local: 
 
 def test_an_interrupted_run_does_not_wait_for_a_broken_server(server: Hub, tmp_path: Path) -> None:
     """A minute until the next attempt would be no answer to Ctrl-C."""
-    server.fault_rate, server.kinds, server.retry_after = 0.0, ("503",), "60"
+    server.kinds, server.retry_after = ("503",), "60"
+    process, err = interrupted(server, tmp_path, signals=1)
+    assert process.returncode == 130
+    assert re.search(r"interrupted: \d+ of 16 experts are finished and kept; the same command goes on", err)
+    assert "Traceback" not in err
+
+
+def test_a_second_ctrl_c_ends_at_once(server: Hub, tmp_path: Path, local: dict[str, str]) -> None:
+    server.kinds = ("hang",)
+    process, _ = interrupted(server, tmp_path, signals=2)
+    assert process.returncode == -signal.SIGINT
+    server.fault_rate = 0.0
+    convert(REPO, tmp_path / "s")
+    assert data_digests(tmp_path / "s") == local
+
+
+def interrupted(server: Hub, tmp_path: Path, signals: int) -> tuple[subprocess.Popen[str], str]:
+    """A command that met a fault in mid-run and then Ctrl-C so many times; and what it wrote to stderr."""
     env = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-m", "cli", "convert", REPO, "-o", str(tmp_path / "s"), "--workers", "1"]
     root = Path(__file__).parents[2]
@@ -219,11 +236,11 @@ def test_an_interrupted_run_does_not_wait_for_a_broken_server(server: Hub, tmp_p
         server.fault_rate = 1.0
         while not server.faults:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=40)
-    assert process.returncode == 130
-    assert re.search(r"interrupted: \d+ of 16 experts are finished and kept; the same command goes on", err)
-    assert "Traceback" not in err
+        for _ in range(signals):
+            process.send_signal(signal.SIGINT)
+            time.sleep(1)
+        _, err = process.communicate(timeout=20)
+    return process, err
 
 
 def test_what_a_server_asks_for_is_waited(monkeypatch: pytest.MonkeyPatch) -> None:

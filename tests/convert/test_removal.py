@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, digests
 
-from convert import committer
+from convert import committer, pipeline
 from convert.pipeline import convert
 from convert.synthetic import write_checkpoint
-from offload.errors import CheckpointError, DiskError, StoreError, UsageError
+from offload.errors import BudgetError, CheckpointError, DiskError, StoreError, UsageError
 
 # Layers first, so that shards become superfluous one after the other.
 SHARDS = 6
@@ -99,6 +99,17 @@ def test_the_rest_must_be_of_the_same_source(source: Path, original: Path, tmp_p
         path.unlink()
     with pytest.raises(CheckpointError, match="was deleted with --delete-source"):
         convert(source, tmp_path / "s")
+
+
+def test_less_disk_is_needed_than_for_the_whole_store(
+    source: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = convert(source, tmp_path / "s", dry_run=True).to_dict()["disk_bytes_needed"]
+    monkeypatch.setattr(pipeline, "free_nbytes", lambda directory: need - 1)
+    with pytest.raises(BudgetError, match="1 bytes are missing"):
+        convert(source, tmp_path / "s")
+    convert(source, tmp_path / "s", delete_source=True)
+    assert digests(tmp_path / "s") == expected
 
 
 def test_what_does_not_read_back_is_not_deleted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
