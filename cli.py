@@ -198,6 +198,11 @@ def verify(as_json: bool, **arguments: Any) -> None:
 @click.option("--errors", is_flag=True, help="Quantization error per layer and projection, worst experts, outliers.")
 @click.option("--html", type=click.Path(dir_okay=False), help="With --errors: also write a page with charts.")
 @click.option("--revision", help="Revision of a hub repository.")
+@click.option(
+    "--listing",
+    type=click.Path(dir_okay=False),
+    help="Also write names, dtypes and shapes of a checkpoint to this .json.xz file, for `plan` without a network.",
+)
 @json_option
 def inspect(as_json: bool, **arguments: Any) -> None:
     """Describe a checkpoint or a store: sizes, codecs, experts, parameters."""

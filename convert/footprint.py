@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from convert.listing import ListingSource, load_listing, shipped_listing
 from convert.plan import ConversionPlan, plan_conversion
 from convert.recipe import HEAD
 from convert.recipe_files import NamedRecipe, read_recipe, recipe_names
-from convert.source import Checkpoint, open_source
+from convert.source import Checkpoint, Source, open_source
 from offload.config import ModelConfig
 from offload.store import Store
 from offload.store.hf_config import EMBEDDING
@@ -45,20 +46,27 @@ class Footprints:
 
 
 def footprints(model: str | Path, *, recipes: Sequence[str] = (), revision: str | None = None) -> Footprints:
-    """The sizes of a store, a local checkpoint or a hub repository (headers only).
+    """The sizes of a store, a local checkpoint, a header listing or a hub repository (headers only).
 
-    `recipes` are names or files; none means every shipped one that can hold the model's shapes.
+    `recipes` are names or files; none means every shipped one that can hold the model's shapes. Repositories whose
+    listing comes with the program are not asked, unless a `revision` is given.
     """
     folder = Path(model)
     if (folder / MANIFEST_NAME).exists():
         return Footprints(str(model), "store", [_of_store(Store.open(folder))])
-    source = open_source(model, revision)
+    shipped = shipped_listing(str(model)) if revision is None and not folder.exists() else None
+    source = load_listing(shipped, str(model)) if shipped else open_source(model, revision)
     try:
         checkpoint = Checkpoint(source)
         wanted = [read_recipe(name) for name in recipes or recipe_names()]
-        return Footprints(str(model), "checkpoint", of_checkpoint(checkpoint, wanted))
+        return Footprints(str(model), source_kind(source), of_checkpoint(checkpoint, wanted))
     finally:
         source.close()
+
+
+def source_kind(source: Source) -> str:
+    """What a plan says the sizes are of."""
+    return "header listing" if isinstance(source, ListingSource) else "checkpoint"
 
 
 def of_checkpoint(checkpoint: Checkpoint, recipes: Sequence[NamedRecipe]) -> list[Footprint]:

@@ -16,6 +16,7 @@ import torch
 
 from convert.error_table import ErrorTable
 from convert.journal import FOLDER
+from convert.listing import save_listing
 from convert.mapping import kept_shapes, linear_shapes, map_checkpoint
 from convert.source import Checkpoint, open_source
 from offload.config import ModelConfig
@@ -131,16 +132,24 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path, *, errors: bool = False, html: str | Path | None = None, revision: str | None = None
+    path: str | Path,
+    *,
+    errors: bool = False,
+    html: str | Path | None = None,
+    revision: str | None = None,
+    listing: str | Path | None = None,
 ) -> Inspection:
-    """Describe the store, folder or hub repository `path`.
+    """Describe the store, folder, header listing or hub repository `path`.
 
-    `errors` adds what quantization cost (stores only); `html` also writes that as a page with charts.
+    `errors` adds what quantization cost (stores only); `html` also writes that as a page with charts. `listing` is a
+    file that gets the header listing (checkpoints only).
     """
     directory = Path(path)
     if html is not None and not errors:
         raise UsageError("--html shows quantization errors; give --errors too")
     if (directory / MANIFEST_NAME).exists() or (directory / FOLDER).exists():
+        if listing is not None:
+            raise UsageError(f"{path} is a store: a header listing is made of a checkpoint")
         found = _inspect_store(directory, errors)
         if found.errors and html is not None:
             (codec,) = found.components["routed experts"].codecs
@@ -150,7 +159,10 @@ def inspect(
         raise UsageError(f"{path} is a checkpoint: only a store has quantization errors to show")
     source = open_source(path, revision)
     try:
-        return _inspect_source(Checkpoint(source))
+        checkpoint = Checkpoint(source)
+        if listing is not None:
+            save_listing(checkpoint, listing)
+        return _inspect_source(checkpoint)
     finally:
         source.close()
 

@@ -356,7 +356,11 @@ def _json_object(source: Source, file: str) -> dict[str, Any]:
 
 
 def open_source(source: str | Path, revision: str | None = None) -> Source:
-    """The local folder or the hub repository that `source` names."""
+    """The local folder, the header listing or the hub repository that `source` names."""
+    from convert.listing import is_listing, load_listing
+
+    if is_listing(source):
+        return load_listing(source)
     if Path(source).is_dir():
         if revision is not None:
             raise CheckpointError(f"{source} is a folder: it has no revision {revision!r} to choose")

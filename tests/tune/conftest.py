@@ -1,18 +1,18 @@
-"""DeepSeek-V3 in every shipped recipe, from its header listing: built once, read only."""
+"""DeepSeek-V3 in every shipped recipe, from the header listing that comes with the program: built once, read only."""
 
 from __future__ import annotations
 
 import pytest
-from listing import HeaderSource
 
 from convert.footprint import Footprint, of_checkpoint
+from convert.listing import FOLDER, load_listing
 from convert.recipe_files import read_recipe, recipe_names
 from convert.source import Checkpoint
 
 
 @pytest.fixture(scope="session")
 def v3_checkpoint() -> Checkpoint:
-    return Checkpoint(HeaderSource())
+    return Checkpoint(load_listing(FOLDER / "deepseek-v3.json.xz"))
 
 
 @pytest.fixture(scope="session")

@@ -1,54 +1,19 @@
-"""The header listing of a DeepSeek-V3 checkpoint: names, dtypes and shapes of every tensor, no weights.
+"""Every tensor of a DeepSeek-V3 checkpoint, from the published config.json.
 
-Generated from the published config.json. What makes it the real listing is that its tensor count and its bytes are
-those of the published checkpoint, which a test asserts.
+What makes it the real list is that its tensor count and its bytes are those of the published checkpoint, which a test
+asserts. The listing that comes with the program is compared with it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-from convert.source import INDEX, Source
-from convert.synthetic import V3_CONFIG
-from offload.errors import CheckpointError
 
 TENSORS, NBYTES = 91_991, 688_574_839_360
 """Of deepseek-ai/DeepSeek-V3, as published."""
 
 _SIZES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 Entry = tuple[str, str, tuple[int, ...]]
-
-
-class HeaderSource(Source):
-    """A checkpoint of which only config.json, the index and the shards' headers exist."""
-
-    def __init__(self, config: Mapping[str, Any] = V3_CONFIG, name: str = "deepseek-ai/DeepSeek-V3") -> None:
-        self.name = self.short_name = name
-        self.revision = "listing"
-        shards: dict[str, list[Entry]] = {}
-        for entry in tensors(config):
-            shards.setdefault(_shard(entry[0]), []).append(entry)
-        self._heads: dict[str, bytes] = {}
-        self.files: dict[str, int] = {}
-        for shard, entries in shards.items():
-            head, data = _header(entries)
-            self._heads[shard] = head
-            self.files[shard] = len(head) + data
-        weight_map = {name: shard for shard, entries in shards.items() for name, _, _ in entries}
-        for file, value in (("config.json", dict(config)), (INDEX, {"weight_map": weight_map})):
-            self._heads[file] = json.dumps(value).encode()
-            self.files[file] = len(self._heads[file])
-
-    def where(self, file: str) -> str:
-        return f"{self.name}/{file}"
-
-    def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
-        part = self._heads[file][offset : offset + len(buffer)]
-        if offset + len(buffer) > self.files[file]:
-            raise CheckpointError(f"{file} is truncated")
-        buffer[: len(part)] = part  # data is never looked at: zeros, or whatever the buffer holds
 
 
 def tensors(c: Mapping[str, Any]) -> Iterator[Entry]:
@@ -115,18 +80,3 @@ def nbytes(entry: Entry) -> int:
     for size in entry[2]:
         count *= size
     return count
-
-
-def _shard(tensor: str) -> str:
-    layer = tensor.split(".")[2] if tensor.startswith("model.layers.") else "none"
-    return f"model-{layer}.safetensors"
-
-
-def _header(entries: list[Entry]) -> tuple[bytes, int]:
-    table, at = {}, 0
-    for entry in entries:
-        name, dtype, shape = entry
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes(entry)]}
-        at += nbytes(entry)
-    text = json.dumps(table).encode()
-    return len(text).to_bytes(8, "little") + text, at

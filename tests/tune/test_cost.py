@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from listing import NBYTES, TENSORS
+from listing import NBYTES, TENSORS, tensors
 
 from convert.footprint import Footprint
 from convert.mapping import map_checkpoint
 from convert.source import Checkpoint
+from convert.synthetic import V3_CONFIG
 from offload.config import ModelConfig
+from offload.store.safetensors import DTYPE_NAMES
 from offload.tune.cost import (
     ModelCost,
     ceiling_tok_s,
@@ -31,6 +33,8 @@ MACHINE = MachineSpec(
 def test_the_listing_is_the_published_checkpoint(v3_checkpoint: Checkpoint) -> None:
     assert len(v3_checkpoint.tensors) == TENSORS
     assert v3_checkpoint.nbytes == NBYTES
+    listed = {name: (DTYPE_NAMES[info.dtype], info.shape) for name, info in v3_checkpoint.tensors.items()}
+    assert listed == {name: (dtype, shape) for name, dtype, shape in tensors(V3_CONFIG)}
 
 
 def test_components_of_the_checkpoint(v3_checkpoint: Checkpoint) -> None:
