@@ -36,9 +36,7 @@ def group_tile(tokens: int) -> dict[str, int]:
     """Tile of the grouped products. About T * K / experts rows meet in a group."""
     if tokens <= 512:
         return {"M": 16, "N": 64, "K": 128, "num_warps": 4, "num_stages": 3}
-    if tokens <= 2048:
-        return {"M": 64, "N": 64, "K": 64, "num_warps": 4, "num_stages": 3}
-    return {"M": 128, "N": 64, "K": 64, "num_warps": 8, "num_stages": 3}
+    return {"M": 64, "N": 32, "K": 64, "num_warps": 4, "num_stages": 3}
 
 
 def _by_position(

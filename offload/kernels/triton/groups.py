@@ -92,19 +92,20 @@ def grouped_gate_up_kernel(
         return
     index = tl.load(first_ptr + tile) + tl.arange(0, M)
     m_mask = index < tl.load(end_ptr + tile)
-    p = tl.load(order_ptr + index, mask=m_mask, other=0).to(tl.int64)
-    x_at = p // top_k * x_width
+    p = tl.load(order_ptr + index, mask=m_mask, other=0)
+    x_at = (p // top_k).to(tl.int64) * x_width
+    p = p.to(tl.int64)
     n = tl.program_id(0) * N + tl.arange(0, N)
     raw_ptr += slot * pitch_raw
     scale_ptr += slot * pitch_scales
     scale_at = n // BLOCK_ROWS * scale_cols
     gate = tile_products(
-        tl.zeros((M, N), tl.float32), raw_ptr, gate_raw + n * row_bytes, scale_ptr, gate_scales + scale_at, n < rows,
-        x_ptr, x_at, m_mask, cols, part, KIND, GROUP, N, K,
+        raw_ptr, gate_raw + n * row_bytes, scale_ptr, gate_scales + scale_at, n < rows,
+        x_ptr, x_at, m_mask, cols, part, KIND, GROUP, M, N, K,
     )  # fmt: skip
     up = tile_products(
-        tl.zeros((M, N), tl.float32), raw_ptr, up_raw + n * row_bytes, scale_ptr, up_scales + scale_at, n < rows,
-        x_ptr, x_at, m_mask, cols, part, KIND, GROUP, N, K,
+        raw_ptr, up_raw + n * row_bytes, scale_ptr, up_scales + scale_at, n < rows,
+        x_ptr, x_at, m_mask, cols, part, KIND, GROUP, M, N, K,
     )  # fmt: skip
     h = gate / (1.0 + tl.exp(-gate)) * up
     at = n % 2 * h_part + n // 2 if KIND == INT4 else n
@@ -148,9 +149,8 @@ def grouped_down_kernel(
     p = tl.load(order_ptr + index, mask=m_mask, other=0).to(tl.int64)
     n = tl.program_id(0) * N + tl.arange(0, N)
     out = tile_products(
-        tl.zeros((M, N), tl.float32),
         raw_ptr + slot * pitch_raw, down_raw + n * row_bytes,
         scale_ptr + slot * pitch_scales, down_scales + n // BLOCK_ROWS * scale_cols, n < rows,
-        h_ptr, p * h_width, m_mask, cols, h_part, KIND, GROUP, N, K,
+        h_ptr, p * h_width, m_mask, cols, h_part, KIND, GROUP, M, N, K,
     )  # fmt: skip
     tl.store(partial_ptr + p[:, None] * rows + n[None, :], out, mask=m_mask[:, None] & (n < rows)[None, :])

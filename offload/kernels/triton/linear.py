@@ -133,7 +133,7 @@ def into_latent(launch: Launcher, q: Tensor, weight: Packed) -> Tensor:
         absorb.absorb_tiles_kernel, (ceil_div(tokens, tile_m), ceil_div(columns, width), heads),
         weight.raw, weight.scale, q, out,
         tokens, heads, nope, head_rows, rank, form.raw_row(rank), form.scale_cols(rank),
-        **form.tiles_meta, M=tile_m, N=max(depth, 16), C=width, num_warps=4,
+        **form.tiles_meta, M=tile_m, N=max(depth, 16), C=width, num_warps=8 if tile_m > 16 else 4,
     )  # fmt: skip
     return out
 

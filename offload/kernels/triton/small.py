@@ -20,10 +20,10 @@ def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, width, eps, WIDTH: tl.constexpr)
 @triton.jit
 def rope_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, heads, half, HALF: tl.constexpr):
     """Rotate the interleaved pairs of x[t, h] by the angles of t."""
-    row = tl.program_id(0).to(tl.int64)  # t * heads + h
+    row = tl.program_id(0)  # t * heads + h
     i = tl.arange(0, HALF)
     mask = i < half
-    at = row * half * 2 + 2 * i
+    at = row.to(tl.int64) * half * 2 + 2 * i
     even, odd = tl.load(x_ptr + at, mask=mask), tl.load(x_ptr + at + 1, mask=mask)
     angle = row // heads * half + i
     cos, sin = tl.load(cos_ptr + angle, mask=mask), tl.load(sin_ptr + angle, mask=mask)

@@ -43,7 +43,6 @@ def e4m3(b):
 
 @triton.jit
 def tile_products(
-    acc,  # fp32 [M, N]
     raw_ptr,  # bytes of the weight; bf16 for BF16
     row_at,  # [N]: where each row begins
     scale_ptr,
@@ -56,22 +55,28 @@ def tile_products(
     part,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
+    M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
 ):
-    """acc + x . W^T for one tile of rows of x and of W."""
+    """x . W^T for one tile of rows of x and of W."""
+    acc = tl.zeros((M, N), tl.float32)
     if KIND == INT4:
-        for k in tl.range(0, cols, K):
-            c = k // 2 + tl.arange(0, K // 2)
+        # Counted in bytes: only so does the compiler see that loads are aligned. A sum for each half: it only
+        # overlaps loads with products that do not wait for each other.
+        other = acc
+        for first in tl.range(0, tl.cdiv(cols, 2), K // 2):
+            c = first + tl.arange(0, K // 2)
             even, odd = c * 2 < cols, c * 2 + 1 < cols
             b = tl.load(raw_ptr + row_at[:, None] + c[None, :], mask=n_mask[:, None] & even[None, :], other=0x88)
-            scale = scale_tile(scale_ptr, scale_at, n_mask, k, cols, GROUP, N, K, K // 2)
+            scale = scale_tile(scale_ptr, scale_at, n_mask, first * 2, cols, GROUP, N, K, K // 2)
             x = tl.load(x_ptr + x_at[:, None] + c[None, :], mask=m_mask[:, None] & even[None, :], other=0.0)
             w = bf16(((b & 15).to(tl.float32) - 8.0) * scale)
             acc = dot(x, tl.trans(w), acc)
             x = tl.load(x_ptr + part + x_at[:, None] + c[None, :], mask=m_mask[:, None] & odd[None, :], other=0.0)
             w = bf16(((b >> 4).to(tl.float32) - 8.0) * scale)
-            acc = dot(x, tl.trans(w), acc)
+            other = dot(x, tl.trans(w), other)
+        return acc + other
     else:
         for k in tl.range(0, cols, K):
             c = k + tl.arange(0, K)
@@ -85,7 +90,7 @@ def tile_products(
                 scale = scale_tile(scale_ptr, scale_at, n_mask, k, cols, GROUP, N, K, K)
                 w = bf16((b.to(tl.float32) - 128.0) * scale) if KIND == INT8 else bf16(e4m3(b) * scale)
             acc = dot(x, tl.trans(w), acc)
-    return acc
+        return acc
 
 
 @triton.jit
@@ -118,9 +123,8 @@ def tiles_kernel(
     row = head * head_rows + first_row + n
     vector = (t * heads + head).to(tl.int64)
     acc = tile_products(
-        tl.zeros((M, N), tl.float32),
         raw_ptr, row.to(tl.int64) * row_bytes, scale_ptr, row // BLOCK_ROWS * scale_cols, n < rows,
-        x_ptr, vector * x_width, t < tokens, cols, part, KIND, GROUP, N, K,
+        x_ptr, vector * x_width, t < tokens, cols, part, KIND, GROUP, M, N, K,
     )  # fmt: skip
     at = out_ptr + vector[:, None] * rows + n[None, :]
     tl.store(at, acc, mask=(t < tokens)[:, None] & (n < rows)[None, :])
