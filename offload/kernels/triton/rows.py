@@ -8,7 +8,7 @@ fp8, 8 of bf16). Integer codes become floats without conversion instructions: an
 code into the mantissa of 2^23, one subtraction takes 2^23 and the code's offset away, exactly. Codes that
 lie higher in the word come out multiplied by a power of two, which is taken out of x beforehand, exactly
 as well. Scales are applied once per unit. A weight thus costs about 3.3 instructions, which leaves the
-loop bound by memory on every card (docs/GPU.md). Products and sums are fp32: x is not rounded at all.
+loop bound by memory on every card (docs/GPU_KERNELS.md). Products and sums are fp32: x is not rounded at all.
 """
 
 from __future__ import annotations
