@@ -131,7 +131,7 @@ class TritonKernels:
             acc = torch.empty((tokens, heads, splits, rank), dtype=torch.float32, device=out.device)
             top = torch.empty((2, tokens, heads, splits), dtype=torch.float32, device=out.device)
             top, total = top
-        block = 16
+        block = 32 if heads > 16 else 16  # the cache is read once per block of heads; 64 would spill
         self._launch(
             mla.mla_split_kernel, (ceil_div(heads, block), splits, tokens),
             q_latent, q_rope, cache, start, acc, top, total, heads, rank, rope, scale, splits,
