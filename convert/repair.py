@@ -189,7 +189,7 @@ class _Patch:
         self.path, self.nbytes = path, nbytes
 
     def __enter__(self) -> _Patch:
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         if os.fstat(self.fd).st_size > self.nbytes:
             os.ftruncate(self.fd, self.nbytes)
         os.posix_fallocate(self.fd, 0, self.nbytes)

@@ -173,16 +173,16 @@ class LocalSource(Source):
         if fd is None:
             return super().read_array(file, offset, nbytes)
         begin, end = offset // PAGE * PAGE, offset + nbytes
-        pages = page_buffer(end - begin)
-        done = 0
-        try:
-            while begin + done < end:
+        pages, done = page_buffer(end - begin), 0
+        while begin + done < end:
+            try:
                 count = os.preadv(fd, [pages[done:]], begin + done)
-                done += count
-                if count % PAGE or not count:
-                    break  # the end of the file
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.where(file)} at byte {begin + done}: {error.strerror}") from None
+            except OSError:
+                # Some file systems refuse only now; and the ordinary read says what is wrong.
+                return super().read_array(file, offset, nbytes)
+            done += count
+            if count % PAGE or not count:
+                break  # the end of the file
         if begin + done < end:
             raise self._truncated(file, begin + done, end)
         return np.frombuffer(pages, dtype=np.uint8)[offset - begin : end - begin]

@@ -60,8 +60,18 @@ class LayerFileWriter:
             data[at : at + len(chunk)] = chunk
             at += len(chunk)
         with disk_faults(self.partial, len(data)):
-            pwrite_all(self._fd if self._direct is None else self._direct, data, self.file.offset(expert))
+            self._write_extent(data, self.file.offset(expert))
         return checksum(data)
+
+    def _write_extent(self, data: memoryview, offset: int) -> None:
+        if self._direct is not None:
+            try:
+                return pwrite_all(self._direct, data, offset)
+            except OSError as fault:
+                if fault.errno != errno.EINVAL:
+                    raise
+        # No direct I/O here; some file systems refuse it only when something is written.
+        return pwrite_all(self._fd, data, offset)
 
     def _buffer(self) -> memoryview:
         """This thread's memory for one extent."""
