@@ -3,13 +3,14 @@
     python benchmarks/convert.py encoder
     python benchmarks/convert.py whole --folder SCRATCH [--experts 256] [--scales ls] [--workers 2]
     python benchmarks/convert.py verify --folder SCRATCH [--experts 256]
-    python benchmarks/convert.py llama --folder SCRATCH --llama-cpp TREE
+    python benchmarks/convert.py llama --folder SCRATCH --llama-cpp TREE [--layers 8]
     python benchmarks/convert.py kills --folder SCRATCH [--kills 200]
 
 `whole` and `verify` use a random checkpoint with DeepSeek-V3's true tensor shapes: one dense layer and one MoE layer
-with as many experts as asked for (256: 12.7 GB). `llama` uses the 10B checkpoint of bench_model.py. TREE is a source
-tree of llama.cpp (for instance vendor/llama.cpp in the source distribution of llama-cpp-python) in which
-`llama-quantize` was built under build/. `kills` ends conversions of a small checkpoint, alone and three at a time, with
+with as many experts as asked for (256: 12.7 GB). `llama` uses the 10B checkpoint of bench_model.py, or one with fewer
+layers: with SCRATCH in RAM that compares what the programs do, without the drive. TREE is a source tree of llama.cpp
+(for instance vendor/llama.cpp in the source distribution of llama-cpp-python) in which `llama-quantize` was built
+under build/. `kills` ends conversions of a small checkpoint, alone and three at a time, with
 SIGKILL at random instants and compares SHA-256 of every file with an undisturbed run. Every run appends a row to
 benchmarks/results/convert.jsonl.
 """
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--scales", default="ls")
     parser.add_argument("--llama-cpp", type=Path)
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--kills", type=int, default=200)
     arguments = parser.parse_args()
     if arguments.what == "encoder":
@@ -86,7 +88,9 @@ def main() -> None:
     elif arguments.what == "kills":
         numbers = measure_kills(arguments.folder, arguments.kills)
     else:
-        numbers = measure_llama(bench_model.checkpoint(arguments.folder), arguments.workers, arguments.llama_cpp)
+        source = shortened(arguments.folder, arguments.layers) if arguments.layers else None
+        source = source or bench_model.checkpoint(arguments.folder)
+        numbers = {"layers": arguments.layers} | measure_llama(source, arguments.workers, arguments.llama_cpp)
     options = [option if not option.startswith("/") else "PATH" for option in sys.argv[1:]]
     print(json.dumps(numbers, indent=1))
     append("convert", " ".join(["python", "benchmarks/convert.py", *options]), numbers)
@@ -172,7 +176,7 @@ def measure_llama(source: Path, workers: int, tree: Path | None) -> dict[str, An
     """Ours and llama.cpp's two steps (to a BF16 GGUF, then to Q4_0) on the same checkpoint, each from a cold cache."""
     if tree is None:
         raise SystemExit("--llama-cpp is needed")
-    ours = measure_whole(source, "ls", workers)
+    ours, rounded = (measure_whole(source, scales, workers) for scales in ("ls", "rtn"))
     dense, quantized = source.parent / "benchmark.bf16.gguf", source.parent / "benchmark.q4_0.gguf"
     drop_from_cache(source)
     begun = time.monotonic()
@@ -184,12 +188,14 @@ def measure_llama(source: Path, workers: int, tree: Path | None) -> dict[str, An
     both = time.monotonic() - begun
     numbers = {
         "ours": ours,
+        "ours_rtn": rounded,
         "llama_to_gguf_s": round(first, 2),
         "llama_quantize_s": round(both - first, 2),
         "llama_source_MB_per_s": round(ours["source_bytes"] / both / 1e6, 1),
         "llama_peak_rss_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
         "llama_extra_disk_bytes": dense.stat().st_size,
         "times_faster": round(both / ours["wall_s"], 2),
+        "times_faster_rtn": round(both / rounded["wall_s"], 2),
     }
     dense.unlink()
     quantized.unlink()
@@ -217,6 +223,14 @@ def checkpoint(folder: Path, experts: int) -> Path:
         sizes = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": experts, "vocab_size": 16384}
         write_checkpoint(path, V3_CONFIG, shards=4, tokenizer=True, **sizes)
         os.sync()
+    return path
+
+
+def shortened(folder: Path, layers: int) -> Path:
+    """The 10B model of bench_model.py cut to so many layers."""
+    path = folder / f"10b-{layers}-layers"
+    if not (path / "config.json").exists():
+        write_checkpoint(path, bench_model.CONFIG_10B, shards=4, tokenizer=True, num_hidden_layers=layers)
     return path
 
 

@@ -6,6 +6,8 @@
 #pragma GCC target("avx2")
 
 #define EP_LANES 8
+#define EP_MAX(a, b) _mm256_max_ps((__m256)(a), (__m256)(b))
+#define EP_MIN(a, b) _mm256_min_ps((__m256)(a), (__m256)(b))
 #define EP_TRANSPOSE(in, stride, count, x) \
   for (int k = 0; k < (count); k += 8) transpose8((in) + k, (stride), reinterpret_cast<__m256*>((x) + k));
 

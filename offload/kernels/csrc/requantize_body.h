@@ -26,8 +26,14 @@ EP_INLINE vf splat(float x) { return x - vf{}; }
 EP_INLINE vf bits_to_float(vu x) { return (vf)x; }
 EP_INLINE vu float_to_bits(vf x) { return (vu)x; }
 EP_INLINE vf abs(vf x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }
+// The second operand where one is NaN, as x86's instructions have it; GCC does not find them by itself.
+#ifdef EP_MAX
+EP_INLINE vf max(vf a, vf b) { return (vf)EP_MAX(a, b); }
+EP_INLINE vf min(vf a, vf b) { return (vf)EP_MIN(a, b); }
+#else
 EP_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 EP_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+#endif
 
 // To the nearest bf16, ties to even, kept as fp32. For finite numbers.
 EP_INLINE vf round_bf16(vf x) {
@@ -62,29 +68,41 @@ EP_INLINE vf fold(const Term& term) {
   }
 }
 
+// The two sums of a least-squares fit, taken in the same order as fold: both terms of a weight come from one code, and
+// nothing but the partial sums of the tree is kept, in registers.
+struct Fit {
+  vf num, den;
+};
+
+template <int kFirst, int kStep, int kCount, class Term>
+EP_INLINE Fit fold_fit(const Term& term) {
+  if constexpr (kStep >= kCount) {
+    return term(kFirst);
+  } else {
+    const Fit a = fold_fit<kFirst, 2 * kStep, kCount>(term);
+    const Fit b = fold_fit<kFirst + kStep, 2 * kStep, kCount>(term);
+    return {a.num + b.num, a.den + b.den};
+  }
+}
+
 // Least-squares search: several starting scales, each refined for its own codes; the best one wins.
-template <int kBits, int kGroup>
+template <int kBits, int kGroup, bool kWeighted>
 EP_INLINE vf search(const vf* x, const vf* h, vf start) {
   const float shrink[] = {1.0f, 0.93f, 0.86f, 0.79f, 0.72f};
   vf best_scale = start, best_error = splat(__builtin_inff());
   for (float factor : shrink) {
-    vf inv = inverse(start * splat(factor));
-    vf q[kGroup], wx[kGroup];
-    for (int k = 0; k < kGroup; ++k) {
-      const vf code = code_of<kBits>(x[k], inv);
-      const vf weighted = h ? code * h[k] : code;
-      q[k] = weighted * code;
-      wx[k] = weighted * x[k];
-    }
-    const vf num = fold<0, 1, kGroup>([&](int k) EP_INLINE_LAMBDA { return wx[k]; });
-    const vf den = max(fold<0, 1, kGroup>([&](int k) EP_INLINE_LAMBDA { return q[k]; }), splat(1e-30f));
-    const vf scale = round_bf16(num / den);
-    inv = inverse(scale);
-    for (int k = 0; k < kGroup; ++k) {
+    const vf trial = inverse(start * splat(factor));
+    const Fit fit = fold_fit<0, 1, kGroup>([&](int k) EP_INLINE_LAMBDA {
+      const vf code = code_of<kBits>(x[k], trial);
+      const vf weighted = kWeighted ? code * h[k] : code;
+      return Fit{weighted * x[k], weighted * code};
+    });
+    const vf scale = round_bf16(fit.num / max(fit.den, splat(1e-30f)));
+    const vf inv = inverse(scale);
+    const vf error = fold<0, 1, kGroup>([&](int k) EP_INLINE_LAMBDA {
       const vf d = x[k] - code_of<kBits>(x[k], inv) * scale;
-      q[k] = h ? d * d * h[k] : d * d;
-    }
-    const vf error = fold<0, 1, kGroup>([&](int k) EP_INLINE_LAMBDA { return q[k]; });
+      return kWeighted ? d * d * h[k] : d * d;
+    });
     best_scale = error < best_error ? scale : best_scale;
     best_error = error < best_error ? error : best_error;
   }
@@ -169,7 +187,7 @@ bool encode(const RequantizeCall& call) {
       vf amax = abs(x[0]);
       for (int k = 1; k < kGroup; ++k) amax = max(amax, abs(x[k]));
       vf scale = amax / splat(float(kOffset) - 0.5f);
-      if (call.search) scale = search<kBits, kGroup>(x, weights ? h : nullptr, scale);
+      if (call.search) scale = weights ? search<kBits, kGroup, true>(x, h, scale) : search<kBits, kGroup, false>(x, h, scale);
       scale = round_bf16(scale);
       const vf inv = inverse(scale);
 
