@@ -86,6 +86,8 @@ class Journal:
     def claim(self, unit: Unit) -> Claim | None:
         """The right to work on `unit`; None while another process has it, and when another one ended the conversion."""
         path = _path(self.folder, unit)
+        if self.ended:
+            return None
         with disk_faults(path, 0):
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -112,15 +114,20 @@ class Journal:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """A block that one process at a time is in; others wait."""
-        path = self.folder / _TURN
+        """A block that one process at a time is in; others wait. Inside it, the store may have been finished."""
+        path, fd = self.folder / _TURN, -1
         with disk_faults(path, 0):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            except FileNotFoundError:
+                if not self.ended:  # else the journal was removed, and there is nothing to take turns for
+                    raise
         try:
             yield
         finally:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
     def remove(self) -> None:
         """The store is finished: delete the journal."""
@@ -136,9 +143,10 @@ class Journal:
     def _agree(self, identity: dict[str, Any]) -> dict[str, Any]:
         """The identity the conversion was begun with, which must be this one."""
         path = self.folder / _IDENTITY
+        if self.ended:  # while this run waited for its turn: the journal is gone, or about to go
+            return identity
         if not path.exists():
-            if not self.ended:
-                _require_empty(self.directory)
+            _require_empty(self.directory)
             write_file(path, _line(identity))
             return identity
         items, _ = _sound(path.read_bytes())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import digests
 
+from convert import journal
 from convert.journal import FOLDER
 from convert.pipeline import convert
 from convert.selection import format_layers, parse_layers
@@ -109,6 +110,25 @@ def test_the_work_of_the_dead_is_taken_over(
     assert convert(checkpoint, store, only_layers="all").to_dict()["finished"]
     assert digests(store) == whole
     assert not (store / FOLDER).exists()
+
+
+@pytest.mark.parametrize("moment", ["_take_lock", "_path"])
+def test_the_store_is_finished_while_another_run_begins(
+    checkpoint: Path, tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    store = tmp_path / "s"
+    convert(checkpoint, store, only_layers="0")
+    original = getattr(journal, moment)
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        result = original(*arguments)
+        convert(checkpoint, store, only_layers="all")
+        return result
+
+    monkeypatch.setattr(journal, moment, meanwhile)
+    assert convert(checkpoint, store, only_layers="all").to_dict()["finished"]
+    assert digests(store) == whole
 
 
 def test_what_no_run_can_do(checkpoint: Path, tmp_path: Path) -> None:
