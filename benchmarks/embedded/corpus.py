@@ -202,11 +202,16 @@ def encode(tokenizer: Tokenizer, documents: dict[str, list[str]]) -> dict[str, N
     return streams
 
 
-def write_held_out(folder: Path, limit: int = 12_000) -> None:
-    """Up to `limit` characters of held-out text per domain, as one file each: prompts for atlas and perplexity."""
+def write_held_out(folder: Path, limit: int = 18_000, piece: int = 2_000) -> None:
+    """Up to `limit` characters of held-out text per domain, as one file each: prompts for atlas and perplexity.
+
+    They are the beginnings, of `piece` characters, of as many held-out parts as there are.
+    """
     for name, texts in read_corpus().held_out.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "held_out.txt").write_text("\n\n".join(texts)[:limit], encoding="utf-8")
+        (folder / name / "held_out.txt").write_text(
+            "\n\n".join(text[:piece] for text in texts)[:limit], encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
