@@ -238,6 +238,8 @@ def generate(
 
     The prompt comes from -p, --prompt-file, --prompt-ids or standard input.
     """
+    from offload.engine.prompt_progress import PromptProgress
+
     text = None if prompt_ids is not None else _prompt_text(prompt, prompt_file)
     if prompt_ids is not None and (prompt is not None or prompt_file is not None):
         raise click.UsageError("give one of -p, --prompt-file and --prompt-ids")
@@ -246,7 +248,7 @@ def generate(
         if prompt_ids is None:
             assert text is not None
             prompt_ids = engine.encode_chat([{"role": "user", "content": text}]) if as_chat else engine.encode(text)
-        for step in engine.generate(prompt_ids, **sampling):
+        for step in engine.generate(prompt_ids, progress=PromptProgress(), **sampling):
             if not as_json:
                 click.echo(step.text, nl=False)
         if not as_json:
@@ -265,6 +267,8 @@ def generate(
 @prefer_option
 def chat(store: str, system: str | None, **arguments: Any) -> None:
     """Talk with the model in STORE. An empty line or Ctrl-D ends the chat, /reset begins anew."""
+    from offload.engine.prompt_progress import PromptProgress
+
     sampling = {name: arguments.pop(name) for name in SAMPLING}
     opening = [{"role": "system", "content": system}] if system else []
     with _load(store, arguments) as engine:
@@ -281,7 +285,7 @@ def chat(store: str, system: str | None, **arguments: Any) -> None:
                 continue
             messages.append({"role": "user", "content": line})
             answer = []
-            for step in engine.generate(engine.encode_chat(messages), **sampling):
+            for step in engine.generate(engine.encode_chat(messages), progress=PromptProgress(), **sampling):
                 answer.append(step.text)
                 click.echo(step.text, nl=False)
             click.echo()

@@ -44,6 +44,16 @@ class TierCounters:
         """Bytes per second while reading; 0 without reads."""
         return self.bytes_read / self.read_s if self.read_s else 0.0
 
+    @property
+    def wasted_share(self) -> float:
+        """Share of all reads (and bytes: each is one expert) that were speculative and for nothing, 0..1."""
+        return self.prefetch_wasted / self.reads if self.reads else 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """Counters and the rates that follow from them."""
+        rates = {"hit_rate": self.hit_rate, "bandwidth": self.bandwidth, "prefetch_wasted_share": self.wasted_share}
+        return asdict(self) | rates
+
     def __add__(self, other: TierCounters) -> TierCounters:
         return TierCounters(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
@@ -76,7 +86,7 @@ class Telemetry:
         """Plain values for `--json`."""
         tiers = {"vram": self.vram, "ram": self.ram}
         return {
-            **{name: asdict(tier) | {"hit_rate": tier.hit_rate} for name, tier in tiers.items() if tier is not None},
+            **{name: tier.as_dict() for name, tier in tiers.items() if tier is not None},
             "choices": self.choices,
             "changed_choices": self.changed_choices,
             "layer_stall_s": [round(s, 6) for s in self.layer_stall_s],
@@ -99,7 +109,8 @@ class Telemetry:
         ]
         if ram.prefetch_issued:
             parts.append(
-                f"prefetch {ram.prefetch_useful} useful, {ram.prefetch_late} late, {ram.prefetch_wasted} wasted"
+                f"prefetch {ram.prefetch_useful} useful, {ram.prefetch_late} late, {ram.prefetch_wasted} wasted "
+                f"({ram.wasted_share:.1%} of the bytes)"
             )
         if self.choices:
             parts.append(f"{self.changed_choices / self.choices:.1%} of the choices changed to resident experts")

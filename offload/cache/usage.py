@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,16 @@ def save_usage(policy: CachePolicy, path: Path, model: str) -> bool:
     state = policy.state()
     if not state:
         return False
-    scratch = path.with_name(path.name + ".tmp")
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may be ending, too
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as file:
             arrays: dict[str, Any] = {"header": np.frombuffer(json.dumps(_header(policy, model)).encode(), np.uint8)}
             np.savez_compressed(file, **arrays | state)
         os.replace(scratch, path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
         log.warning("%s: what was learned about expert use cannot be kept: %s", path, error.strerror)
         return False
     return True

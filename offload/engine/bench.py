@@ -171,7 +171,8 @@ def bench(
     tell = tell or _silent
     if min(cold, warm) < 1 or max_tokens < 2 or prompt_tokens < 1:
         raise UsageError("a benchmark needs a cold and a warm run, a prompt, and at least 2 tokens to generate")
-    resolved = resolve_options(options, profile)
+    # Cold means that nothing is known of earlier runs, and a benchmark teaches nothing to later ones.
+    resolved = resolve_options(options | {"usage": options.get("usage") or "off"}, profile)
     spec = load_machine(machine or MACHINE_FILE) if machine or Path(MACHINE_FILE).exists() else None
     notes: list[str] = []
     samples: dict[str, list[Sample]] = {"cold": [], "warm": []}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from offload.engine.engine import Engine, ram_for_share
 from offload.engine.options import RuntimeOptions
@@ -16,7 +17,7 @@ PROMPTS = ("    def __init__(self", "/* Define", "The above copyright notice", "
 """Beginnings of the kinds of text that the embedded model was trained on."""
 
 CONTEXT = 512
-SAMPLING = {"temperature": 0.3, "seed": 1, "ignore_eos": True}
+SAMPLING: dict[str, Any] = {"temperature": 0.3, "seed": 1, "ignore_eos": True}
 
 
 def show_paging(store: Path, *, max_tokens: int, echo: Callable[..., None]) -> None:
@@ -27,7 +28,7 @@ def show_paging(store: Path, *, max_tokens: int, echo: Callable[..., None]) -> N
     tokens: dict[float, list[list[int]]] = {}
     for share in (0.25, 1.0):
         ram = ram_for_share(store, share, context=CONTEXT)
-        with Engine(store, RuntimeOptions(ram=ram, context=CONTEXT)) as engine:
+        with Engine(store, RuntimeOptions(ram=ram, context=CONTEXT, usage="off")) as engine:
             echo(f"\n--ram {ram // 2**20 + 1}MiB holds {share:.0%} of the experts\n{engine.describe()[1]}")
             tokens[share] = []
             for prompt in PROMPTS:

@@ -7,7 +7,7 @@ The numbers come from `budget`, the maths from `model`, the paging from `tiers`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,25 @@ from offload.engine.options import RuntimeOptions
 from offload.engine.request import GenerationStep, resolve_sampling
 from offload.engine.summary import RunSummary, Snapshot
 from offload.engine.tokenizer import end_of_sequence_ids, load_tokenizer, need_tokenizer, read_generation_config
-from offload.errors import UsageError
+from offload.engine.usage_file import usage_file
+from offload.errors import BudgetError, UsageError
 from offload.kernels import select
 from offload.model.kv_cache import KVCache
 from offload.model.transformer import DeepseekV3
 from offload.model.watch import WatchedExperts, Watcher
 from offload.model.weights import load_weights, widened_nbytes
 from offload.store import Store
+from offload.store.mirror import check_mirror
 from offload.tiers.executor import Executor
 from offload.tune.budget import DEFAULT_CONTEXT, FREE_SHARE, RamPlan, plan_ram, ram_for_slots
-from offload.types import parse_size
+from offload.tune.memory import memory
+from offload.types import format_size, parse_size
 
 log = logging.getLogger("expertpager")
+
+
+Progress = Callable[[float], None]
+"""Is told the share of a prompt that has been computed, 0..1."""
 
 
 class Engine:
@@ -46,13 +53,13 @@ class Engine:
         self._trace_path = Path(options.trace) if options.trace else None
         if self._trace_path and not self._trace_path.parent.is_dir():
             raise UsageError(f"--trace {self._trace_path}: there is no folder {self._trace_path.parent}")
-        process = _process_nbytes()
         self.store = Store.open(store)
         self.config = self.store.config
         self.kernels = select(options.kernels, options.threads)
         self.context = _context(options.context, self.config.max_position_embeddings)
-        self.plan = _make_plan(self.store, self.context, options, process)
         self.tokenizer = load_tokenizer(self.store.path)
+        mirror = check_mirror(self.store, options.mirror) if options.mirror is not None else None
+        self.plan = _make_plan(self.store, self.context, options, _process_nbytes())
         self.generation_config = read_generation_config(self.store.path)
         self.eos_ids = end_of_sequence_ids(self.store.path, self.tokenizer)
         self._executor = Executor(
@@ -64,6 +71,9 @@ class Engine:
             max_tokens=self.plan.chunk,
             record=self._trace_path is not None,
             prefer_resident=options.prefer_resident,
+            mirror=mirror,
+            prefetch=options.prefetch,
+            usage=usage_file(self.store.path, options.usage),
         )
         self._warmed = self._executor.ram.warm(Trace.load(options.warm)) if options.warm else 0
         self._cache = KVCache(self.config, self.context)
@@ -74,16 +84,19 @@ class Engine:
 
     # -- generation --------------------------------------------------------------------------
 
-    def generate(self, prompt_ids: Sequence[int], **sampling: Any) -> Generator[GenerationStep, None, None]:
+    def generate(
+        self, prompt_ids: Sequence[int], *, progress: Progress | None = None, **sampling: Any
+    ) -> Generator[GenerationStep, None, None]:
         """Steps with `token_id` and `text` after `prompt_ids`, until a stop or the limit.
 
         `sampling` are the fields of SamplingParams; what is not given comes from the checkpoint's
         generation_config.json, else from the defaults. Raises UsageError at once for a prompt or an option
-        that cannot be used. Closing the iterator ends the generation.
+        that cannot be used. Closing the iterator ends the generation. `progress` is told the share of the prompt
+        that has been computed, after each layer of each chunk.
         """
         params = resolve_sampling(sampling, self.generation_config)
         run = generate(
-            self._step,
+            lambda token_ids: self._step(token_ids, progress),
             prompt_ids,
             params,
             tokenizer=self.tokenizer,
@@ -187,13 +200,21 @@ class Engine:
         self._cache.truncate(0)
         self._executor.begin_session()
 
-    def _chunks(self, token_ids: Sequence[int], chunk: int | None = None) -> Iterator[Tensor]:
+    def _chunks(
+        self, token_ids: Sequence[int], chunk: int | None = None, progress: Progress | None = None
+    ) -> Iterator[Tensor]:
         size = min(chunk or self.plan.chunk, self.plan.chunk)
         for first in range(0, len(token_ids), size):
-            yield self._model.forward(list(token_ids[first : first + size]), self._cache)
+            part = list(token_ids[first : first + size])
 
-    def _step(self, token_ids: Sequence[int]) -> Any:
-        *_, hidden = self._chunks(token_ids)
+            def layer_done(layers: int, before: int = first, tokens: int = len(part)) -> None:
+                assert progress is not None
+                progress((before + tokens * layers / self.config.num_hidden_layers) / len(token_ids))
+
+            yield self._model.forward(part, self._cache, layer_done if progress else None)
+
+    def _step(self, token_ids: Sequence[int], progress: Progress | None) -> Any:
+        *_, hidden = self._chunks(token_ids, progress=progress if len(token_ids) > 1 else None)
         return self._model.logits(hidden[-1:])[0].numpy()
 
     def _steps(self, run: Generation) -> Generator[GenerationStep, None, None]:
@@ -230,14 +251,27 @@ def _demand(store: Store, context: int, process: int) -> dict[str, int]:
 
 
 def _make_plan(store: Store, context: int, options: RuntimeOptions, process: int) -> RamPlan:
-    demand = _demand(store, context, process)
+    demand, here = _demand(store, context, process), memory()
     if options.ram is not None:
         limit = parse_size(options.ram)
     else:
         everything = store.config.n_routed_experts * len(store.config.moe_layers)
-        free = process + int(psutil.virtual_memory().available * FREE_SHARE)
+        free = process + int(here.available * FREE_SHARE)
         limit = min(free, ram_for_slots(store.config, everything, **demand))
-    return plan_ram(store.config, limit=limit, allow_slow=options.allow_slow, **demand)
+    plan = plan_ram(store.config, limit=limit, allow_slow=options.allow_slow, **demand)
+    if plan.total > here.total:
+        owner = "its control group allows" if here.limited_by_group else "this machine has"
+        raise BudgetError(
+            f"--ram {format_size(limit)}: {format_size(plan.total)} would be used, and {owner} "
+            f"{format_size(here.total)}; give --ram {int(FREE_SHARE * here.available) // 2**20}MiB or less"
+        )
+    if plan.total - process > here.available:
+        log.warning(
+            "--ram: %s more will be used, and only %s are free; expect swapping",
+            format_size(plan.total - process),
+            format_size(here.available),
+        )
+    return plan
 
 
 def _require_cpu(options: RuntimeOptions) -> None:

@@ -35,6 +35,10 @@ class RuntimeOptions:
     context     longest prompt plus answer in tokens; None: 4096, or what the model allows
     policy      cache policy of the expert slots
     allow_slow  go below one token's working set of slots
+    mirror      a second copy of the store on another drive; both are read
+    prefetch    read experts that will probably be needed while the drive idles
+    usage       file in which what is learned about expert use is kept; "auto": beside the store, else in the
+                user's cache folder; "off": nothing is kept
     trace       file that gets the recorded routing when the engine is closed
     warm        a domain's routing (`routing atlas --traces`): its experts fill the slots at load
     prefer_resident  margin within which a resident expert is chosen before a missing one; None: exact routing
@@ -48,6 +52,9 @@ class RuntimeOptions:
     context: int | None = None
     policy: str = "ema+tokens"
     allow_slow: bool = False
+    mirror: str | Path | None = None
+    prefetch: bool = True
+    usage: str | Path = "auto"
     trace: str | Path | None = None
     warm: str | Path | None = None
     prefer_resident: float | None = None
@@ -67,8 +74,10 @@ class RuntimeOptions:
         margin = self.prefer_resident
         if margin is not None and (isinstance(margin, bool) or not 0 <= margin < math.inf):
             raise UsageError(f"prefer_resident is {margin!r}: it must be a margin of biased scores, 0 or more, as 0.05")
-        if not isinstance(self.allow_slow, bool):
-            raise UsageError(f"allow_slow is {self.allow_slow!r}: it must be true or false")
+        for name in ("allow_slow", "prefetch"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise UsageError(f"{name} is {value!r}: it must be true or false")
 
 
 def resolve_options(given: Mapping[str, Any], profile: str | Path | None = None) -> RuntimeOptions:

@@ -59,7 +59,15 @@ class RunSummary:
             f"prefill {r.prompt_tokens} tokens" + (f" at {r.prefill_tok_s:.1f} tok/s" if r.prefill_tok_s else ""),
             f"decode {r.completion_tokens} tokens" + (f" at {r.decode_tok_s:.1f} tok/s" if r.decode_tok_s else ""),
         ]
-        return " | ".join([", ".join(speed), self.telemetry.summary()])
+        busy = [f"drive busy {self.drive_busy:.0%} of the time"] if self.telemetry.ram.reads else []
+        return " | ".join([", ".join(speed), ", ".join([self.telemetry.summary(), *busy])])
+
+    @property
+    def drive_busy(self) -> float:
+        """Share of the run's time during which the drive had something to read, 0..1."""
+        r = self.response
+        seconds = (r.ttft_s or 0.0) + (max(0, r.completion_tokens - 1) / r.decode_tok_s if r.decode_tok_s else 0.0)
+        return min(1.0, self.telemetry.ram.read_s / seconds) if seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything `--json` prints."""
@@ -69,6 +77,7 @@ class RunSummary:
             "hits": {"ram": ram.hits},
             "misses": {"ram": ram.misses},
             "bytes_read": {"disk": ram.bytes_read},
+            "link_busy": {"disk": round(self.drive_busy, 4)},
             "telemetry": self.telemetry.as_dict(),
             "plan": {**asdict(self.plan), "total": self.plan.total},
             "peak_ram_bytes": self.peak_ram_bytes,

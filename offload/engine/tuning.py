@@ -198,7 +198,7 @@ def _runner(store: Path, prompts: str | Path | None, max_tokens: int) -> Run:
     def run(options: RuntimeOptions, record: bool) -> Trial:
         with tempfile.TemporaryDirectory(prefix="expertpager-tune-") as folder:
             file = Path(folder) / "trace.npz"
-            with Engine(store, replace(options, trace=file if record else None)) as engine:
+            with Engine(store, replace(options, trace=file if record else None, usage="off")) as engine:
                 seconds, tokens = [], []
                 for number, text in enumerate(texts):
                     prompt = engine.encode(text) if engine.tokenizer else _ids(text, engine.vocab_size)

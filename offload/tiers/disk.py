@@ -30,6 +30,9 @@ log = logging.getLogger("expertpager")
 ATTEMPTS = 4
 """Reads of one part before it is given up."""
 
+CLOSE_S = 5.0
+"""Patience with reads under way when the reader is closed: a drive that has vanished may never answer."""
+
 _TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ENOMEM, errno.EBUSY})
 
 
@@ -237,19 +240,22 @@ class DiskReader:
             return ReadCounters(self.counters.reads, self.counters.bytes_read, self.counters.retries, busy)
 
     def close(self) -> None:
-        """Stop the threads and give back the files; queued reads are dropped."""
+        """Stop the threads and give back the files; queued reads are dropped. Harmless when repeated."""
         with self._work:
             self._closing = True
             self._demand.clear()
             self._prefetch.clear()
             self._work.notify_all()
+        deadline = time.perf_counter() + CLOSE_S
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, deadline - time.perf_counter()))
+        if any(thread.is_alive() for thread in self._threads):
+            log.warning("the drive does not answer; its reads are left behind")
+            return
         for copy in self._copies:
-            for fd in [*copy.files.values(), *copy.retired]:
-                self._system.close(fd)
+            copy.retired += copy.files.values()
             copy.files.clear()
-            copy.retired.clear()
+        self._close_retired()
 
     # -- the readers' side -------------------------------------------------------------------
 
@@ -284,6 +290,7 @@ class DiskReader:
                 self._active -= 1
                 if self._active == 0:
                     self.counters.busy_s += time.perf_counter() - self._busy_since
+                    self._close_retired()
                 read.error = read.error or error
                 read._parts_left -= 1
                 if read._parts_left == 0:
@@ -306,6 +313,7 @@ class DiskReader:
                 return None
             except OSError as error:
                 fault = f"{error.strerror or error} ({path})"
+                self._forget(copy, path)
                 if error.errno not in _TRANSIENT and len(self._copies) == 1:
                     break
             except EOFError as error:
@@ -358,7 +366,7 @@ class DiskReader:
             fd = copy.files.get(path)
             if fd is None:
                 try:
-                    fd = self._system.open(path, True)
+                    fd = self._system.open(path, path not in copy.buffered)
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
@@ -371,9 +379,22 @@ class DiskReader:
         with self._lock:
             if path not in copy.buffered:
                 self._announce(copy, path)
-                copy.retired.append(copy.files[path])
+                if path in copy.files:
+                    copy.retired.append(copy.files.pop(path))
+            if path not in copy.files:
                 copy.files[path] = self._system.open(path, False)
             return copy.files[path]
+
+    def _close_retired(self) -> None:
+        for copy in self._copies:
+            while copy.retired:
+                self._system.close(copy.retired.pop())
+
+    def _forget(self, copy: _Copy, path: Path) -> None:
+        """Open `path` anew next time: a drive that was away for a while has other descriptors when it is back."""
+        with self._lock:
+            if path in copy.files:
+                copy.retired.append(copy.files.pop(path))
 
     def _announce(self, copy: _Copy, path: Path) -> None:
         if not copy.buffered:

@@ -96,9 +96,10 @@ class RamTier:
         self.telemetry = Telemetry(layer_stall_s=[0.0] * self.shape.layers)
         self._recorder = TraceRecorder(self.shape) if record else None
         self.preference = None if prefer_resident is None else Preference(self.residency, prefer_resident)
-        self._usage = usage
-        if usage is not None and not record:  # a recording starts from nothing, so that it can be replayed
-            load_usage(self.residency.policy, usage, _model_name(store))
+        # A recording starts from nothing, so that it can be replayed, and what it learned is less than what is kept.
+        self._usage = None if record else usage
+        if self._usage is not None:
+            load_usage(self.residency.policy, self._usage, _model_name(store))
         self._lookahead = LookAhead(self.residency.policy) if prefetch else None
         self._speculative: dict[int, tuple[int, int]] = {}  # slot -> (layer, expert) of reads nobody demanded yet
         self._settled: list[Read] = []
@@ -237,6 +238,7 @@ class RamTier:
             width=self.residency.width,
             expert_bytes=self._store.layout.stride,
             events=vars(self.residency.events).copy(),
+            telemetry=self.counters().as_dict(),
             prefer_resident=self.preference.margin if self.preference else None,
         )
 
