@@ -40,6 +40,7 @@ class LookAhead:
         self._layers = policy.shape.layers
         self._limits = limits
         self._asked = limits.start
+        self._ranks = policy.shape.top_k
         self._useful = self._wasted = 0
         self._likely: list[list[tuple[int, float]]] = []
         self._expected: dict[int, list[int]] = {}
@@ -60,7 +61,7 @@ class LookAhead:
         """Experts worth reading for `layer` now, the most probable first."""
         if self.off_reason is not None or layer >= self._layers:
             return []
-        found = self._expected.get(layer, [])
+        found = self._expected.get(layer, [])[: self._ranks]
         if self._likely:
             found = found + [e for e, p in self._likely[layer] if p >= self._asked and e not in found]
         return found
@@ -75,5 +76,6 @@ class LookAhead:
         if share >= self._limits.useful:
             return
         self._asked += self._limits.step
+        self._ranks //= 2  # what a router applied early ranks first is right most often
         if self._asked > self._limits.last + 1e-9:
             self.off_reason = f"prefetch switched off: only {100 * share:.0f}% of the last {done} reads were used"

@@ -36,6 +36,14 @@ class RoutedExperts(Protocol):
         """`layer` is about to be called with these ids [T, K]: reads may begin while the shared expert runs."""
         ...
 
+    def lookahead(self) -> int:
+        """For how many layers after the one that has run `expect` is worth its while in this step; 0 if for none."""
+        ...
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """The router of `layer`, applied to an earlier layer's state, chose `experts`, best first."""
+        ...
+
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """sum_j weights[t, j] * expert(ids[t, j])(x[t]) for x [T, H]; ids int64 [T, K]: [T, H]."""
         ...
@@ -71,7 +79,12 @@ def router_shape(config: ModelConfig) -> RouterShape:
 
 
 def moe(
-    x: Tensor, weights: MoeWeights, layer: int, shape: RouterShape, routed: RoutedExperts, kernels: Kernels
+    x: Tensor,
+    weights: MoeWeights,
+    layer: int,
+    shape: RouterShape,
+    routed: RoutedExperts,
+    kernels: Kernels,
 ) -> Tensor:
     """Output of the MoE block for normed inputs x [T, H]: routed experts plus the unscaled shared expert."""
     ids, scores = kernels.router(x, weights.router, weights.bias, shape)

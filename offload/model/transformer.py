@@ -74,11 +74,14 @@ class DeepseekV3:
         cos, sin = self._rotary.at(cache.length, len(token_ids))
         parts = [(rows, (cos[rows], sin[rows])) for rows in blocks(len(token_ids))]
         hidden = self.weights.embed.rows_of(torch.tensor(token_ids))  # [T, H]
+        ahead = self.routed.lookahead() if len(token_ids) == 1 else 0
         for index, layer in enumerate(self.weights.layers):
             if self._fused is not None and len(token_ids) < EXPAND_FROM:
                 hidden = self._short_layer(index, layer, hidden, cache, (cos, sin), self._fused)
             else:
                 hidden = self._layer(index, layer, hidden, cache, parts)
+            if ahead:
+                self._foresee(index, hidden, ahead)
             if progress is not None:
                 progress(index + 1)
         cache.advance(len(token_ids))
@@ -124,3 +127,17 @@ class DeepseekV3:
         assert layer.mlp is not None
         x = fused.rms_norm(hidden, layer.post_attention_norm, self.config.rms_norm_eps)
         return hidden + mlp(x, layer.mlp, fused)
+
+    def _foresee(self, index: int, hidden: Tensor, ahead: int) -> None:
+        """Tell what the next `ahead` routers would choose for hidden [1, H], the state after layer `index`.
+
+        The residual stream changes slowly: the next router sees this state after one more attention, and most of its
+        choice is the same. Told now, experts can be read while that attention is computed.
+        """
+        for later in range(index + 1, min(index + 1 + ahead, len(self.weights.layers))):
+            layer = self.weights.layers[later]
+            if layer.moe is None:
+                continue
+            x = self.kernels.rms_norm(hidden, layer.post_attention_norm, self.config.rms_norm_eps)
+            ids, _ = self.kernels.router(x, layer.moe.router, layer.moe.bias, self._router_shape)
+            self.routed.expect(later, ids[0].tolist())

@@ -32,6 +32,12 @@ class WatchedExperts:
     def hint(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         self._inner.hint(layer, ids, weights)
 
+    def lookahead(self) -> int:
+        return 0
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        self._inner.expect(layer, experts)
+
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         self._watcher(layer, x, ids, weights)
         return self._inner(layer, x, ids, weights)

@@ -166,6 +166,10 @@ class DeviceExecutor:
             self._abandon()
             raise
 
+    def lookahead(self) -> int:
+        """None: ids of routers applied early would have to be waited for, as those of `preference` are."""
+        return 0
+
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """A router applied early chose `experts` (best first) for `layer`: bring them nearer if links idle."""
         index = layer - self.ram.layers[0]

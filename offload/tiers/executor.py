@@ -83,6 +83,10 @@ class Executor:
         self.ram.end_layer()
         return self._kernels.combine(job.partial, ids, weights)
 
+    def lookahead(self) -> int:
+        """For how many layers ahead routers applied early are of use in this step."""
+        return self.ram.lookahead()
+
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """A router applied early chose `experts` (best first) for `layer`: read them if the drive idles."""
         self.ram.expect(layer - self.ram.layers[0], experts)

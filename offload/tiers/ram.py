@@ -52,6 +52,9 @@ LOOKAHEAD_LAYERS = 3
 LOOKAHEAD_READS = 4
 """How far ahead, and how many experts at a time, are read on speculation."""
 
+EARLY_ROUTERS = 2
+"""Layers whose routers are applied before their turn."""
+
 
 class RamTier:
     """Pages the routed experts of a store through `slots` slots of RAM. Layers are MoE layers, counted from 0.
@@ -105,6 +108,7 @@ class RamTier:
         self._settled: list[Read] = []
         self._reads: dict[int, Read] = {}
         self._next_layer = 0
+        self._decoding = False
         self._holders: list[Callable[[], bool]] = []
 
     def warm(self, trace: Trace) -> int:
@@ -150,6 +154,7 @@ class RamTier:
         changed = self.residency.begin_step(tokens, upcoming)
         if self._recorder:
             self._recorder.begin_step(tokens)
+        self._decoding = len(tokens) == 1
         if self._lookahead:
             self._lookahead.begin_step(tokens)
             self._speculate(0)
@@ -191,10 +196,17 @@ class RamTier:
         if self._lookahead:
             self._speculate(self._next_layer)
 
+    def lookahead(self) -> int:
+        """For how many layers ahead `expect` is of use now: not where nothing is missing, nor in a prefill."""
+        if self._lookahead is None or self._lookahead.off_reason is not None or not self._decoding:
+            return 0
+        return EARLY_ROUTERS if self.residency.slots < self.shape.keys else 0
+
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """A router applied early chose `experts` (best first) for `layer`: read them if the drive idles."""
         if self._lookahead:
             self._lookahead.expect(layer, experts)
+            self._speculate(self._next_layer)
 
     def on_stuck(self, let_go: Callable[[], bool]) -> None:
         """`let_go` is asked to give one held slot back when all are taken; False if it holds none."""
@@ -267,6 +279,10 @@ class RamTier:
             self._speculative.pop(slot, None)
             if slot in self._reads:
                 self.reader.promote(self._reads[slot])
+                continue
+            for read in [read for read in self._settled if read.tag == slot]:  # it has ended, but nobody was told
+                self._settled.remove(read)
+                self._take(read)
 
     def _serve(self, decision: Decision, use: Use) -> None:
         if decision.hits:
@@ -293,12 +309,16 @@ class RamTier:
         del self._reads[read.tag]
         if read.tag in self._speculative:
             self._settled.append(read)  # nobody waits for it: it counts from the next layer on
-        elif read.error is not None:
+        else:
+            self._take(read)
+        return read
+
+    def _take(self, read: Read) -> None:
+        """A read that somebody waits for has ended. Raises its DiskError."""
+        if read.error is not None:
             self.residency.failed(read.tag)
             raise read.error
-        else:
-            self.residency.loaded(read.tag)
-        return read
+        self.residency.loaded(read.tag)
 
     def _stuck(self) -> None:
         if any(let_go() for let_go in self._holders):
@@ -314,8 +334,8 @@ class RamTier:
         """Use an idle drive to read what the layers from `first` on will probably need."""
         lookahead = self._lookahead
         assert lookahead is not None
-        if lookahead.off_reason is not None or not self.reader.idle:
-            return
+        if lookahead.off_reason is not None or len(self._reads) > len(self._speculative):
+            return  # somebody waits for a read
         for layer in range(first, min(first + LOOKAHEAD_LAYERS, self.shape.layers)):
             for expert in lookahead.candidates(layer):
                 if len(self._speculative) >= LOOKAHEAD_READS:

@@ -30,6 +30,8 @@ class DictExperts:
         self.calls: list[tuple[int, Tensor]] = []
         self.hints: list[tuple[int, Tensor]] = []
         self.preferred: dict[int, Tensor] = {}
+        self.ahead = 0
+        self.expected: list[tuple[int, list[int]]] = []
 
     def begin_step(self, tokens: Sequence[int]) -> None:
         self.steps.append(list(tokens))
@@ -39,6 +41,12 @@ class DictExperts:
 
     def hint(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         self.hints.append((layer, ids))
+
+    def lookahead(self) -> int:
+        return self.ahead
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        self.expected.append((layer, list(experts)))
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         self.calls.append((layer, ids))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dict_experts import DictExperts
 from hf_oracle import BASE, DictSource, Pair, build_pair, official_tensors
 
 from offload.errors import DiskError, UsageError
@@ -39,6 +40,43 @@ def test_experts_are_told_of_a_step_then_hinted_then_called_in_order(pair: Pair)
 def test_short_chunks_give_the_bits_of_single_tokens(pair: Pair) -> None:
     singles = pair.logits(TOKENS, [1] * len(TOKENS))
     assert torch.equal(pair.logits(TOKENS, [3, 1, 4, 4]), singles)
+
+
+def test_blocks_give_the_bits_of_one_pass_per_block(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = (TOKENS * 5)[:50]
+    monkeypatch.setattr("offload.model.blocks.BLOCK", 20)  # the first block is expanded, the others are absorbed
+    layers: list[int] = []
+    whole = pair.model.forward(ids, cache := pair.cache(), layers.append)
+    assert layers == [1, 2, 3, 4] and cache.length == 50
+    pair.experts.calls.clear()
+    again = pair.cache()
+    parts = [pair.model.forward(ids[first : first + 20], again) for first in (0, 20, 40)]
+    assert torch.equal(torch.cat(parts), whole) and torch.equal(again.data, cache.data)
+    assert [len(called) for _, called in pair.experts.calls] == [20, 20, 20, 20, 10, 10]
+
+
+def test_a_router_applied_early_chooses_like_itself_when_nothing_lies_between(pair: Pair) -> None:
+    """What separates the two is the attention between them: without it they must agree exactly."""
+    built = build_pair(BASE | {"num_hidden_layers": 5, "first_k_dense_replace": 1})
+    tensors = official_tensors(built.oracle)
+    for layer in range(2, 5):
+        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"].zero_()
+    weights = load_weights(DictSource(tensors), built.config)
+    experts = DictExperts(built.experts.kernels, built.experts.experts)
+    experts.ahead = 1
+    model, cache = DeepseekV3(built.config, weights, built.model.kernels, experts, 512), built.cache()
+    model.forward(TOKENS, cache)
+    assert experts.expected == []  # only decoding looks ahead
+    for token in TOKENS:
+        experts.calls.clear(), experts.expected.clear()
+        model.forward([token], cache)
+        chosen = {layer: ids[0].tolist() for layer, ids in experts.calls}
+        early = dict(experts.expected)
+        assert list(early) == [1, 2, 3, 4]
+        assert all(early[layer] == chosen[layer] for layer in (2, 3, 4))
+    experts.ahead, experts.expected = 2, []
+    model.forward([1], cache)
+    assert [layer for layer, _ in experts.expected] == [1, 2, 2, 3, 3, 4, 4]
 
 
 def test_truncated_cache_gives_the_same_bits_again(pair: Pair) -> None:
