@@ -252,18 +252,18 @@ def _demand(store: Store, context: int, process: int) -> dict[str, int]:
 
 def _make_plan(store: Store, context: int, options: RuntimeOptions, process: int) -> RamPlan:
     demand, here = _demand(store, context, process), memory()
+    free = process + int(here.available * FREE_SHARE)
     if options.ram is not None:
         limit = parse_size(options.ram)
     else:
         everything = store.config.n_routed_experts * len(store.config.moe_layers)
-        free = process + int(here.available * FREE_SHARE)
         limit = min(free, ram_for_slots(store.config, everything, **demand))
     plan = plan_ram(store.config, limit=limit, allow_slow=options.allow_slow, **demand)
     if plan.total > here.total:
         owner = "its control group allows" if here.limited_by_group else "this machine has"
         raise BudgetError(
             f"--ram {format_size(limit)}: {format_size(plan.total)} would be used, and {owner} "
-            f"{format_size(here.total)}; give --ram {int(FREE_SHARE * here.available) // 2**20}MiB or less"
+            f"{format_size(here.total)}; give --ram {min(here.total, free) // 2**20}MiB or less"
         )
     if plan.total - process > here.available:
         log.warning(

@@ -150,6 +150,7 @@ class DiskReader:
         self._done: SimpleQueue[Read] = SimpleQueue()
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
+        self._quiet = threading.Condition(self._lock)
         self._active = 0
         self._open_reads = 0
         self._busy_since = 0.0
@@ -213,6 +214,19 @@ class DiskReader:
         with self._lock:
             self._open_reads -= 1
         return read
+
+    def abandon(self) -> None:
+        """Forget every read: what is queued is dropped, what is under way is waited for, nothing is delivered.
+
+        Right also when the caller was interrupted between taking a read from `completed` and noting it.
+        """
+        with self._work:
+            self._demand.clear()
+            self._prefetch.clear()
+            while self._active:
+                self._quiet.wait()
+            self._done = SimpleQueue()
+            self._open_reads = 0
 
     @property
     def idle(self) -> bool:
@@ -291,6 +305,7 @@ class DiskReader:
                 if self._active == 0:
                     self.counters.busy_s += time.perf_counter() - self._busy_since
                     self._close_retired()
+                    self._quiet.notify_all()
                 read.error = read.error or error
                 read._parts_left -= 1
                 if read._parts_left == 0:

@@ -22,7 +22,7 @@ from offload.cache.residency import Decision, Residency, Service
 from offload.cache.trace import Trace, TraceRecorder
 from offload.cache.usage import load_usage, save_usage
 from offload.config import ModelConfig
-from offload.errors import BudgetError, DiskError, UsageError
+from offload.errors import BudgetError, UsageError
 from offload.store.layout import ExpertLayout, ExpertWeights
 from offload.telemetry import Telemetry
 from offload.tiers.disk import DiskReader, Read
@@ -108,6 +108,7 @@ class RamTier:
         self._settled: list[Read] = []
         self._reads: dict[int, Read] = {}
         self._next_layer = 0
+        self._broken = False
         self._decoding = False
         self._holders: list[Callable[[], bool]] = []
 
@@ -150,6 +151,8 @@ class RamTier:
 
         Returns whether values of the policy changed.
         """
+        if self._broken:
+            self.abandon()
         self._next_layer = 0
         changed = self.residency.begin_step(tokens, upcoming)
         if self._recorder:
@@ -217,15 +220,14 @@ class RamTier:
         return self._weights[slot]
 
     def abandon(self) -> None:
-        """A step broke off: let the reads under way end, so that their slots can be used again."""
-        while self._reads:
-            try:
-                self._collect(wait=True)
-            except DiskError:
-                continue
+        """A step broke off: drop its reads and wait for those under way, so that their slots can be used again."""
+        self._broken = True  # until the end: an interrupt may come here, too
+        self.reader.abandon()
+        self._reads.clear()
         self._settled.clear()
         self._speculative.clear()
         self.residency.abandon()
+        self._broken = False
 
     # -- around a run ------------------------------------------------------------------------
 

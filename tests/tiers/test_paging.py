@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import logging
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_an_interrupt_during_a_read_leaves_the_engine_usable(load: Callable[...,
         system.gate.clear()  # every read hangs
 
         def interrupt() -> None:
-            _thread.interrupt_main()
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             threading.Timer(0.2, system.gate.set).start()
 
         threading.Timer(0.3, interrupt).start()
@@ -208,9 +208,9 @@ def test_a_store_that_cannot_be_written_keeps_what_it_learned_in_the_users_cache
 def test_more_ram_than_there_is_is_refused_before_anything_is_allocated(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offload.engine.engine.memory", lambda: Memory(300 << 20, 200 << 20, limited_by_group=True))
+    monkeypatch.setattr("offload.engine.engine.memory", lambda: Memory(100 << 20, 60 << 20, limited_by_group=True))
     with pytest.raises(
-        BudgetError, match=r"--ram 64.0 GiB: .* and its control group allows 300.0 MiB; give --ram 160MiB"
+        BudgetError, match=r"--ram 64.0 GiB: .* and its control group allows 100.0 MiB; give --ram 100MiB"
     ):
         offload.load(store, ram="64GiB", context=CONTEXT)
     with pytest.raises(UsageError, match="prefetch is 3"):
