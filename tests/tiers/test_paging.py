@@ -163,11 +163,11 @@ def learned(store: Path, tmp_path: Path) -> Path:
 def test_what_was_learned_is_kept_beside_the_store(load: Callable[..., Engine], learned: Path) -> None:
     misses = []
     for _ in range(2):
-        with load(path=learned, usage="auto") as engine:
+        with load(path=learned, usage="auto", prefetch=False) as engine:
             generate(engine, 30)
             misses.append(engine.counters()["ram"]["misses"])
     assert (learned / "expert-usage.npz").exists() and misses[1] < misses[0]
-    with load(path=learned, usage="off") as engine:
+    with load(path=learned, usage="off", prefetch=False) as engine:
         generate(engine, 30)
         assert engine.counters()["ram"]["misses"] == misses[0]
 
