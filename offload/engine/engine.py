@@ -232,7 +232,10 @@ def ram_for_share(store: str | Path, share: float, context: int | None = None) -
     opened = Store.open(store)
     config = opened.config
     slots = round(share * config.n_routed_experts * len(config.moe_layers))
+    # An engine measures the process when kernels and tokenizer are loaded; what they take is there from now on.
+    loaded = select("auto", None), load_tokenizer(opened.path)
     demand = _demand(opened, _context(context, config.max_position_embeddings), _process_nbytes())
+    del loaded
     return ram_for_slots(config, slots, **demand)
 
 
