@@ -23,8 +23,11 @@ class LookAheadLimits:
     """The probability asked for rises by so much when too much was wasted."""
     last: float = 0.95
     """Beyond it speculation ends."""
-    useful: float = 0.9
-    """Least share of speculative reads that must have been demanded."""
+    useful: float = 0.67
+    """Least share of speculative reads that must have been demanded: one that is saves a wait at best, one that is not
+    costs as long a read, and what it displaced."""
+    waste: float = 0.08
+    """Largest share of all reads that may be wasted."""
     sample: int = 48
     """Outcomes looked at together."""
 
@@ -41,7 +44,7 @@ class LookAhead:
         self._limits = limits
         self._asked = limits.start
         self._ranks = policy.shape.top_k
-        self._useful = self._wasted = 0
+        self._useful = self._wasted = self._reads = 0
         self._likely: list[list[tuple[int, float]]] = []
         self._expected: dict[int, list[int]] = {}
         self.off_reason: str | None = None
@@ -66,16 +69,26 @@ class LookAhead:
             found = found + [e for e, p in self._likely[layer] if p >= self._asked and e not in found]
         return found
 
-    def outcome(self, useful: int, wasted: int) -> None:
-        """So many speculative reads were demanded, or left their slot undemanded, in all until now."""
+    def outcome(self, useful: int, wasted: int, reads: int = 0) -> None:
+        """So many speculative reads were demanded, or left their slot undemanded, in all until now.
+
+        `reads` counts all reads, demanded and speculative, where that is known.
+        """
+        limits = self._limits
         done = useful + wasted - self._useful - self._wasted
-        if done < self._limits.sample or self.off_reason is not None:
+        if done < limits.sample or self.off_reason is not None:
             return
         share = (useful - self._useful) / done
-        self._useful, self._wasted = useful, wasted
-        if share >= self._limits.useful:
+        waste = (wasted - self._wasted) / (reads - self._reads) if reads > self._reads else 0.0
+        self._useful, self._wasted, self._reads = useful, wasted, reads
+        if share >= limits.useful and waste <= limits.waste:
             return
-        self._asked += self._limits.step
+        self._asked += limits.step
         self._ranks //= 2  # what a router applied early ranks first is right most often
-        if self._asked > self._limits.last + 1e-9:
-            self.off_reason = f"prefetch switched off: only {100 * share:.0f}% of the last {done} reads were used"
+        if self._asked > limits.last + 1e-9:
+            found = (
+                f"only {share:.0%} of the last {done} reads ahead were used"
+                if share < limits.useful
+                else f"{waste:.0%} of all reads were wasted"
+            )
+            self.off_reason = f"prefetch switched off: {found}"

@@ -368,7 +368,8 @@ class RamTier:
                     self._recorder.prefetch(2, layer, expert)
         events, lookahead = self.residency.events, self._lookahead
         if lookahead is not None:
-            lookahead.outcome(events.prefetch_useful + events.prefetch_late, events.prefetch_wasted)
+            reads = events.misses + events.prefetch_issued - events.prefetch_cancelled
+            lookahead.outcome(events.prefetch_useful + events.prefetch_late, events.prefetch_wasted, reads)
             if lookahead.off_reason is not None:
                 self.telemetry.note(lookahead.off_reason)
 

@@ -79,6 +79,7 @@ def test_what_does_not_fit_is_ignored_with_a_notice(tmp_path, caplog):
 
 
 def test_a_place_that_cannot_be_written_is_reported(tmp_path, caplog):
+    (tmp_path / "none").write_text("a file where a folder is needed")
     with caplog.at_level(logging.WARNING, "expertpager"):
         assert not save_usage(trained(), tmp_path / "none" / "u", "m")
     assert "cannot be kept" in caplog.text
@@ -99,10 +100,14 @@ def test_speculation_asks_for_more_and_gives_up_when_wasted():
     assert ahead.candidates(1)
     ahead.outcome(useful=15, wasted=5)
     assert ahead.off_reason is None
-    assert ahead.candidates(2) == [11, 6, 3]
+    assert ahead.candidates(2) == [11, 3, 6]  # of an early router's choice only the first still count
     ahead.outcome(useful=20, wasted=10)
     assert ahead.off_reason == "prefetch switched off: only 50% of the last 10 reads were used"
     assert ahead.candidates(2) == []
+    costly = LookAhead(policy, LookAheadLimits(useful=0.5, waste=0.1, sample=10))
+    for reads in (100, 150, 160, 170, 180, 190):  # from the second on more than a tenth of all reads is wasted
+        costly.outcome(useful=reads - 90, wasted=(reads - 90) // 2, reads=reads)
+    assert costly.off_reason is not None and "% of all reads were wasted" in costly.off_reason
     unseen = LookAhead(policy)
     unseen.begin_step([77])
     assert unseen.candidates(0) == []
