@@ -102,7 +102,7 @@ def test_speculation_asks_for_more_and_gives_up_when_wasted():
     assert ahead.off_reason is None
     assert ahead.candidates(2) == [11, 3, 6]  # of an early router's choice only the first still count
     ahead.outcome(useful=20, wasted=10)
-    assert ahead.off_reason == "prefetch switched off: only 50% of the last 10 reads were used"
+    assert ahead.off_reason == "prefetch switched off: only 50% of the last 10 reads ahead were used"
     assert ahead.candidates(2) == []
     costly = LookAhead(policy, LookAheadLimits(useful=0.5, waste=0.1, sample=10))
     for reads in (100, 150, 160, 170, 180, 190):  # from the second on more than a tenth of all reads is wasted
