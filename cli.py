@@ -87,7 +87,13 @@ runtime_options = options(
         help="native: compiled CPU kernels; reference: torch in fp32, slow and exact.  [default: auto]",
     ),
     click.option("--ram", type=SIZE, help="All RAM the process may use. Default: what is free, up to the whole model."),
-    click.option("--vram", type=SIZE, help="All the VRAM the process may use (needs --device cuda)."),
+    click.option("--vram", type=SIZE, help="VRAM that may be used on each GPU. Default: most of what is free."),
+    click.option(
+        "--split",
+        type=click.Choice(["gpu", "hybrid"]),
+        help="gpu: the GPU computes every expert; hybrid: the CPU computes a part of those that VRAM does not hold, "
+        "which is faster on a slow link, and then tokens depend on budgets by rounding.  [default: gpu]",
+    ),
     click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per core."),
     click.option("--context", type=click.IntRange(1), help="Longest prompt plus answer, in tokens. Default: 4096."),
     click.option("--policy", help="Cache policy of the expert slots.  [default: ema+tokens]"),

@@ -69,6 +69,8 @@ class Telemetry:
     ram: TierCounters = field(default_factory=TierCounters)
     vram: TierCounters | None = None
     """The slots of all devices together; reads are copies from RAM. None without a device."""
+    computed_in_ram: int = 0
+    """Experts that the processor computed for a device."""
     layer_stall_s: list[float] = field(default_factory=list)
     choices: int = 0
     """Experts chosen while residents were preferred; 0 where routing is exact."""
@@ -87,6 +89,7 @@ class Telemetry:
         tiers = {"vram": self.vram, "ram": self.ram}
         return {
             **{name: tier.as_dict() for name, tier in tiers.items() if tier is not None},
+            "computed_in_ram": self.computed_in_ram,
             "choices": self.choices,
             "changed_choices": self.changed_choices,
             "layer_stall_s": [round(s, 6) for s in self.layer_stall_s],

@@ -108,6 +108,7 @@ class Residency:
         self._free = list(range(slots - 1, -1, -1))
         self._pinned: set[int] = set()
         self._held: dict[int, int] = {}  # slot -> number of holds beyond its decision
+        self._lent: set[int] = set()
         self._loading: dict[int, Load] = {}
         self._prefetched: set[int] = set()
         self._layer_count = [0] * shape.layers
@@ -208,7 +209,7 @@ class Residency:
             return decision, missing
         count = min(len(missing), self.width)
         taken = self._pinned | self._loading.keys()
-        room = self.slots - len(taken | self._held.keys() if self._held else taken)
+        room = self.slots - len(self._lent) - len(taken | self._held.keys() if self._held else taken)
         if (first and count < len(missing)) or count > room:
             # More waves follow: leave room for the next one to be read during this one.
             count = min(count, max(room // 2, 1) if first else room)
@@ -351,6 +352,28 @@ class Residency:
                     self._tell(*divmod(key, self.shape.experts))
         return loads
 
+    def lend(self, slots: range) -> None:
+        """Give up `slots` for another use until `give_back`; none of them may be in use or loading."""
+        for slot in slots:
+            assert not self.is_pinned(slot) and slot not in self._loading, "a slot in use cannot be lent"
+            key = self._key_of[slot]
+            if key < 0:
+                self._free.remove(slot)
+            else:
+                self._vacate(slot)
+                self._closed_at[key] = np.inf
+                self.events.evictions += 1
+                if slot in self._prefetched:
+                    self._prefetched.discard(slot)
+                    self.events.prefetch_wasted += 1
+            self._lent.add(slot)
+        self.refresh()
+
+    def give_back(self) -> None:
+        """The end of `lend`: the slots are free."""
+        self._free += sorted(self._lent)
+        self._lent.clear()
+
     # -- questions ---------------------------------------------------------------------------
 
     def slot(self, layer: int, expert: int) -> int:
@@ -373,7 +396,7 @@ class Residency:
     @property
     def resident(self) -> int:
         """Number of slots that hold or await an expert."""
-        return self.slots - len(self._free)
+        return self.slots - len(self._free) - len(self._lent)
 
     def table(self) -> list[list[int]]:
         """Slot of every expert, [layers][experts]; -1 for those that have none."""
@@ -399,7 +422,8 @@ class Residency:
         assert len(used) == sum(slot >= 0 for slot in self._slot_of), "two experts in one slot"
         assert not used.keys() & set(self._free), "a slot in use is in the free list"
         assert len(set(self._free)) == len(self._free), "a slot is free twice"
-        assert len(used) + len(self._free) == self.slots, "a slot is lost"
+        assert not self._lent & (used.keys() | set(self._free)), "a lent slot is in use"
+        assert len(used) + len(self._free) + len(self._lent) == self.slots, "a slot is lost"
         counts = [0] * self.shape.layers
         for slot, key in used.items():
             assert self._key_of[slot] == key, "slot and expert disagree"

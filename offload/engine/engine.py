@@ -1,43 +1,32 @@
-"""A loaded model: one budget, one executor, one tokenizer, ready to generate.
+"""A loaded model: one backend, one tokenizer, ready to generate.
 
-Owns the order of loading (plan first, then allocate exactly what was planned) and the life of its parts.
-The numbers come from `budget`, the maths from `model`, the paging from `tiers`.
+Owns the life of its parts and what is asked of them. What computes, and in which memory, is the backend's.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from offload.cache.trace import Trace
+from offload.engine.backend import load_on_cpu, load_on_devices
+from offload.engine.backend import ram_for_share as share_ram
+from offload.engine.devices import open_devices
 from offload.engine.generation import Generation, check_prompt, generate
 from offload.engine.options import RuntimeOptions
 from offload.engine.request import GenerationStep, resolve_sampling
 from offload.engine.summary import RunSummary, Snapshot
 from offload.engine.tokenizer import end_of_sequence_ids, load_tokenizer, need_tokenizer, read_generation_config
-from offload.engine.usage_file import usage_file
-from offload.errors import BudgetError, UsageError
+from offload.errors import UsageError
 from offload.kernels import select
-from offload.model.kv_cache import KVCache
-from offload.model.transformer import DeepseekV3
 from offload.model.watch import WatchedExperts, Watcher
-from offload.model.weights import load_weights, widened_nbytes
 from offload.store import Store
-from offload.store.mirror import check_mirror
-from offload.tiers.executor import Executor
-from offload.tune.budget import DEFAULT_CONTEXT, FREE_SHARE, RamPlan, plan_ram, ram_for_slots
-from offload.tune.memory import memory
-from offload.types import format_size, parse_size
-
-log = logging.getLogger("expertpager")
-
+from offload.tiers.device import Device
+from offload.tune.budget import DEFAULT_CONTEXT
 
 Progress = Callable[[float], None]
 """Is told the share of a prompt that has been computed, 0..1."""
@@ -46,40 +35,28 @@ Progress = Callable[[float], None]
 class Engine:
     """Generates with the model of one store. Made by `offload.load`; one generation at a time."""
 
-    def __init__(self, store: str | Path, options: RuntimeOptions | None = None) -> None:
-        """See `offload.load`."""
+    def __init__(
+        self, store: str | Path, options: RuntimeOptions | None = None, devices: Sequence[Device] | None = None
+    ) -> None:
+        """See `offload.load`. `devices` takes the place of those that `options` would find."""
         self.options = options = options or RuntimeOptions()
-        _require_cpu(options)
+        found = open_devices(options) if devices is None else devices
         self._trace_path = Path(options.trace) if options.trace else None
         if self._trace_path and not self._trace_path.parent.is_dir():
             raise UsageError(f"--trace {self._trace_path}: there is no folder {self._trace_path.parent}")
         self.store = Store.open(store)
         self.config = self.store.config
-        self.kernels = select(options.kernels, options.threads)
         self.context = _context(options.context, self.config.max_position_embeddings)
-        self.tokenizer = load_tokenizer(self.store.path)
-        mirror = check_mirror(self.store, options.mirror) if options.mirror is not None else None
-        self.plan = _make_plan(self.store, self.context, options, _process_nbytes())
+        self.tokenizer = load_tokenizer(self.store.path)  # before the plan: what it takes counts to the process
+        record = self._trace_path is not None
+        if found:
+            self._backend = load_on_devices(self.store, options, self.context, record, found)
+        else:
+            self._backend = load_on_cpu(self.store, options, self.context, record)
+        self.kernels, self.plan = self._backend.kernels, self._backend.plan
         self.generation_config = read_generation_config(self.store.path)
         self.eos_ids = end_of_sequence_ids(self.store.path, self.tokenizer)
-        self._executor = Executor(
-            self.store,
-            self.kernels,
-            slots=self.plan.slots,
-            policy=options.policy,
-            allow_slow=options.allow_slow,
-            max_tokens=self.plan.chunk,
-            record=self._trace_path is not None,
-            prefer_resident=options.prefer_resident,
-            mirror=mirror,
-            prefetch=options.prefetch,
-            usage=usage_file(self.store.path, options.usage),
-        )
-        self._warmed = self._executor.ram.warm(Trace.load(options.warm)) if options.warm else 0
-        self._cache = KVCache(self.config, self.context)
-        self._model = DeepseekV3(
-            self.config, load_weights(self.store, self.config), self.kernels, self._executor, self.context
-        )
+        self._executor, self._cache, self._model = self._backend.executor, self._backend.cache, self._backend.model
         self._summary: RunSummary | None = None
 
     # -- generation --------------------------------------------------------------------------
@@ -113,7 +90,7 @@ class Engine:
         """
         ids = check_prompt(token_ids, vocab_size=self.config.vocab_size)
         self._begin()
-        return torch.cat([self._model.logits(hidden) for hidden in self._chunks(ids, chunk)])
+        return torch.cat([self._model.logits(hidden).cpu() for hidden in self._chunks(ids, chunk)])
 
     def observe(self, token_ids: Sequence[int], watcher: Watcher) -> None:
         """Run `token_ids` as a conversation of its own, showing `watcher` every call of the routed experts."""
@@ -170,10 +147,10 @@ class Engine:
         lines = [
             f"{self.name}: experts {recipe['experts']}, resident {recipe['resident']}, {self.kernels.name} kernels, "
             f"policy {self._executor.ram.residency.policy.name}",
-            self.plan.describe(),
+            *self._backend.describe(),
         ]
-        if self._warmed:
-            lines.append(f"{self._warmed} experts that {self.options.warm} uses most were read at the start")
+        if self._backend.warmed:
+            lines.append(f"{self._backend.warmed} experts that {self.options.warm} uses most were read at the start")
         if margin is not None:
             lines.append(
                 f"prefer-resident {margin:g}: a resident expert is chosen before a missing one whose biased score is "
@@ -215,7 +192,7 @@ class Engine:
 
     def _step(self, token_ids: Sequence[int], progress: Progress | None) -> Any:
         *_, hidden = self._chunks(token_ids, progress=progress if len(token_ids) > 1 else None)
-        return self._model.logits(hidden[-1:])[0].numpy()
+        return self._model.logits(hidden[-1:])[0].cpu().numpy()
 
     def _steps(self, run: Generation) -> Generator[GenerationStep, None, None]:
         self._begin()
@@ -224,64 +201,17 @@ class Engine:
             try:
                 yield from run
             finally:
-                self._summary = RunSummary.of(run.response, before, self._executor.counters(), self.plan)
+                self._summary = RunSummary.of(run.response, before, self._executor.counters(), self._backend)
 
 
 def ram_for_share(store: str | Path, share: float, context: int | None = None) -> int:
     """The RAM budget with which `share` (0..1) of the routed experts of `store` have a slot."""
     opened = Store.open(store)
-    config = opened.config
-    slots = round(share * config.n_routed_experts * len(config.moe_layers))
     # An engine measures the process when kernels and tokenizer are loaded; what they take is there from now on.
     loaded = select("auto", None), load_tokenizer(opened.path)
-    demand = _demand(opened, _context(context, config.max_position_embeddings), _process_nbytes())
+    nbytes = share_ram(opened, share, _context(context, opened.config.max_position_embeddings))
     del loaded
-    return ram_for_slots(config, slots, **demand)
-
-
-def _process_nbytes() -> int:
-    return psutil.Process().memory_info().rss
-
-
-def _demand(store: Store, context: int, process: int) -> dict[str, int]:
-    """What a plan needs to know of the machine and the store, in bytes and tokens."""
-    return {
-        "process": process,
-        "resident": store.resident_nbytes + widened_nbytes(store.config),
-        "slot_nbytes": store.layout.slot_nbytes,
-        "context": context,
-    }
-
-
-def _make_plan(store: Store, context: int, options: RuntimeOptions, process: int) -> RamPlan:
-    demand, here = _demand(store, context, process), memory()
-    free = process + int(here.available * FREE_SHARE)
-    if options.ram is not None:
-        limit = parse_size(options.ram)
-    else:
-        everything = store.config.n_routed_experts * len(store.config.moe_layers)
-        limit = min(free, ram_for_slots(store.config, everything, **demand))
-    plan = plan_ram(store.config, limit=limit, allow_slow=options.allow_slow, **demand)
-    if plan.total > here.total:
-        owner = "its control group allows" if here.limited_by_group else "this machine has"
-        raise BudgetError(
-            f"--ram {format_size(limit)}: {format_size(plan.total)} would be used, and {owner} "
-            f"{format_size(here.total)}; give --ram {min(here.total, free) // 2**20}MiB or less"
-        )
-    if plan.total - process > here.available:
-        log.warning(
-            "--ram: %s more will be used, and only %s are free; expect swapping",
-            format_size(plan.total - process),
-            format_size(here.available),
-        )
-    return plan
-
-
-def _require_cpu(options: RuntimeOptions) -> None:
-    if options.device == "cuda" or options.vram is not None:
-        raise UsageError("the CUDA tier is not part of this version; use --device cpu without --vram")
-    if options.device == "auto" and torch.cuda.is_available():
-        log.warning("a CUDA device is present, but this version computes on the CPU")
+    return nbytes
 
 
 def _context(wanted: int | None, longest: int) -> int:

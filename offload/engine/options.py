@@ -19,6 +19,7 @@ from offload.kernels import BACKENDS
 from offload.types import parse_size
 
 DEVICES = ("auto", "cpu", "cuda")
+SPLITS = ("gpu", "hybrid")
 LIVE_POLICIES = tuple(name for name in POLICIES if name != "belady")
 """Belady's needs the future: it exists for replays only."""
 
@@ -40,6 +41,7 @@ class RuntimeOptions:
     usage       file in which what is learned about expert use is kept; "auto": beside the store, else in the
                 user's cache folder; "off": nothing is kept
     trace       file that gets the recorded routing when the engine is closed
+    split       gpu: a device computes every expert; hybrid: the processor computes a part of those VRAM lacks
     warm        a domain's routing (`routing atlas --traces`): its experts fill the slots at load
     prefer_resident  margin within which a resident expert is chosen before a missing one; None: exact routing
     """
@@ -55,6 +57,7 @@ class RuntimeOptions:
     mirror: str | Path | None = None
     prefetch: bool = True
     usage: str | Path = "auto"
+    split: str = "gpu"
     trace: str | Path | None = None
     warm: str | Path | None = None
     prefer_resident: float | None = None
@@ -66,6 +69,7 @@ class RuntimeOptions:
                 object.__setattr__(self, name, parse_size(value))
         _one_of("device", self.device, DEVICES)
         _one_of("kernels", self.kernels, BACKENDS)
+        _one_of("split", self.split, SPLITS)
         _one_of("policy", self.policy, LIVE_POLICIES)
         for name in ("threads", "context"):
             value = getattr(self, name)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import copy
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from offload.engine.backend import Backend
 from offload.engine.request import GenerationResponse
 from offload.telemetry import Telemetry, TierCounters
 from offload.tune.budget import RamPlan
+from offload.tune.vram_budget import VramPlan
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,16 @@ class Snapshot:
     """Counters at one moment."""
 
     ram: TierCounters
+    vram: TierCounters | None
     layer_stall_s: tuple[float, ...]
+    computed_in_ram: int
     choices: int
     changed_choices: int
 
     @classmethod
     def take(cls, telemetry: Telemetry) -> Snapshot:
-        ram, stall = copy.copy(telemetry.ram), tuple(telemetry.layer_stall_s)
-        return cls(ram, stall, telemetry.choices, telemetry.changed_choices)
+        ram, vram, stall = copy.copy(telemetry.ram), copy.copy(telemetry.vram), tuple(telemetry.layer_stall_s)
+        return cls(ram, vram, stall, telemetry.computed_in_ram, telemetry.choices, telemetry.changed_choices)
 
 
 @dataclass(frozen=True)
@@ -38,19 +43,23 @@ class RunSummary:
     response: GenerationResponse
     telemetry: Telemetry
     plan: RamPlan
+    vram_plans: Sequence[VramPlan]
     peak_ram_bytes: int
+    peak_vram_bytes: int
 
     @classmethod
-    def of(cls, response: GenerationResponse, before: Snapshot, now: Telemetry, plan: RamPlan) -> RunSummary:
+    def of(cls, response: GenerationResponse, before: Snapshot, now: Telemetry, backend: Backend) -> RunSummary:
         """What happened since `before`."""
         spent = Telemetry(
             ram=now.ram.minus(before.ram),
+            vram=now.vram.minus(before.vram) if now.vram and before.vram else None,
             layer_stall_s=[b - a for a, b in zip(before.layer_stall_s, now.layer_stall_s, strict=True)],
+            computed_in_ram=now.computed_in_ram - before.computed_in_ram,
             choices=now.choices - before.choices,
             changed_choices=now.changed_choices - before.changed_choices,
             notes=list(now.notes),
         )
-        return cls(response, spent, plan, peak_ram())
+        return cls(response, spent, backend.plan, backend.vram, peak_ram(), backend.peak_vram())
 
     def line(self) -> str:
         """Speed, hit rate, bytes."""
@@ -71,17 +80,21 @@ class RunSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything `--json` prints."""
-        ram = self.telemetry.ram
+        ram, vram = self.telemetry.ram, self.telemetry.vram
+        tiers = {"ram": ram} if vram is None else {"vram": vram, "ram": ram}
         return {
             **self.response.to_dict(),
-            "hits": {"ram": ram.hits},
-            "misses": {"ram": ram.misses},
-            "bytes_read": {"disk": ram.bytes_read},
+            "hits": {name: tier.hits for name, tier in tiers.items()},
+            "misses": {name: tier.misses for name, tier in tiers.items()},
+            "bytes_read": {"disk": ram.bytes_read} | ({"link": vram.bytes_read} if vram else {}),
             "link_busy": {"disk": round(self.drive_busy, 4)},
             "telemetry": self.telemetry.as_dict(),
             "plan": {**asdict(self.plan), "total": self.plan.total},
+            "vram_plans": [
+                {**asdict(plan), "layers": [*plan.layers], "total": plan.total} for plan in self.vram_plans
+            ],
             "peak_ram_bytes": self.peak_ram_bytes,
-            "peak_vram_bytes": 0,
+            "peak_vram_bytes": self.peak_vram_bytes,
         }
 
 

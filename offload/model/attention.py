@@ -15,6 +15,7 @@ from torch import Tensor
 
 from offload.config import LATENT_NORM_EPS, ModelConfig
 from offload.kernels import AttentionLayer, Kernels
+from offload.kernels.device import DeviceKernels
 from offload.model.kv_cache import KVCache
 from offload.quant import QuantizedTensor
 
@@ -92,6 +93,28 @@ def mla(
         k, v = _expand(rows, weights, config, kernels)
         heads = kernels.attend(torch.cat((q_nope, q_rope), -1), k, v, start, config.softmax_scale)
     return kernels.linear(heads.reshape(tokens, -1), weights.o)
+
+
+def mla_at_position(
+    x: Tensor,
+    weights: AttentionWeights,
+    rows: Tensor,
+    position: Tensor,
+    angles: tuple[Tensor, Tensor],
+    config: ModelConfig,
+    kernels: DeviceKernels,
+) -> Tensor:
+    """`mla` of one token x [1, H] at a position that only the device knows: int64 [1].
+
+    Writes its latent to `rows` [capacity, R+D], the layer's part of a cache. Queues the same work for every position.
+    """
+    q_nope, q_rope = _queries(x, weights, angles, config, kernels)
+    rows.index_copy_(0, position, _latents(x, weights, angles, config, kernels))
+    q_latent = kernels.absorb_query(q_nope, weights.kv_b)
+    start = position.to(torch.int32)
+    latent = kernels.mla_at(q_latent, q_rope, rows, start, rows.shape[0], config.softmax_scale)
+    heads = kernels.expand_value(latent, weights.kv_b, config.v_head_dim)
+    return kernels.linear(heads.reshape(1, -1), weights.o)
 
 
 def _queries(

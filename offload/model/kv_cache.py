@@ -6,6 +6,8 @@ the rotated key that all heads share. Must not know how attention uses it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,12 +16,12 @@ from offload.errors import UsageError
 
 
 class KVCache:
-    """float32 [layers, capacity, kv_lora_rank + qk_rope_head_dim], filled up to `length` tokens."""
+    """Per layer float32 [capacity, kv_lora_rank + qk_rope_head_dim], filled up to `length` tokens."""
 
-    def __init__(self, config: ModelConfig, capacity: int) -> None:
-        self.data = torch.zeros(config.num_hidden_layers, capacity, config.latent_dim)
-        self.layers = list(self.data)
-        """Per layer, the rows [capacity, R+D] of `data`."""
+    def __init__(self, config: ModelConfig, capacity: int, devices: Sequence[torch.device] | None = None) -> None:
+        """`devices`: where each layer's part lies; the CPU unless given."""
+        places = devices or [torch.device("cpu")] * config.num_hidden_layers
+        self.layers = [torch.zeros(capacity, config.latent_dim, device=device) for device in places]
         self.capacity = capacity
         self.length = 0
 
@@ -34,8 +36,8 @@ class KVCache:
         """Put latent [T, R+D] of `layer` `first` rows behind the filled part; returns all rows up to its end."""
         start = self.length + first
         end = start + latent.shape[0]
-        self.data[layer, start:end] = latent
-        return self.data[layer, :end]
+        self.layers[layer][start:end] = latent
+        return self.layers[layer][:end]
 
     def advance(self, tokens: int) -> None:
         """All layers have written `tokens` rows."""

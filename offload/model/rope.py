@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ class RotaryTable:
         amplitude = config.rope_scaling.amplitude if config.rope_scaling else 1.0
         self.cos = angles.cos() * amplitude
         self.sin = angles.sin() * amplitude
+
+    def to(self, device: torch.device) -> RotaryTable:
+        """The same table on `device`."""
+        table = copy(self)
+        table.cos, table.sin = self.cos.to(device), self.sin.to(device)
+        return table
 
     def at(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Tables of positions start .. start + tokens - 1."""

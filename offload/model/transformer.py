@@ -6,7 +6,7 @@ state but the cache it is handed. Must not know tiers, stores or tokenizers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from offload.model.attention import EXPAND_FROM, AttentionWeights, attention_lay
 from offload.model.blocks import blocks
 from offload.model.kv_cache import KVCache
 from offload.model.moe import MlpWeights, MoeWeights, RoutedExperts, fused_moe, mlp, moe, moe_layer, router_shape
+from offload.model.place import Place
 from offload.model.rope import RotaryTable
 from offload.quant import QuantizedTensor
 
@@ -47,14 +48,25 @@ class DeepseekV3:
     """A DeepSeek-V3 class decoder. `context` bounds the positions it can be asked for."""
 
     def __init__(
-        self, config: ModelConfig, weights: ModelWeights, kernels: Kernels, routed: RoutedExperts, context: int
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        kernels: Kernels,
+        routed: RoutedExperts,
+        context: int,
+        places: Sequence[Place] | None = None,
     ) -> None:
+        """`places`: where each layer is computed and its weights and cache lie; the CPU unless given."""
         self.config = config
         self.weights = weights
         self.kernels = kernels
         self.routed = routed
-        self._rotary = RotaryTable(config, context)
-        self._router_shape = router_shape(config)
+        self.places = places or [Place(torch.device("cpu"))] * config.num_hidden_layers
+        rotary = RotaryTable(config, context)
+        self.rotary = {place.device: rotary.to(place.device) for place in self.places}
+        self.router_shape = router_shape(config)
+        self.single: Callable[[int], Tensor] | None = None
+        """Takes the place of `forward` for single tokens, if set."""
         self._fused = kernels if isinstance(kernels, FusedKernels) else None
         self._attention = [attention_layer(layer.attention, layer.input_norm, config) for layer in weights.layers]
         self._moe = {
@@ -70,26 +82,32 @@ class DeepseekV3:
         the number of layers done.
         """
         cache.require(len(token_ids))
+        if self.single is not None and len(token_ids) == 1:
+            return self.single(token_ids[0])
         self.routed.begin_step(token_ids)
-        cos, sin = self._rotary.at(cache.length, len(token_ids))
-        parts = [(rows, (cos[rows], sin[rows])) for rows in blocks(len(token_ids))]
+        parts = {device: _parts(table, cache.length, len(token_ids)) for device, table in self.rotary.items()}
         hidden = self.weights.embed.rows_of(torch.tensor(token_ids))  # [T, H]
         ahead = self.routed.lookahead() if len(token_ids) == 1 else 0
-        for index, layer in enumerate(self.weights.layers):
-            if self._fused is not None and len(token_ids) < EXPAND_FROM:
-                hidden = self._short_layer(index, layer, hidden, cache, (cos, sin), self._fused)
-            else:
-                hidden = self._layer(index, layer, hidden, cache, parts)
+        for index, (layer, place) in enumerate(zip(self.weights.layers, self.places, strict=True)):
+            own = parts[place.device]
+            with place.scope():
+                hidden = hidden.to(place.device)
+                if self._fused is not None and len(token_ids) < EXPAND_FROM:
+                    hidden = self._short_layer(index, layer, hidden, cache, own[0][1], self._fused)
+                else:
+                    hidden = self._layer(index, layer, hidden, cache, own)
             if ahead:
                 self._foresee(index, hidden, ahead)
             if progress is not None:
                 progress(index + 1)
         cache.advance(len(token_ids))
-        return self.kernels.rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
+        with self.places[-1].scope():
+            return self.kernels.rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, vocab] of final hidden states [T, H]."""
-        return self.kernels.linear(hidden, self.weights.head)
+        with self.places[-1].scope():
+            return self.kernels.linear(hidden, self.weights.head)
 
     def _layer(
         self,
@@ -97,7 +115,7 @@ class DeepseekV3:
         layer: LayerWeights,
         hidden: Tensor,
         cache: KVCache,
-        parts: list[tuple[slice, tuple[Tensor, Tensor]]],
+        parts: list[_Part],
     ) -> Tensor:
         """The residual stream [T, H] after a layer; `hidden` is overwritten. `parts`: blocks and their rotations."""
         kernels, eps = self.kernels, self.config.rms_norm_eps
@@ -107,7 +125,7 @@ class DeepseekV3:
             hidden[rows] += mla(normed, layer.attention, index, cache, angles, self.config, kernels, first=rows.start)
             x[rows] = kernels.rms_norm(hidden[rows], layer.post_attention_norm, eps)
         if layer.moe is not None:
-            return hidden + moe(x, layer.moe, index, self._router_shape, self.routed, kernels)
+            return hidden + moe(x, layer.moe, index, self.router_shape, self.routed, kernels)
         assert layer.mlp is not None
         return hidden + mlp(x, layer.mlp, kernels)
 
@@ -139,5 +157,15 @@ class DeepseekV3:
             if layer.moe is None:
                 continue
             x = self.kernels.rms_norm(hidden, layer.post_attention_norm, self.config.rms_norm_eps)
-            ids, _ = self.kernels.router(x, layer.moe.router, layer.moe.bias, self._router_shape)
+            ids, _ = self.kernels.router(x, layer.moe.router, layer.moe.bias, self.router_shape)
             self.routed.expect(later, ids[0].tolist())
+
+
+_Part = tuple[slice, tuple[Tensor, Tensor]]
+"""Rows of a pass and their rotations."""
+
+
+def _parts(table: RotaryTable, start: int, tokens: int) -> list[_Part]:
+    """The blocks of a pass at positions start .. start + tokens."""
+    cos, sin = table.at(start, tokens)
+    return [(rows, (cos[rows], sin[rows])) for rows in blocks(tokens)]

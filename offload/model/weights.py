@@ -6,6 +6,8 @@ can hand in a dict.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from offload.config import ModelConfig
 from offload.model.attention import AttentionWeights
 from offload.model.moe import MlpWeights, MoeWeights
+from offload.model.place import Place
 from offload.model.transformer import LayerWeights, ModelWeights
 from offload.quant import QuantizedTensor
 
@@ -27,6 +30,39 @@ class WeightSource(Protocol):
     def tensor(self, name: str) -> Tensor:
         """A tensor exactly as stored."""
         ...
+
+
+class PlacedWeights:
+    """`source`, with every tensor on the device of its layer.
+
+    The embedding stays in host memory, of which a token reads one row; final norm and head follow the last layer.
+    """
+
+    def __init__(self, source: WeightSource, places: Sequence[Place]) -> None:
+        self._source = source
+        self._places = places
+
+    def resident(self, module: str) -> QuantizedTensor:
+        weight = self._source.resident(module)
+        place = self._place(module)
+        if place is None:
+            return weight
+        with place.scope():
+            return weight.to(place.device)
+
+    def tensor(self, name: str) -> Tensor:
+        value = self._source.tensor(name)
+        place = self._place(name)
+        if place is None:
+            return value
+        with place.scope():
+            return value.to(place.device)
+
+    def _place(self, name: str) -> Place | None:
+        if name.startswith("model.embed_tokens"):
+            return None
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        return self._places[int(layer[1])] if layer else self._places[-1]
 
 
 def load_weights(source: WeightSource, config: ModelConfig) -> ModelWeights:

@@ -107,6 +107,12 @@ class QuantizedTensor:
         """Rows `ids` (int64 [T]) as float32 [T, cols], each element rounded once to bf16."""
         return self.codec.rows_of(self.parts, self.rows, self.cols, ids)
 
+    def to(self, device: torch.device) -> QuantizedTensor:
+        """The same weight on `device`."""
+        return QuantizedTensor(
+            self.codec, self.rows, self.cols, {name: part.to(device) for name, part in self.parts.items()}
+        )
+
     @property
     def nbytes(self) -> int:
         return self.codec.nbytes(self.rows, self.cols)

@@ -99,6 +99,11 @@ class Store:
         return sum(entry.nbytes for _, entry in self._resident_entries.values())
 
     @cached_property
+    def resident_sizes(self) -> dict[str, int]:
+        """Bytes of every resident tensor by name, as stored."""
+        return {name: entry.nbytes for name, (_, entry) in self._resident_entries.items()}
+
+    @cached_property
     def resident_headers(self) -> dict[Path, Header]:
         """Checked headers of all files with resident tensors."""
         return {self.path / name: read_header(self.path / name) for name in sorted(self.manifest.tensors)}

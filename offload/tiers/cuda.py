@@ -6,6 +6,7 @@ imported only when one is asked for.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar, cast
@@ -16,6 +17,8 @@ from torch import Tensor
 from offload.errors import BudgetError, DeviceError, OffloadError
 from offload.tiers.device import Event, Memory
 from offload.types import format_size
+
+log = logging.getLogger("expertpager")
 
 T = TypeVar("T")
 
@@ -69,14 +72,18 @@ class CudaStream:
 class CudaDevice:
     """The GPU with this index."""
 
+    driver_nbytes = 640 << 20  # context, modules, workspaces of libraries; more than was seen
+
     def __init__(self, index: int = 0) -> None:
         self.torch_device = torch.device("cuda", index)
         self._locked: list[int] = []
+        self._eager = False
         with self.guard():
             torch.cuda.init()
             self._properties = torch.cuda.get_device_properties(index)
             self.compute = CudaStream(None)
             # A non-blocking stream: it does not wait for the default stream, nor that one for it.
+            self._graph_memory = torch.cuda.graph_pool_handle()
             self.copies = CudaStream(torch.cuda.Stream(self.torch_device))
 
     @property
@@ -85,9 +92,7 @@ class CudaDevice:
 
     def memory(self) -> Memory:
         with self.guard():
-            free, total = torch.cuda.mem_get_info(self.torch_device)
-            # What torch holds and does not use is free for us.
-            return Memory(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total)
+            return Memory(*torch.cuda.mem_get_info(self.torch_device))
 
     def limit(self, nbytes: int) -> None:
         with self.guard():
@@ -136,6 +141,27 @@ class CudaDevice:
     def call(self, work: Callable[[], T]) -> T:
         with self.guard():
             return work()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        with self.guard():
+            # Kernels are compiled and libraries make their workspaces now: neither may happen within a capture.
+            aside = torch.cuda.Stream(self.torch_device)
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):
+                    work()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Graphs are replayed one after the other in the order of their capture: they can share memory.
+                with torch.cuda.graph(graph, pool=self._graph_memory):
+                    work()
+            except RuntimeError as fault:
+                if not self._eager:
+                    log.warning("%s: no CUDA graphs, every kernel is launched: %s", self.name, _first_line(fault))
+                self._eager = True
+                return work
+        return graph.replay
 
     def synchronize(self) -> None:
         with self.guard():

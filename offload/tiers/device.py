@@ -72,6 +72,11 @@ class Device(Protocol):
     def torch_device(self) -> torch.device: ...
 
     @property
+    def driver_nbytes(self) -> int:
+        """Device memory that driver and libraries take besides what is allocated."""
+        ...
+
+    @property
     def compute(self) -> Stream:
         """The stream on which plain torch calls for this device happen, in order with what is launched."""
         ...
@@ -102,6 +107,13 @@ class Device(Protocol):
 
     def call(self, work: Callable[[], T]) -> T:
         """`work`, whose torch calls follow everything launched on `compute`, and its result."""
+        ...
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Work of torch calls on `compute` over tensors that stay where they are, cheap to repeat.
+
+        `work` runs a few times now. Where capturing it fails, it is repeated call by call, which is announced.
+        """
         ...
 
     def synchronize(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offload.cache.policy import Routing
 from offload.cache.trace import Trace
+from offload.kernels import Kernels
 from offload.kernels.device import DeviceKernels
 from offload.telemetry import Telemetry, TierCounters
 from offload.tiers.device import Device, Event
@@ -31,6 +32,8 @@ class DeviceShare:
     kernels: DeviceKernels
     layers: range
     slots: int
+    lend: bool = False
+    """Whether long passes borrow slots for their outputs."""
 
 
 class _Desk:
@@ -68,16 +71,19 @@ class DeviceExecutor:
         *,
         max_tokens: int = 1,
         prefetch: bool = True,
+        below: Kernels | None = None,
         **ram: Any,
     ) -> None:
-        """`max_tokens`: the largest forward pass for which memory is set aside. `ram`: options of RamTier."""
+        """`max_tokens`: the largest forward pass for which memory is set aside. `below`: with these kernels the
+        processor computes a part of the missing experts; results then depend on which, by rounding. `ram`:
+        options of RamTier."""
         self.ram = RamTier(store, prefetch=prefetch, **ram)
         self._max_tokens = max_tokens
         self._recording = bool(ram.get("record"))
         first, self._top_k = self.ram.layers[0], self.ram.shape.top_k
         self.tiers: list[VramTier] = []
         self._desks: list[_Desk] = []  # per MoE layer
-        self._kernels = [share.kernels for share in shares for _ in share.layers]
+        self.kernels = [share.kernels for share in shares for _ in share.layers]
         for share in shares:
             with share.device.guard():
                 note = share.device.page_lock(self.ram.pool.bytes, self.ram.pool.stride)
@@ -91,7 +97,9 @@ class DeviceExecutor:
                     layers=range(share.layers.start - first, share.layers.stop - first),
                     slots=share.slots,
                     max_tokens=max_tokens,
+                    lend=share.lend,
                     prefetch=prefetch,
+                    below=below,
                 )
                 desk = _Desk(tier, max_tokens * self._top_k)
             self.tiers.append(tier)
@@ -118,7 +126,8 @@ class DeviceExecutor:
             return
         changed = self.ram.begin_step(tokens, upcoming)
         for tier in self.tiers:
-            tier.begin_step(tokens, changed)
+            with tier.device.guard():
+                tier.begin_step(tokens, changed)
 
     def preference(self, layer: int, ids: Tensor) -> Tensor | None:
         """The lead of every expert of `layer` that needs no read, float32 [E]; None to keep the choice ids [T, K].
@@ -154,14 +163,14 @@ class DeviceExecutor:
         if self._hinted != index:
             self.hint(layer, ids, weights)
         desk = self._desks[index]
-        device, partial = desk.tier.device, desk.tier.partial[: ids.numel()]
+        device, partial = desk.tier.device, desk.tier.partial(ids.numel())
         try:
             with device.guard():
                 if self._resident:
                     desk.tier.serve_resident(LayerJob(index, x, _NO_IDS, partial), ids)
                 else:
                     self._serve(index, desk, x, partial, ids.shape)
-                return device.call(lambda: self._kernels[index].combine(partial, ids, weights))
+                return device.call(lambda: self.kernels[index].combine(partial, ids, weights))
         except BaseException:
             self._abandon()
             raise
@@ -178,6 +187,13 @@ class DeviceExecutor:
 
     # -- around a run ------------------------------------------------------------------------
 
+    def warm(self, trace: Trace) -> int:
+        """Learn from `trace` and read its most used experts into RAM; see RamTier."""
+        count = self.ram.warm(trace)
+        for tier in self.tiers:
+            tier.residency.refresh()
+        return count
+
     def preload(self) -> None:
         """Fill tiers that have room for all of their experts."""
         for tier in self.tiers:
@@ -189,6 +205,7 @@ class DeviceExecutor:
         """The telemetry, brought up to date."""
         telemetry = self.ram.counters()
         telemetry.vram = sum((tier.counters() for tier in self.tiers), TierCounters())
+        telemetry.computed_in_ram = sum(tier.computed_below for tier in self.tiers)
         return telemetry
 
     def trace(self) -> Trace:

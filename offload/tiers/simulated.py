@@ -152,6 +152,7 @@ class SimulatedDevice:
     """`memory` bytes of device memory. Without a seed everything happens as late as possible."""
 
     torch_device = torch.device("cpu")
+    driver_nbytes = 0
 
     def __init__(self, memory: int = 1 << 30, *, seed: int | None = None, name: str = "simulated device") -> None:
         self.name = name
@@ -200,6 +201,10 @@ class SimulatedDevice:
         self.check()
         self.compute.drain()
         return work()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.check()
+        return work
 
     def synchronize(self) -> None:
         self.check()

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,17 +24,23 @@ from torch import Tensor
 
 from offload.cache.lookahead import LookAhead
 from offload.cache.residency import Decision, Residency, Service
+from offload.cache.split import SplitModel
 from offload.errors import DeviceError
+from offload.kernels import Kernels
 from offload.kernels.device import DeviceKernels, ExpertSlab
 from offload.store.layout import ExpertLayout
 from offload.telemetry import TierCounters
 from offload.tiers.device import Device, Event
+from offload.tiers.in_place import MOST_TOKENS, InPlace
 from offload.tiers.ram import RamTier
 from offload.tiers.staging import SlotLists
-from offload.types import align_up
+from offload.types import align_up, ceil_div
 
 ALIGNMENT = 256
 """Slots begin at multiples of it, so that every load of a warp is aligned."""
+
+SHORT = 8
+"""Longest pass whose outputs have memory of their own; longer ones may borrow slots for it."""
 
 PROMOTIONS = 1
 """Experts copied on speculation at a time: a demand behind them waits no longer than that."""
@@ -69,6 +75,8 @@ class _Wave:
 
     slots: list[int]
     used: Event
+    hits: tuple[Event, Event, int]
+    """Begin and end of the kernels of this many experts that needed no copy."""
 
 
 @dataclass
@@ -84,13 +92,16 @@ class LinkCounters:
     copies: int = 0
     nbytes: int = 0
     busy_s: float = 0.0
-    rates: deque[float] = field(default_factory=lambda: deque(maxlen=64))
-    """Bytes per second of the latest copies."""
 
 
 def slot_nbytes(layout: ExpertLayout) -> int:
     """Device memory of one slot."""
     return align_up(layout.stride, ALIGNMENT)
+
+
+def lent_slots(layout: ExpertLayout, max_tokens: int, top_k: int) -> int:
+    """Slots that hold the outputs of a pass over `max_tokens` tokens."""
+    return ceil_div(max_tokens * top_k * layout.hidden_size * torch.float32.itemsize, slot_nbytes(layout))
 
 
 class VramTier:
@@ -109,8 +120,12 @@ class VramTier:
         layers: range,
         slots: int,
         max_tokens: int,
+        lend: bool = False,
         prefetch: bool = True,
+        below: Kernels | None = None,
     ) -> None:
+        """`lend`: passes of more than SHORT tokens borrow slots for their outputs, so that decoding has more of them.
+        `below`: kernels with which the processor may compute missing experts in RAM; without them all are copied."""
         shape = ram.shape
         self.device = device
         self.layers = layers
@@ -122,7 +137,12 @@ class VramTier:
         width = max(1, min(16, ram.residency.slots // 4))
         self.residency = Residency(ram.residency.policy, slots, floor=shape.top_k, width=width, leads=False)
         self.slab = ExpertSlab(layout, device.empty((slots, slot_nbytes(layout)), torch.uint8))
-        self.partial = device.empty((max_tokens * shape.top_k, layout.hidden_size), torch.float32)
+        own = (SHORT if lend else max_tokens) * shape.top_k
+        self._own = device.empty((own, layout.hidden_size), torch.float32)
+        lent = lent_slots(layout, max_tokens, shape.top_k) if lend else 0
+        assert lent + 2 <= self.residency.slots, "enough slots to work with are left"
+        self._lendable = range(slots - lent, slots)
+        self._borrowed = False
         self.link = LinkCounters()
         self._lists = SlotLists(device, max_tokens * shape.top_k, shape.experts)
         self._table = device.empty((shape.layers, shape.experts), torch.int32)
@@ -135,6 +155,10 @@ class VramTier:
         self._promotions: dict[int, _Promotion] = {}  # by slot
         self._decoding = False
         ram.on_stuck(self._give_back)
+        self.split = SplitModel(self._stride)
+        self._in_place: InPlace | None = None
+        if below is not None:
+            self._in_place = InPlace(device, below, ram, layout.hidden_size, self.split)
 
     # -- a forward pass ----------------------------------------------------------------------
 
@@ -143,17 +167,34 @@ class VramTier:
         if changed:
             self.residency.refresh()
         self._decoding = len(tokens) == 1
+        if self._lendable and self._borrowed != (len(tokens) > SHORT):
+            self._give_back_slots() if self._borrowed else self._borrow_slots()
         if self._lookahead:
             self._lookahead.begin_step(tokens)
+
+    def partial(self, positions: int) -> Tensor:
+        """Where the outputs of a layer of this pass go, [positions, H]."""
+        if not self._borrowed:
+            return self._own[:positions]
+        room = self.slab.data[self._lendable.start :].view(-1).view(torch.float32)
+        hidden = self._own.shape[1]
+        return room[: positions * hidden].view(positions, hidden)
 
     def serve(self, job: LayerJob, wanted: list[int]) -> None:
         """Queue the outputs of the experts `wanted` (ascending, all of `job.flat`) for every position."""
         self.settle()
-        self._ram.open(job.layer, [])  # what the router chose counts below, too, even if nothing is demanded there
         self._job = job
+        side, below = self._in_place, self._computed_below(job, wanted)
+        # Opened even when it is empty: what the router chose counts for RAM, too.
+        demand = self._ram.open(job.layer, below)
+        if side is not None and below:
+            side.begin(job.x)
+            wanted = [expert for expert in wanted if expert not in below]
         self.residency.complete(
             self.residency.open(job.layer, wanted, self._start), self._start, self._finish, self._stuck
         )
+        if side is not None and below:
+            self._ram.complete(demand, lambda there: side.compute(there, job.flat, job.partial))
         self._job = None
         if self._decoding:
             self._promote(job.layer + 1)
@@ -193,9 +234,7 @@ class VramTier:
 
     def load(self, layer: int, experts: list[int]) -> None:
         """Bring `experts` of one layer into slots without computing."""
-        hidden = self.partial.shape[1]
-        nothing = LayerJob(layer, self.partial[:0, :hidden], np.empty(0, np.int64), self.partial[:0])
-        self._job = nothing
+        self._job = LayerJob(layer, self._own[:0], np.empty(0, np.int64), self._own[:0])
         self.residency.complete(
             self.residency.open(layer, experts, self._start), self._start, self._finish, self._stuck
         )
@@ -226,10 +265,18 @@ class VramTier:
             **vars(self.residency.events), reads=link.copies, bytes_read=link.nbytes, read_s=link.busy_s
         )
 
+    @property
+    def computed_below(self) -> int:
+        """Experts that the processor has computed in RAM."""
+        return self._in_place.experts if self._in_place else 0
+
     def abandon(self) -> None:
         """A step broke off: wait for the device, then forget what was under way. RAM is to be abandoned as well."""
         with suppress(DeviceError):
             self.device.synchronize()
+        if self._borrowed:
+            self._borrowed = False
+            self.residency.give_back()
         self._job = None
         self._open.clear()
         self._sources.clear()
@@ -237,6 +284,17 @@ class VramTier:
         self._promotions.clear()
         self._lists.abandon()
         self.residency.abandon()
+
+    def _computed_below(self, job: LayerJob, wanted: list[int]) -> list[int]:
+        """Those of `wanted` that the processor computes: the least valuable ones, as what is copied stays."""
+        tokens = job.x.shape[0]
+        if self._in_place is None or tokens > MOST_TOKENS:
+            return []
+        missing = [expert for expert in wanted if self.residency.slot(job.layer, expert) < 0]
+        count = self.split.divide(len(wanted) - len(missing), len(missing), rows=tokens).in_place
+        count = min(count, self._ram.residency.slots // 4)  # they keep their slots until all copies are queued
+        values = self.residency.policy.values[job.layer]
+        return sorted(sorted(missing, key=lambda expert: (float(values[expert]), expert))[:count])
 
     # -- waves -------------------------------------------------------------------------------
 
@@ -248,7 +306,9 @@ class VramTier:
     def _finish(self, decision: Decision) -> None:
         expected, demand = self._open.popleft()
         assert expected is decision, "waves are finished in the order in which they were started"
+        begun = self.device.compute.record()
         self._launch(decision.hits)
+        kernels = (begun, self.device.compute.record(), len(decision.hits))
         for expert, slot in decision.joins:
             self._join(slot)
             self._launch([(expert, slot)])
@@ -258,7 +318,7 @@ class VramTier:
         held = decision.slots()
         for slot in held:
             self.residency.hold(slot)
-        self._waves.append(_Wave(held, self.device.compute.record()))
+        self._waves.append(_Wave(held, self.device.compute.record(), kernels))
         while len(self._waves) > 1:
             self._retire()
 
@@ -301,9 +361,26 @@ class VramTier:
         self._sources.append(copy)
         self.residency.loaded(slot)
 
+    def _borrow_slots(self) -> None:
+        """Long pass ahead: the last slots of the slab hold its outputs instead of experts."""
+        for slot in list(self._promotions):
+            self._promotions[slot].copy.end.wait()
+            self._admit(slot)
+        self._borrowed = True
+        self.residency.lend(self._lendable)
+
+    def _give_back_slots(self) -> None:
+        """Long passes are over: experts may be copied there again, once the last sum has been read."""
+        self.device.compute.record().wait()
+        self._borrowed = False
+        self.residency.give_back()
+
     def _retire(self) -> None:
         wave = self._waves.popleft()
         wave.used.wait()
+        begun, ended, experts = wave.hits
+        if experts and self._decoding:
+            self.split.observed("kernel", ended.seconds_since(begun), experts)
         for slot in wave.slots:
             self.residency.let_go(slot)
 
@@ -335,8 +412,7 @@ class VramTier:
         self.link.copies += 1
         self.link.nbytes += self._stride
         self.link.busy_s += seconds
-        if seconds > 0:
-            self.link.rates.append(self._stride / seconds)
+        self.split.observed("link", seconds)
 
     # -- promotion: copies nobody asked for, while the link idles ----------------------------------
 

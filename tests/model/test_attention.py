@@ -23,11 +23,11 @@ def _attend(pair: Pair, x: Tensor, chunks: list[int], absorbed: bool | None) -> 
     """Output [T, H] of layer 0 and its cache rows for x [T, H] fed in chunks."""
     cache, out = pair.cache(), []
     for part in x.split(chunks):
-        angles = pair.model._rotary.at(cache.length, len(part))
+        angles = pair.model.rotary[torch.device("cpu")].at(cache.length, len(part))
         weights = pair.model.weights.layers[0].attention
         out.append(mla(part, weights, 0, cache, angles, pair.config, pair.model.kernels, absorbed))
         cache.advance(len(part))
-    return torch.cat(out), cache.data[0, : len(x)]
+    return torch.cat(out), cache.layers[0][: len(x)]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -51,7 +51,7 @@ def test_cache_holds_the_normed_latent_and_the_rotated_key() -> None:
     _, rows = _attend(pair, x, [13, 7], absorbed=None)
     latent, key = (x @ weights.kv_a.dequantize().float().T).split([config.kv_lora_rank, config.qk_rope_head_dim], 1)
     normed = latent / (latent.square().mean(1, keepdim=True) + 1e-6).sqrt() * weights.kv_a_norm
-    cos, sin = pair.model._rotary.at(0, 20)
+    cos, sin = pair.model.rotary[torch.device("cpu")].at(0, 20)
     turned = torch.view_as_complex(key.unflatten(1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
     assert rows.shape == (20, config.latent_dim)
     assert torch.allclose(rows[:, : config.kv_lora_rank], normed, atol=1e-5)

@@ -130,12 +130,13 @@ def test_a_fault_half_way_leaves_the_cache_usable(pair: Pair) -> None:
 
 def test_cache_is_allocated_once_and_holds_latents_only(pair: Pair) -> None:
     cache = KVCache(pair.config, 100)
-    assert cache.data.shape == (4, 100, 40 + 16)
-    before = cache.data.data_ptr()
+    assert [rows.shape for rows in cache.layers] == [(100, 40 + 16)] * 4
+    before = [rows.data_ptr() for rows in cache.layers]
     pair.model.forward(TOKENS, cache)
-    assert cache.data.data_ptr() == before
-    assert cache.data[:, : len(TOKENS)].abs().amax(2).min() > 0
-    assert not cache.data[:, len(TOKENS) :].any()
+    assert [rows.data_ptr() for rows in cache.layers] == before
+    for rows in cache.layers:
+        assert rows[: len(TOKENS)].abs().amax(1).min() > 0
+        assert not rows[len(TOKENS) :].any()
 
 
 def test_resident_weights_keep_their_format_and_the_router_its_precision() -> None:

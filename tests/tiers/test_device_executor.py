@@ -9,11 +9,14 @@ import torch
 from paging_samples import EXPERTS, FIRST, LAYERS, TOP_K, Unruly, make_store, random_steps
 from test_executor import reference, repeating
 
+from offload.cache.split import Rates, SplitModel
 from offload.errors import DeviceError, DiskError
+from offload.kernels import select
 from offload.kernels.reference_device import ReferenceDeviceKernels
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare
 from offload.tiers.disk import DiskReader
 from offload.tiers.simulated import SimulatedDevice
+from offload.tiers.vram import lent_slots
 
 LENGTHS = [1, 1, 7, 1, 1, 23, 1, 1, 1]
 ALL = LAYERS * EXPERTS
@@ -40,13 +43,13 @@ def expected(store, kernels, steps):
     return reference(store, kernels, steps)
 
 
-def make(store, kernels, vram, ram, *, seeds=(None,), system=None, **options):
+def make(store, kernels, vram, ram, *, seeds=(None,), system=None, lend=False, **options):
     """An executor whose layers are shared out among as many devices as there are seeds."""
     reader = DiskReader(threads=3, part_nbytes=4096, backoff_s=0.0005, system=system or Unruly())
     devices = [SimulatedDevice(seed=seed, name=f"device {n}") for n, seed in enumerate(seeds)]
     bounds = [round(LAYERS * n / len(devices)) for n in range(len(devices) + 1)]
     shares = [
-        DeviceShare(device, kernels, range(FIRST + bounds[n], FIRST + bounds[n + 1]), vram)
+        DeviceShare(device, kernels, range(FIRST + bounds[n], FIRST + bounds[n + 1]), vram, lend)
         for n, device in enumerate(devices)
     ]
     options = {"prefetch": False, "allow_slow": True, "policy": "ema"} | options
@@ -148,6 +151,42 @@ def test_promotion_changes_no_bits_and_raises_hits(store, kernels, policy, seed)
         assert hits[1] > hits[0]
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize(("vram", "ram"), [(3, 4), (9, 30)])
+@pytest.mark.parametrize("cpu", [1e3, 2e5, 1e9])
+def test_experts_computed_in_place_join_the_sum(store, kernels, steps, expected, cpu, vram, ram, seed):
+    # The processor's reference kernels have the bits of the simulated device's, so even the split changes none.
+    executor = make(store, kernels, vram, ram, seeds=[seed, None], below=select("reference"))
+    for tier in executor.tiers:
+        tier.split = tier._in_place.model = SplitModel(store.layout.stride, Rates(1e5, 1e9, cpu, 1e9))
+    assert_same(run(executor, steps), expected)
+    telemetry = executor.counters()
+    short = sum(len(ids.unique()) for step in steps for _, ids, _ in step if len(ids) == 1)
+    demanded = sum(len(ids.unique()) for step in steps for _, ids, _ in step)
+    assert telemetry.vram.hits + telemetry.vram.misses + telemetry.computed_in_ram == demanded
+    assert telemetry.computed_in_ram <= short
+    assert (telemetry.computed_in_ram > 0) == (cpu > 1e3)
+    executor.close()
+
+
+@pytest.mark.parametrize("seed", [None, 6])
+@pytest.mark.parametrize("vram", [8, 14])
+def test_long_passes_borrow_slots_and_give_them_back(store, kernels, steps, expected, vram, seed):
+    executor = make(store, kernels, vram, 20, seeds=[seed], lend=True, prefetch=True)
+    (tier,) = executor.tiers
+    lent = lent_slots(store.layout, 23, TOP_K)
+    assert 0 < lent <= vram - 2
+    for number, (step, right) in enumerate(zip(steps, zip(*[iter(expected)] * LAYERS, strict=True), strict=True)):
+        assert_same(run(executor, [step]), right)
+        tokens = len(step[0][0])
+        borrowed = vram - lent if tokens > 8 else vram
+        assert tier.residency.resident <= borrowed
+        assert (tier.partial(tokens * TOP_K).data_ptr() >= tier.slab.data.data_ptr()) or tokens <= 8
+        assert number < 6 or tokens > 8 or tier.residency.resident > vram - lent  # they hold experts again
+    assert LENGTHS[5] == 23
+    executor.close()
+
+
 def test_everything_resident_needs_no_ids_on_the_host(store, kernels, steps, expected):
     executor = make(store, kernels, ALL, ALL, seeds=[1, 2])
     executor.preload()
@@ -244,14 +283,16 @@ def soak(store, kernels, steps, seed):
     system = Unruly(fail=0.02, short=0.05, seed=seed)
     done = 0
     while done < steps:
+        vram = dice.choice([2, 3, 6, 12, 30, ALL])
         executor = make(
             store,
             kernels,
-            dice.choice([2, 3, 6, 12, 30, ALL]),
+            vram,
             dice.choice([2, 4, 9, 18, ALL]),
             seeds=[dice.choice([None, dice.randrange(1000)]) for _ in range(dice.choice([1, 1, 2, 3]))],
             system=system,
             prefetch=dice.random() < 0.7,
+            lend=vram >= 12 and dice.random() < 0.5,
             policy=dice.choice(["lru", "ema", "ema+tokens"]),
         )
         for _ in range(min(dice.choice([10, 40, 120]), steps - done)):

@@ -1,0 +1,115 @@
+"""Decoding one token over buffers that stay where they are, so that a device can repeat it without the host.
+
+Owns the cut of a layer into what depends on nothing but such buffers (attention, router, shared expert; recorded
+once, the position being a number on the device) and the routed experts in between, which are decided anew for
+every token. Gives the bits of `DeepseekV3.forward`. Must not know how a recording is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from offload.config import ModelConfig
+from offload.kernels.device import DeviceKernels
+from offload.model.attention import mla_at_position
+from offload.model.kv_cache import KVCache
+from offload.model.preference import reroute
+from offload.model.transformer import DeepseekV3
+
+
+class _Buffers:
+    """What the recordings on one device read and write."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        hidden, k = config.hidden_size, config.num_experts_per_tok
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.hidden = torch.zeros(1, hidden, device=device)
+        self.x = torch.zeros(1, hidden, device=device)
+        self.shared = torch.zeros(1, hidden, device=device)
+        self.ids = torch.zeros(1, k, dtype=torch.int64, device=device)
+        self.scores = torch.zeros(1, k, device=device)
+
+
+class SingleToken:
+    """`model.forward` for one token, with `cache` and no other. Recorded here, at load, while the cache is empty."""
+
+    def __init__(self, model: DeepseekV3, kernels: DeviceKernels, cache: KVCache) -> None:
+        assert cache.length == 0, "recording overwrites the first row"
+        self._model = model
+        self._kernels = kernels
+        self._cache = cache
+        self._buffers = {place.device: _Buffers(model.config, place.device) for place in model.places}
+        self._before: list[Callable[[], None]] = []
+        self._beside: list[Callable[[], None] | None] = []
+        for index, (layer, place) in enumerate(zip(model.weights.layers, model.places, strict=True)):
+            with place.scope():
+                self._before.append(place.record(partial(self._attend_and_route, index)))
+                has_shared = layer.moe is not None and layer.moe.shared is not None
+                self._beside.append(place.record(partial(self._shared_expert, index)) if has_shared else None)
+
+    def __call__(self, token: int) -> Tensor:
+        """Hidden state [1, H] after the final norm for `token` at position cache.length; appends it to the cache."""
+        model, cache = self._model, self._cache
+        model.routed.begin_step([token])
+        for place in dict.fromkeys(model.places):
+            with place.scope():
+                self._buffers[place.device].position.fill_(cache.length)
+        hidden = model.weights.embed.rows_of(torch.tensor([token]))
+        for index, place in enumerate(model.places):
+            buffers = self._buffers[place.device]
+            with place.scope():
+                if hidden is not buffers.hidden:
+                    buffers.hidden.copy_(hidden)
+                    hidden = buffers.hidden
+                self._before[index]()
+                if model.weights.layers[index].moe is not None:
+                    self._routed_experts(index, buffers)
+        cache.advance(1)
+        with model.places[-1].scope():
+            return self._kernels.rms_norm(hidden, model.weights.norm, model.config.rms_norm_eps)
+
+    def _routed_experts(self, index: int, buffers: _Buffers) -> None:
+        routed, moe = self._model.routed, self._model.weights.layers[index].moe
+        assert moe is not None
+        ids, scores = buffers.ids, buffers.scores
+        preference = routed.preference(index, ids)
+        if preference is not None:
+            shape = self._model.router_shape
+            ids, scores = reroute(self._kernels, buffers.x, moe.router, moe.bias, shape, preference)
+        routed.hint(index, ids, scores)
+        beside = self._beside[index]
+        if beside is not None:
+            beside()
+        out = routed(index, buffers.x, ids, scores)
+        buffers.hidden.add_(out if beside is None else out + buffers.shared)
+
+    # -- recorded: the same work for every token -----------------------------------------------
+
+    def _attend_and_route(self, index: int) -> None:
+        model, kernels = self._model, self._kernels
+        layer, place, eps = model.weights.layers[index], model.places[index], model.config.rms_norm_eps
+        buffers, table = self._buffers[place.device], model.rotary[place.device]
+        angles = table.cos.index_select(0, buffers.position), table.sin.index_select(0, buffers.position)
+        x = kernels.rms_norm(buffers.hidden, layer.input_norm, eps)
+        rows = self._cache.layers[index]
+        attended = mla_at_position(x, layer.attention, rows, buffers.position, angles, model.config, kernels)
+        buffers.hidden.add_(attended)
+        buffers.x.copy_(kernels.rms_norm(buffers.hidden, layer.post_attention_norm, eps))
+        if layer.moe is not None:
+            ids, scores = kernels.router(buffers.x, layer.moe.router, layer.moe.bias, model.router_shape)
+            buffers.ids.copy_(ids)
+            buffers.scores.copy_(scores)
+        else:
+            assert layer.mlp is not None
+            mlp = layer.mlp
+            buffers.hidden.add_(kernels.swiglu_mlp(buffers.x, mlp.gate, mlp.up, mlp.down))
+
+    def _shared_expert(self, index: int) -> None:
+        moe = self._model.weights.layers[index].moe
+        assert moe is not None and moe.shared is not None
+        buffers, shared = self._buffers[self._model.places[index].device], moe.shared
+        buffers.shared.copy_(self._kernels.swiglu_mlp(buffers.x, shared.gate, shared.up, shared.down))

@@ -1,0 +1,123 @@
+"""One VRAM budget per device: who gets how much, decided before anything is allocated.
+
+Owns the arithmetic and the refusal when a budget is too small. Pure: it takes numbers, allocates nothing and
+asks no device. Slots get what is left after everything else has its share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from offload.config import ModelConfig
+from offload.errors import BudgetError
+from offload.tune.budget import working_nbytes
+from offload.types import format_size
+
+FREE_SHARE = 0.94
+"""Share of the free VRAM that is used when no budget is given: a desktop needs some of the rest."""
+
+LEAST_WITH_LENDING = 24
+"""Fewest slots that must stay while others are lent to a prompt: three waves of its sweep."""
+
+MIN_SLOTS = 2
+"""Fewest slots with which the tier makes progress: one being filled while one is computed."""
+
+DEVICE_CHUNK = 2048
+"""Tokens of a prompt computed at once on a device. A chunk copies every expert it uses once, so it is long; and it
+is fixed, because kernels may choose their tiles by the number of tokens: the bits must not depend on a budget."""
+
+
+@dataclass(frozen=True)
+class VramPlan:
+    """How one device's memory is used, in bytes. `slots` hold one routed expert each."""
+
+    name: str
+    layers: range
+    """Decoder layers of the device."""
+    driver: int
+    """Driver and libraries."""
+    resident: int
+    kv_cache: int
+    working: int
+    """Activations of one chunk, partial sums, lists of slots."""
+    slot_nbytes: int
+    slots: int
+    lent: int
+    """Slots that long prompts borrow for their activations; decoding has all of them."""
+    experts: int
+    """Routed experts of these layers: more slots than that are never made."""
+
+    @property
+    def fixed(self) -> int:
+        return self.driver + self.resident + self.kv_cache + self.working
+
+    @property
+    def total(self) -> int:
+        return self.fixed + self.slots * self.slot_nbytes
+
+    def describe(self) -> str:
+        """One line for people."""
+        share = 100 * self.slots / self.experts if self.experts else 100.0
+        return (
+            f"{format_size(self.total)} VRAM of {self.name}, layers {self.layers.start} to {self.layers.stop - 1}: "
+            f"{self.slots} expert slots of {format_size(self.slot_nbytes)} ({share:.0f}% of {self.experts} experts), "
+            + (f"{self.lent} of which long prompts borrow, " if self.lent else "")
+            + f"resident weights {format_size(self.resident)}, KV cache {format_size(self.kv_cache)}, "
+            f"working memory {format_size(self.working)}, driver {format_size(self.driver)}"
+        )
+
+
+@dataclass(frozen=True)
+class DeviceDemand:
+    """What a device must hold besides slots."""
+
+    layers: range
+    resident: int
+    """Bytes of the resident weights of `layers`, with the head on the device that computes it."""
+    context: int
+    """Tokens of the KV cache."""
+    chunk: int
+    """Tokens computed at once."""
+
+
+def device_kv_nbytes(config: ModelConfig, layers: range, context: int) -> int:
+    """Bytes of the fp32 latent cache of `layers` for `context` tokens."""
+    return len(layers) * context * config.latent_dim * 4
+
+
+def plan_vram(
+    config: ModelConfig,
+    demand: DeviceDemand,
+    *,
+    name: str,
+    limit: int,
+    slot_nbytes: int,
+    lendable: int,
+    driver: int,
+) -> VramPlan:
+    """Split `limit` bytes of the device `name`; `driver` of them go to driver and libraries.
+
+    `lendable`: slots that hold the expert outputs of a chunk. Where not all experts fit but enough of them, these
+    outputs get no memory of their own: decoding has it as slots, and a long prompt borrows them. Raises BudgetError,
+    naming the numbers and the knob, when the budget is too small.
+    """
+    moe = [layer for layer in demand.layers if layer in config.moe_layers]
+    experts = config.n_routed_experts * len(moe)
+    kv_cache = device_kv_nbytes(config, demand.layers, demand.context)
+    working = working_nbytes(config, demand.chunk, demand.context)
+    outputs = 4 * demand.chunk * config.num_experts_per_tok * config.hidden_size
+    spare, lent = limit - driver - demand.resident - kv_cache - working, 0
+    if spare // slot_nbytes < experts and (spare + outputs) // slot_nbytes >= lendable + LEAST_WITH_LENDING:
+        lent, working = lendable, working - outputs
+    fixed = VramPlan(name, demand.layers, driver, demand.resident, kv_cache, working, slot_nbytes, 0, lent, experts)
+    slots = min(experts, max(0, limit - fixed.fixed) // slot_nbytes)
+    least = min(MIN_SLOTS, experts)
+    if slots < least or fixed.fixed > limit:
+        need = fixed.fixed + least * slot_nbytes
+        raise BudgetError(
+            f"--vram {format_size(limit)} of {name} is not enough: driver {format_size(driver)}, resident weights "
+            f"{format_size(demand.resident)}, KV cache of {demand.context} tokens {format_size(kv_cache)}, working "
+            f"memory {format_size(working)} and {least} expert slots of {format_size(slot_nbytes)} take "
+            f"{format_size(need)}; give --vram {need // 2**20 + 1}MiB or more, a smaller --context, or --device cpu"
+        )
+    return replace(fixed, slots=slots)
