@@ -117,7 +117,7 @@ class Unruly(Posix):
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._direct: set[int] = set()
-        self._faults: dict[tuple[int, int, int], int] = {}
+        self._faults: dict[tuple[int, str, int], int] = {}
 
     def open(self, path: Path, direct: bool) -> int:
         if direct and self.refuse == "open":
@@ -136,7 +136,7 @@ class Unruly(Posix):
             fail = self._random.random() < self.fail
             # Misfortune strikes a reader at one place no more than twice in a row. Small experts share
             # pages, so the place alone would mix up the readers of two experts.
-            attempt = (threading.get_ident(), fd, offset)
+            attempt = (threading.get_ident(), self.names[fd], offset)
             if short or fail:
                 self._faults[attempt] = self._faults.get(attempt, 0) + 1
                 if self._faults[attempt] > 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
 
 import pytest
@@ -147,6 +148,59 @@ def test_prefetch_changes_no_bits_and_is_replayed(store, kernels, delay_s, tmp_p
     trace = Trace.load(tmp_path / "t.npz")
     assert vars(replay(trace, "ema+tokens", 16).events) == trace.header["events"]
     assert replay(trace, "ema+tokens", 15).events.prefetch_issued == 0
+    executor.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_runs_with_any_settings_give_the_same_bits_and_replay_exactly(store, kernels, seed, tmp_path):
+    rng = random.Random(seed)
+    steps = random_steps(store, [rng.choice([1, 1, 1, 2, 9]) for _ in range(16)], seed=seed)
+    slots, policy = rng.randrange(1, LAYERS * EXPERTS + 1), rng.choice(POLICIES)
+    system = Unruly(delay_s=rng.choice([0.0, 0.002]), short=0.1, fail=0.02, seed=seed)
+    executor = make(store, kernels, slots, system, policy=policy, prefetch=True, record=True)
+    outputs = []
+    for number, step in enumerate(steps):
+        if rng.random() < 0.1:
+            executor.begin_session()
+        executor.begin_step([number % 5] * len(step[0][0]))
+        for layer, (x, ids, weights) in enumerate(step):
+            if rng.random() < 0.5:
+                executor.hint(FIRST + layer, ids, weights)
+            outputs.append(executor(FIRST + layer, x, ids, weights))
+            for later in range(layer + 1, min(layer + 1 + executor.lookahead(), LAYERS)):
+                truth = step[later][1][0].tolist()  # as good as a router applied early: right two times of three
+                executor.expect(FIRST + later, [truth[0], truth[1], rng.randrange(EXPERTS)])
+            executor.ram.residency.check()
+    assert all(map(torch.equal, outputs, reference(store, kernels, steps)))
+    executor.trace().save(tmp_path / "t.npz")
+    trace = Trace.load(tmp_path / "t.npz")
+    assert vars(replay(trace, policy, slots).events) == trace.header["events"] == vars(executor.ram.residency.events)
+    telemetry = trace.header["telemetry"]
+    assert telemetry["ram"]["misses"] == trace.header["events"]["misses"] and len(telemetry["layer_stall_s"]) == LAYERS
+    executor.close()
+
+
+def test_what_is_missing_is_queued_before_anything_is_computed(store, kernels):
+    system, computed = Unruly(), []
+
+    class Watched:
+        combine = staticmethod(kernels.combine)
+
+        def experts(self, x, wave, k, partial):
+            computed.append((len(wave), executor.reader_load()))
+            kernels.experts(x, wave, k, partial)
+            system.gate.set()
+
+    executor = make(store, Watched(), 36, system)
+    executor.reader_load = lambda: len(executor.ram._reads)
+    x, weights = torch.randn(1, 64), torch.ones(1, TOP_K)
+    executor.begin_step([0])
+    executor(FIRST, x, torch.tensor([[0, 1, 2]]), weights)
+    computed.clear()
+    system.gate.clear()
+    executor.begin_step([0])
+    executor(FIRST, x, torch.tensor([[5, 1, 7]]), weights)
+    assert computed[0] == (1, 2)  # the resident one first, with both missing ones under way
     executor.close()
 
 

@@ -48,18 +48,22 @@ def expected(store: Path) -> list[int]:
         return generate(engine)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "ema", "ema+tokens"])
 @pytest.mark.parametrize(
     "disk",
     [{"delay_s": 0.003}, {"short": 0.3, "delay_s": 0.001, "seed": 1}, {"fail": 0.15, "seed": 2}, {"refuse": "open"}],
     ids=["slow and reordering", "short", "failing", "buffered"],
 )
 def test_tokens_are_the_same_whatever_the_drive_does(
-    load: Callable[..., Engine], expected: list[int], policy: str, disk: dict[str, float]
+    load: Callable[..., Engine], expected: list[int], disk: dict[str, float]
 ) -> None:
-    for share, prefetch in ((0.1, True), (0.3, False), (0.6, True)):
+    for policy, share, prefetch in (
+        ("ema+tokens", 0.1, True),
+        ("lru", 0.3, False),
+        ("lfu", 0.2, True),
+        ("ema", 0.6, True),
+    ):
         with load(Unruly(**disk), share, policy=policy, prefetch=prefetch) as engine:
-            assert generate(engine) == expected, (share, prefetch)
+            assert generate(engine) == expected, (policy, share, prefetch)
             ram = engine.counters()["ram"]
             assert ram["misses"] > 0 and bool(ram["retries"]) == bool(disk.keys() & {"short", "fail"})
 
