@@ -158,6 +158,15 @@ class ModelConfig:
         return range(min(self.first_k_dense_replace, self.num_hidden_layers), self.num_hidden_layers)
 
     @property
+    def mtp_layers(self) -> range:
+        """Indices of the multi-token-prediction layers, which follow the decoder's and are no part of its pass."""
+        return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the decoder or multi-token-prediction layer has routed experts."""
+        return layer >= self.first_k_dense_replace
+
+    @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
@@ -285,7 +294,9 @@ def _quantization(value: Any) -> tuple[str | None, tuple[int, int] | None]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"config.json: quantization_config is {value!r}; it must be an object")
     method = value.get("quant_method")
-    if method == "compressed-tensors":
+    if method in ("compressed-tensors", "expertpager"):
+        return method, None
+    if method == "bitsandbytes" and value.get("load_in_4bit") and value.get("bnb_4bit_quant_type") == "nf4":
         return method, None
     if method != "fp8":
         raise ConfigError(f"config.json: quant_method {method!r} is not supported; supported: fp8, compressed-tensors")

@@ -25,15 +25,17 @@ from torch import Tensor
 from offload.errors import KernelError
 from offload.kernels.api import AttentionLayer, Expert, MoeLayer, MoeStart, RouterShape, Wave
 from offload.quant import Codec, QuantizedTensor
+from offload.quant.fp8 import Fp8Codec
+from offload.quant.grouped import GroupedIntCodec
+from offload.quant.nf4 import Nf4Codec
 from offload.types import PROJECTIONS
 
 ISAS = ("avx512", "avxvnni", "avx2", "portable")
 """Instruction sets of the library, fastest first."""
 
 _ABI = 2
-_F32, _BF16, _FP8, _INT4, _INT8, _NF4 = range(6)
-_PAYLOADS = {_BF16: "weight", _FP8: "weight", _INT4: "weight_packed", _INT8: "weight_packed", _NF4: "weight_packed"}
-_NF4_SCALE = "weight_absmax"
+_F32, _BF16, _FP8, _INT4, _INT8, _NF4, _INT3, _INT2 = range(8)
+_INTEGERS = {8: _INT8, 4: _INT4, 3: _INT3, 2: _INT2}
 
 
 class _Weight(Structure):
@@ -482,22 +484,19 @@ def _describe(codec: Codec, shape: tuple[int, int], addresses: dict[str, int]) -
     """What the library needs to know of a weight; `addresses` by suffix may also be offsets."""
     name = codec.name
     group = block_rows = block_cols = 0
-    scale = "weight_scale"
+    payload, scale = "weight", "weight_scale"
     if name == "bf16":
         kind = _BF16
-    elif name.startswith("fp8"):
+    elif isinstance(codec, Fp8Codec):
         kind = _FP8
-        block_rows, block_cols = codec.block  # type: ignore[attr-defined]
-    elif name.startswith(("int4-g", "int8-g")):
-        kind = _INT4 if name.startswith("int4") else _INT8
-        group = codec.group  # type: ignore[attr-defined]
-    elif name.startswith("nf4-b"):
-        kind, scale = _NF4, _NF4_SCALE
-        group = codec.block  # type: ignore[attr-defined]
+        block_rows, block_cols = codec.block
+    elif isinstance(codec, GroupedIntCodec):
+        kind, group, payload = _INTEGERS[codec.bits], codec.group, "weight_packed"
+    elif isinstance(codec, Nf4Codec):
+        kind, group, scale = _NF4, codec.block, "weight.absmax"
     else:
         raise KernelError(f"the native kernels cannot read {name} weights; use --kernels reference")
-    payload = addresses[_PAYLOADS[kind]]
-    return _Weight(kind, group, block_rows, block_cols, *shape, payload, addresses.get(scale, 0))
+    return _Weight(kind, group, block_rows, block_cols, *shape, addresses[payload], addresses.get(scale, 0))
 
 
 def _describe_router(shape: RouterShape, experts: int) -> _Router:

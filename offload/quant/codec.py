@@ -70,6 +70,15 @@ class Codec(ABC):
         This is what transformers and compressed-tensors compute, so both see the same weights.
         """
 
+    def companions(self, rows: int, cols: int) -> dict[str, Tensor]:
+        """Small constant tensors, by suffix, that other engines expect beside a [rows, cols] weight."""
+        return {}
+
+    def shape_of(self, payload: tuple[int, ...], companion: Callable[[str], Tensor]) -> tuple[int, int]:
+        """(rows, cols) of a stored weight, from the shape of its payload or from a companion read by suffix."""
+        rows, cols = payload
+        return rows, cols
+
     def rows_of(self, parts: Mapping[str, Tensor], rows: int, cols: int, ids: Tensor) -> Tensor:
         """Rows `ids` (int64 [T]) of the weight, decoded to float32 [T, cols] from bf16, without decoding the others.
 
@@ -138,17 +147,19 @@ def get_codec(name: str) -> Codec:
 
 def codec_names() -> tuple[str, ...]:
     """The names offered to users, best quality first."""
-    return ("bf16", "fp8", "int8-g128", "int4-g32", "int4-g128")
+    return ("bf16", "fp8", "int8-g128", "int4-g32", "nf4-b64", "int4-g128", "int3-g32", "int2-g32")
 
 
 def _factories() -> tuple[tuple[str, Callable[..., Codec]], ...]:
     # Imported here because the formats' modules import this one for the base class.
     from offload.quant.fp8 import Fp8Codec
     from offload.quant.grouped import GroupedIntCodec
+    from offload.quant.nf4 import Nf4Codec
     from offload.quant.plain import Bf16Codec
 
     return (
         ("bf16", Bf16Codec),
         (r"fp8(?:-b(\d+)x(\d+))?", Fp8Codec),
-        (r"int(8|4)-g(32|64|128)", GroupedIntCodec),
+        (r"int(8|4|3|2)-g(32|64|128)", GroupedIntCodec),
+        (r"nf4-b(64)", Nf4Codec),
     )

@@ -1,10 +1,11 @@
-"""Grouped integers in the `pack-quantized` layout of compressed-tensors: int8 and int4, symmetric.
+"""Grouped integers in the `pack-quantized` layout of compressed-tensors: 8, 4, 3 and 2 bits, symmetric.
 
 Owns the bit layout and the search for scales. Per row, `group` consecutive columns share one bf16
-scale; code k of a row sits in word k // n at bits b * (k % n) (n = 32 / b codes per int32), stored
-as code + 2^(b-1). On a little-endian machine that is: int4 has the even column in the low nibble of
-each byte, int8 is one byte per code. A last group shorter than `group` is legal here; readers of
-compressed-tensors want whole groups (`fits`).
+scale; the codes of a row, stored as code + 2^(b-1), are one stream of bits: code k takes the bits from
+b * k on, bit i being bit i % 32 of the int32 word i // 32. On a little-endian machine that is: int4 has
+the even column in the low nibble of each byte, int8 is one byte per code, and a code of 3 bits may lie
+across two words. A last group shorter than `group` is legal here; readers of compressed-tensors want
+whole groups (`fits`).
 
 Scales: `rtn` spans the largest magnitude; `ls` tries several starting scales, refines each by least
 squares for its own codes (s = sum(h w q) / sum(h q^2)) and keeps the one with the smallest squared
@@ -15,7 +16,7 @@ stored, never against the one that was searched. Every step is one fp32 operatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -39,16 +40,22 @@ class GroupedIntCodec(Codec):
         self.name = f"int{bits}-g{group}"
         self.qmax = 2 ** (bits - 1) - 1
         self.offset = 2 ** (bits - 1)
-        self.per_word = 32 // bits
 
     def parts(self, rows: int, cols: int) -> tuple[TensorSpec, ...]:
         return (
-            TensorSpec("weight_packed", torch.int32, (rows, ceil_div(cols, self.per_word))),
+            TensorSpec("weight_packed", torch.int32, (rows, ceil_div(cols * self.bits, 32))),
             TensorSpec("weight_scale", torch.bfloat16, (rows, ceil_div(cols, self.group))),
         )
 
     def fits(self, rows: int, cols: int) -> bool:
         return cols % self.group == 0
+
+    def companions(self, rows: int, cols: int) -> dict[str, Tensor]:
+        return {"weight_shape": torch.tensor([rows, cols], dtype=torch.int64)}
+
+    def shape_of(self, payload: tuple[int, ...], companion: Callable[[str], Tensor]) -> tuple[int, int]:
+        rows, cols = companion("weight_shape").tolist()
+        return rows, cols
 
     def encode(
         self, weight: Tensor, method: str = "rtn", importance: Tensor | None = None
@@ -77,16 +84,29 @@ class GroupedIntCodec(Codec):
     def pack(self, codes: Tensor) -> Tensor:
         """int8 codes [rows, cols] as int32 words; columns beyond the last are zero bits."""
         biased = (codes + self.offset).to(torch.uint8) if self.bits < 8 else codes.view(torch.uint8) ^ 0x80
-        biased = pad(biased, (0, -codes.shape[1] % self.per_word))
+        biased = pad(biased, (0, -codes.shape[1] % 32))
         if self.bits == 4:
             biased = biased[:, 0::2] | (biased[:, 1::2] << 4)
-        return biased.contiguous().view(torch.int32)
+        elif self.bits < 4:
+            biased = self._pack_octets(biased)
+        words = ceil_div(codes.shape[1] * self.bits, 32)
+        return biased[:, : words * 4].contiguous().view(torch.int32)
+
+    def _pack_octets(self, biased: Tensor) -> Tensor:
+        """Every 8 codes as `bits` bytes, lowest code in the lowest bits; zeros where no code is."""
+        octets = biased.view(biased.shape[0], -1, 8).to(torch.int32)
+        stream = sum((octets[..., k] << (self.bits * k) for k in range(8)), torch.zeros((), dtype=torch.int32))
+        return torch.stack([(stream >> (8 * i) & 0xFF) for i in range(self.bits)], dim=2).flatten(1).to(torch.uint8)
 
     def unpack(self, words: Tensor, cols: int) -> Tensor:
         """int8 codes [rows, cols] from int32 words."""
         raw = words.contiguous().view(torch.uint8)
         if self.bits == 4:
             raw = torch.stack((raw & 0x0F, raw >> 4), dim=2).flatten(1)
+        elif self.bits < 4:
+            raw = pad(raw, (0, -raw.shape[1] % self.bits)).view(raw.shape[0], -1, self.bits).to(torch.int32)
+            stream = sum((raw[..., i] << (8 * i) for i in range(self.bits)), torch.zeros((), dtype=torch.int32))
+            raw = torch.stack([stream >> (self.bits * k) & 2**self.bits - 1 for k in range(8)], dim=2).flatten(1)
         return (raw.to(torch.int16) - self.offset).to(torch.int8)[:, :cols]
 
     def _round(self, groups: Tensor, scale: Tensor) -> Tensor:

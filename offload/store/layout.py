@@ -2,7 +2,8 @@
 
 Owns all addresses of the format. An expert's address is computed, never searched: in the file of its
 MoE layer the experts lie back to back at a fixed stride, each one as gate, up, down payloads followed
-by gate, up, down scales; the small `weight_shape` tensors of all experts come after the last expert.
+by gate, up, down scales; small constant tensors (`weight_shape` and the like) of all experts come after the
+last expert.
 Must not read or write files.
 """
 
@@ -143,22 +144,29 @@ class LayerFile:
         for expert in range(self.n_routed_experts):
             for item in self.layout.fields:
                 yield self._tensor(expert, item.projection, item.suffix), item.dtype, item.shape
-        if self.has_shapes:
-            for expert in range(self.n_routed_experts):
-                for projection in PROJECTIONS:
-                    yield self._tensor(expert, projection, "weight_shape"), torch.int64, (2,)
+        for expert in range(self.n_routed_experts):
+            for projection, suffix, tensor in self._companions:
+                yield self._tensor(expert, projection, suffix), tensor.dtype, tuple(tensor.shape)
+
+    @cached_property
+    def _companions(self) -> list[tuple[str, str, Tensor]]:
+        """(projection, suffix, tensor) of the constant tensors of one expert."""
+        codec = self.layout.codec
+        return [
+            (projection, suffix, tensor)
+            for projection in PROJECTIONS
+            for suffix, tensor in codec.companions(*self.layout.shape(projection)).items()
+        ]
 
     @property
-    def has_shapes(self) -> bool:
-        return self.layout.fields[0].suffix == "weight_packed"
+    def tail_names(self) -> str:
+        """What the tail holds, for people."""
+        return ", ".join(dict.fromkeys(suffix for _, suffix, _ in self._companions))
 
     @cached_property
     def tail(self) -> bytes:
-        """The bytes after the last expert: int64 [out, in] of every projection of every expert."""
-        if not self.has_shapes:
-            return b""
-        row = torch.tensor([self.layout.shape(p) for p in PROJECTIONS], dtype=torch.int64)
-        return row.numpy().tobytes() * self.n_routed_experts
+        """The bytes after the last expert: the constant tensors of every projection of every expert."""
+        return b"".join(tensor.numpy().tobytes() for _, _, tensor in self._companions) * self.n_routed_experts
 
     @property
     def data_start(self) -> int:

@@ -54,7 +54,7 @@ class Manifest:
     """
 
     source: Mapping[str, Any]
-    recipe: Mapping[str, str]
+    recipe: Mapping[str, Any]
     resident_codecs: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[int, LayerRecord] = field(default_factory=dict)
     tensors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from offload.config import ModelConfig
 from offload.errors import StoreError
-from offload.quant import QuantizedTensor, get_codec
+from offload.quant import Codec, QuantizedTensor, get_codec
 from offload.store.hf_config import scale_suffix
 from offload.store.layout import ExpertLayout, LayerFile, disk_suffix, resident_file_name
 from offload.store.manifest import MANIFEST_NAME, Manifest
@@ -68,7 +68,7 @@ class Store:
     def resident(self, module: str) -> QuantizedTensor:
         """The weight of the resident linear `module` (HF name without `.weight`), read into memory."""
         codec = get_codec(self.codec_name(module))
-        rows, cols = self._module_shape(module, codec.name)
+        rows, cols = self._module_shape(module, codec)
         parts = {}
         for spec in codec.parts(rows, cols):
             name = f"{module}.{disk_suffix(spec.suffix, self._scale_suffix)}"
@@ -95,8 +95,9 @@ class Store:
 
     @cached_property
     def resident_nbytes(self) -> int:
-        """Bytes of all resident tensors as stored."""
-        return sum(entry.nbytes for _, entry in self._resident_entries.values())
+        """Bytes of the tensors that stay in memory, as stored: all but experts and multi-token prediction."""
+        unused = {self.path / resident_file_name(layer) for layer in self.config.mtp_layers}
+        return sum(entry.nbytes for path, entry in self._resident_entries.values() if path not in unused)
 
     @cached_property
     def resident_sizes(self) -> dict[str, int]:
@@ -109,13 +110,13 @@ class Store:
         return {self.path / name: read_header(self.path / name) for name in sorted(self.manifest.tensors)}
 
     def _check_structure(self) -> None:
-        missing = set(self.config.moe_layers) ^ set(self.manifest.layers)
+        missing = set(self._expert_layers) ^ set(self.manifest.layers)
         if missing:
             raise StoreError(
                 f"{self.path / MANIFEST_NAME}: MoE layers {sorted(missing)} differ between config.json and the manifest"
             )
         expected = {resident_file_name(None)} | {
-            resident_file_name(layer) for layer in range(self.config.num_hidden_layers)
+            resident_file_name(layer) for layer in (*range(self.config.num_hidden_layers), *self.config.mtp_layers)
         }
         if set(self.manifest.tensors) != expected:
             names = sorted(set(self.manifest.tensors) ^ expected)
@@ -123,15 +124,16 @@ class Store:
         for file in self._layer_files.values():
             _check_layer_file(self.path / file.name, file)
 
-    def _module_shape(self, module: str, codec: str) -> tuple[int, int]:
-        if codec.startswith("int"):
-            rows, cols = self.tensor(f"{module}.weight_shape").tolist()
-            return rows, cols
-        found = self._resident_entries.get(f"{module}.weight")
+    def _module_shape(self, module: str, codec: Codec) -> tuple[int, int]:
+        payload = codec.parts(1, 1)[0].suffix
+        found = self._resident_entries.get(f"{module}.{payload}")
         if found is None or len(found[1].shape) != 2:
-            raise StoreError(f"{self.path}: weight of {module} is missing; convert the store again")
-        rows, cols = found[1].shape
-        return rows, cols
+            raise StoreError(f"{self.path}: {payload} of {module} is missing; convert the store again")
+        try:
+            return codec.shape_of(found[1].shape, lambda suffix: self.tensor(f"{module}.{suffix}"))
+        except (ValueError, KeyError, TypeError) as fault:
+            what = f"{self.path}: the shape of {module} is damaged ({fault})"
+            raise StoreError(f"{what}; run `expertpager verify --repair` on the store") from None
 
     @cached_property
     def _scale_suffix(self) -> str:
@@ -140,7 +142,12 @@ class Store:
     @cached_property
     def _layer_files(self) -> dict[int, LayerFile]:
         count = self.config.n_routed_experts
-        return {layer: LayerFile(layer, count, self.layout, self._scale_suffix) for layer in self.config.moe_layers}
+        return {layer: LayerFile(layer, count, self.layout, self._scale_suffix) for layer in self._expert_layers}
+
+    @property
+    def _expert_layers(self) -> list[int]:
+        config = self.config
+        return [*config.moe_layers, *(layer for layer in config.mtp_layers if config.has_experts(layer))]
 
     @cached_property
     def _resident_entries(self) -> dict[str, tuple[Path, TensorEntry]]:

@@ -37,7 +37,7 @@ from offload.tune.surroundings import warnings
 from offload.types import PAGE, ExpertId, Extent, align_up, format_size
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
-FORMATS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "bf16")
+FORMATS = ("int4-g32", "int4-g128", "int8-g128", "nf4-b64", "int3-g32", "fp8", "bf16")
 ROWS = 16
 """Tokens per expert in a prefill chunk of 512 tokens, 256 experts, top-8."""
 

@@ -44,7 +44,10 @@ struct Weight {
     }
     if (kind == EP_INT4) payload_bytes = rows * up(cols, 8) * 4;
     if (kind == EP_INT8) payload_bytes = rows * up(cols, 4) * 4;
-    if (kind == EP_INT4 || kind == EP_INT8) scale_bytes = rows * up(cols, group) * 2;
+    if (kind == EP_INT3) payload_bytes = rows * up(cols * 3, 32) * 4;
+    if (kind == EP_INT2) payload_bytes = rows * up(cols, 16) * 4;
+    const bool integers = kind == EP_INT4 || kind == EP_INT8 || kind == EP_INT3 || kind == EP_INT2;
+    if (integers) scale_bytes = rows * up(cols, group) * 2;
     if (kind == EP_NF4) {
       payload_bytes = up(elements, 2);
       scale_bytes = up(elements, group) * 4;
@@ -55,7 +58,7 @@ struct Weight {
     if (kind == EP_F32) fill_floats(payload);
     if (kind == EP_BF16) fill_bf16(payload);
     if (kind == EP_FP8 || kind == EP_NF4) fill_floats(scale);
-    if (kind == EP_INT4 || kind == EP_INT8) fill_bf16(scale);
+    if (integers) fill_bf16(scale);
     if (kind == EP_FP8) {
       for (uint8_t& b : payload) b = (b & 0x7F) == 0x7F ? 0 : b;
     }
@@ -94,9 +97,10 @@ void linears(ep_context* c, Outputs& out) {
   const struct {
     int kind, group;
   } formats[] = {{EP_F32, 0},   {EP_BF16, 0},   {EP_FP8, 128}, {EP_FP8, 5},   {EP_FP8, 32},   {EP_INT4, 32},
-                 {EP_INT4, 64}, {EP_INT4, 128}, {EP_INT8, 32}, {EP_INT8, 64}, {EP_INT8, 128}, {EP_NF4, 64}};
+                 {EP_INT4, 64}, {EP_INT4, 128}, {EP_INT8, 32}, {EP_INT8, 64}, {EP_INT8, 128}, {EP_NF4, 64},
+                 {EP_INT3, 32}, {EP_INT2, 32}};
   for (const auto& format : formats) {
-    for (const int64_t cols : {1, 17, 250, 1030}) {
+    for (const int64_t cols : {1, 17, 250, 256, 1030}) {
       const Weight w(format.kind, format.group, 19, cols);
       for (const int64_t tokens : {1, 3, 4, 6, 37}) {
         const std::vector<float> x = floats(tokens * cols);

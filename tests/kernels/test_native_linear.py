@@ -20,7 +20,8 @@ REASON = native.available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"native kernels: {REASON}")
 ISAS = native.supported_isas() if REASON is None else ()
 INT_CODECS = ("int4-g32", "int4-g64", "int4-g128", "int8-g32", "int8-g64", "int8-g128")
-CODECS = (*INT_CODECS, "bf16", "fp8", "fp8-b32x32", "fp8-b7x5")
+NARROW_CODECS = ("nf4-b64", "int3-g32", "int3-g64", "int2-g32", "int2-g128")
+CODECS = (*INT_CODECS, *NARROW_CODECS, "bf16", "fp8", "fp8-b32x32", "fp8-b7x5")
 
 
 @pytest.fixture(params=ISAS)

@@ -43,7 +43,10 @@ BOUND = {
     "int8-g128": 1.1 / 127,
     "int4-g32": 1.1 / 7.5,
     "int4-g128": 1.1 / 7.5,
+    "int3-g32": 1.1 / 3.5,
+    "int2-g32": 1.1 / 1.5,
 }
+NF4_GAP = 0.1520  # half the widest gap between neighbours of its table
 
 
 @pytest.mark.parametrize("method", ["rtn", "ls"])
@@ -53,7 +56,11 @@ def test_every_element_is_within_the_bound_of_its_format(name: str, shape: tuple
     codec = get_codec(name)
     weight = random_weight(*shape)
     decoded = codec.decode(codec.encode(weight, method), *shape, torch.float32)
-    if name.startswith("int"):
+    if name.startswith("nf4"):
+        flat = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
+        amax = flat.abs().amax(1).repeat_interleave(64)[: weight.numel()].view(shape)
+        assert ((decoded - weight).abs() <= amax * NF4_GAP).all()
+    elif name.startswith("int"):
         amax = torch.nn.functional.pad(weight, (0, -shape[1] % codec.group))
         amax = amax.view(shape[0], -1, codec.group).abs().amax(2).repeat_interleave(codec.group, 1)[:, : shape[1]]
         slack = 1.0 if method == "rtn" else 3.0  # ls trades the extreme element for the rest
@@ -63,7 +70,7 @@ def test_every_element_is_within_the_bound_of_its_format(name: str, shape: tuple
         assert ((decoded - weight).abs() <= weight.abs() * BOUND[name] + floor).all()
 
 
-@pytest.mark.parametrize("name", ["int4-g32", "int4-g128", "int8-g128"])
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g128", "int8-g128", "int3-g32", "int2-g32"])
 def test_least_squares_scales_beat_plain_rounding(name: str) -> None:
     codec = get_codec(name)
     weight = random_weight(64, 512)
@@ -104,8 +111,8 @@ def test_non_finite_weights_are_refused_with_their_number(name: str, bad: float)
         get_codec(name).encode(weight)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("cols", [1, 31, 32, 257])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("cols", [1, 10, 11, 31, 32, 43, 257])
 def test_packing_is_the_packing_of_compressed_tensors(bits: int, cols: int) -> None:
     codec = get_codec(f"int{bits}-g32")
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (7, cols), dtype=torch.int8)

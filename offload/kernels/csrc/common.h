@@ -37,6 +37,20 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The `bits` bits from bit `at` on of a stream whose lowest bit comes first; no byte behind them is read.
+inline int bits_at(const uint8_t* p, int64_t at, int bits) {
+  const int shift = static_cast<int>(at % 8);
+  int value = p[at / 8] >> shift;
+  if (shift + bits > 8) value |= p[at / 8 + 1] << (8 - shift);
+  return value & ((1 << bits) - 1);
+}
+
+// The values of NF4 codes, as fractions of their block's largest magnitude.
+alignas(64) constexpr float kNf4[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
 constexpr float kTwo120 = 1.329227995784916e36f;
 constexpr float kQuietNan = __builtin_nanf("");
 

@@ -13,7 +13,7 @@
 #define EP_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum ep_kind { EP_F32 = 0, EP_BF16 = 1, EP_FP8 = 2, EP_INT4 = 3, EP_INT8 = 4, EP_NF4 = 5 };
+enum ep_kind { EP_F32 = 0, EP_BF16 = 1, EP_FP8 = 2, EP_INT4 = 3, EP_INT8 = 4, EP_NF4 = 5, EP_INT3 = 6, EP_INT2 = 7 };
 
 // A weight [rows, cols] in the bytes of its format, aligned to its element (fp8 and nf4 scales: to nothing). `payload` and `scale` are addresses, or offsets
 // from a base address where a function takes one.

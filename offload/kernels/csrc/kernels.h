@@ -354,10 +354,9 @@ void int_rows(const RowsCall& call) {
 
 // ---- decoding to float ---------------------------------------------------------------------------
 
-constexpr float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-                            -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-                            0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-                            0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+// Bits per code of the grouped integers.
+inline int code_bits(int32_t kind) { return kind == EP_INT8 ? 8 : kind == EP_INT4 ? 4 : kind == EP_INT3 ? 3 : 2; }
+inline int64_t packed_row_bytes(int64_t cols, int bits) { return ceil_div(cols * bits, 32) * 4; }
 
 // The value of one element: code times scale, rounded once. Slow; for tails and unusual shapes.
 inline float decode_one(const ep_weight& w, int64_t row, int64_t col) {
@@ -378,9 +377,9 @@ inline float decode_one(const ep_weight& w, int64_t row, int64_t col) {
     default: break;
   }
   const float s = bf16_to_float(element<uint16_t>(scale, row * ceil_div(w.cols, w.group) + col / w.group));
-  if (w.kind == EP_INT8) return static_cast<float>(payload[row * round_up(w.cols, 4) + col] - 128) * s;
-  const uint8_t b = payload[row * ceil_div(w.cols, 8) * 4 + col / 2];
-  return static_cast<float>((col % 2 == 0 ? b & 15 : b >> 4) - 8) * s;
+  const int bits = code_bits(w.kind);
+  const int code = bits_at(payload + row * packed_row_bytes(w.cols, bits), col * bits, bits);
+  return static_cast<float>(code - (1 << (bits - 1))) * s;
 }
 
 // Sixteen columns of a row under one scale; for kinds that have vector code.
@@ -389,6 +388,10 @@ inline F decode_lanes(const uint8_t* row, int64_t col, F scale) {
   if constexpr (KIND == EP_F32) return f_load(reinterpret_cast<const float*>(row) + col);
   if constexpr (KIND == EP_BF16) return f_from_bf16(reinterpret_cast<const uint16_t*>(row) + col);
   if constexpr (KIND == EP_FP8) return f_mul(f_mul(f_from_e4m3_raw(row + col), f_set1(kTwo120)), scale);
+  if constexpr (KIND == EP_NF4) return f_mul(f_from_nf4(row + col / 2), scale);
+  if constexpr (KIND == EP_INT4) return f_mul(f_sub(f_from_bits<4>(row + col / 2), f_set1(8.0f)), scale);
+  if constexpr (KIND == EP_INT3) return f_mul(f_sub(f_from_bits<3>(row + col / 8 * 3), f_set1(4.0f)), scale);
+  if constexpr (KIND == EP_INT2) return f_mul(f_sub(f_from_bits<2>(row + col / 4), f_set1(2.0f)), scale);
   return f_mul(f_sub(f_from_u8(row + col), f_set1(128.0f)), scale);  // EP_INT8
 }
 
@@ -400,8 +403,10 @@ inline int64_t decode_runs(const uint8_t* row, const uint8_t* scales, int64_t pe
   while (c + 16 <= last) {
     const int64_t end = per_scale == 0 ? last : min_of(last, (c / per_scale + 1) * per_scale);
     float s = 1.0f;
-    if constexpr (KIND == EP_FP8) s = element<float>(scales, c / per_scale);
-    if constexpr (KIND == EP_INT8) s = bf16_to_float(element<uint16_t>(scales, c / per_scale));
+    if constexpr (KIND == EP_FP8 || KIND == EP_NF4) s = element<float>(scales, c / per_scale);
+    if constexpr (KIND == EP_INT8 || KIND == EP_INT4 || KIND == EP_INT3 || KIND == EP_INT2) {
+      s = bf16_to_float(element<uint16_t>(scales, c / per_scale));
+    }
     const F scale = f_set1(s);
     for (; c + 16 <= end; c += 16) f_store(out + (c - first), decode_lanes<KIND>(row, c, scale));
     if (c < end) break;  // the end of the row
@@ -416,9 +421,17 @@ void decode(const ep_weight& w, int64_t row, int64_t first, int64_t last, float*
   int64_t c = first;
   if (w.kind == EP_F32) c = decode_runs<EP_F32>(payload + row * w.cols * 4, nullptr, 0, first, last, out);
   if (w.kind == EP_BF16) c = decode_runs<EP_BF16>(payload + row * w.cols * 2, nullptr, 0, first, last, out);
-  if (w.kind == EP_INT8) {
+  if (w.kind == EP_INT8 || w.kind == EP_INT4 || w.kind == EP_INT3 || w.kind == EP_INT2) {
+    const uint8_t* codes = payload + row * packed_row_bytes(w.cols, code_bits(w.kind));
     const uint8_t* scales = scale + row * ceil_div(w.cols, w.group) * 2;
-    c = decode_runs<EP_INT8>(payload + row * round_up(w.cols, 4), scales, w.group, first, last, out);
+    if (w.kind == EP_INT8) c = decode_runs<EP_INT8>(codes, scales, w.group, first, last, out);
+    if (w.kind == EP_INT4) c = decode_runs<EP_INT4>(codes, scales, w.group, first, last, out);
+    if (w.kind == EP_INT3) c = decode_runs<EP_INT3>(codes, scales, w.group, first, last, out);
+    if (w.kind == EP_INT2) c = decode_runs<EP_INT2>(codes, scales, w.group, first, last, out);
+  }
+  if (w.kind == EP_NF4 && w.cols % w.group == 0) {  // else blocks run over the ends of rows
+    const uint8_t* scales = scale + row * (w.cols / w.group) * 4;
+    c = decode_runs<EP_NF4>(payload + row * w.cols / 2, scales, w.group, first, last, out);
   }
   if (w.kind == EP_FP8 && w.block_cols % 16 == 0) {
     const uint8_t* codes = payload + row * w.cols;

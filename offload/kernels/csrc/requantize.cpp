@@ -41,7 +41,7 @@ EP_EXPORT int32_t ep_requantize(const char* isa, const void* weight, int32_t sou
                                 int32_t bits, int32_t group, int32_t search, uint32_t* packed, uint16_t* out_scale,
                                 double* work, double* sums) {
   const ep::RequantizeFn encode = find(isa);
-  const bool known = (bits == 4 || bits == 8) && (group == 32 || group == 64 || group == 128) && source >= 0 && source <= 2;
+  const bool known = ((bits >= 2 && bits <= 4) || bits == 8) && (group == 32 || group == 64 || group == 128) && source >= 0 && source <= 2;
   if (!encode || !known) return -1;
   const int64_t count = rows * ((cols + 31) / 32);
   const ep::RequantizeCall call = {weight,     static_cast<ep::RequantizeSource>(source),

@@ -166,11 +166,11 @@ EP_INLINE void transpose(const float* in, int64_t stride, int count, vf* x) {
 
 template <int kBits, int kGroup>
 bool encode(const RequantizeCall& call) {
-  constexpr int kPerWord = 32 / kBits, kWords = kGroup / kPerWord, kOffset = 1 << (kBits - 1);
+  constexpr int kWords = kGroup * kBits / 32, kOffset = 1 << (kBits - 1);
   constexpr int kSums = kGroup / 32;
   const int64_t groups = (call.cols + kGroup - 1) / kGroup;
   const int64_t batches = (groups + kLanes - 1) / kLanes;
-  const int64_t words = (call.cols + kPerWord - 1) / kPerWord, sums = (call.cols + 31) / 32;
+  const int64_t words = (call.cols * kBits + 31) / 32, sums = (call.cols + 31) / 32;
   const int64_t padded = batches * kLanes * kGroup;
   float* row_values = static_cast<float*>(std::calloc(padded * (call.importance ? 2 : 1), sizeof(float)));
   if (!row_values) return false;
@@ -193,15 +193,15 @@ bool encode(const RequantizeCall& call) {
 
       vu word[kWords];
       vf error[kGroup];
-      for (int w = 0; w < kWords; ++w) {
-        word[w] = vu{};
-        for (int i = 0; i < kPerWord; ++i) {
-          const int k = w * kPerWord + i;
-          const vf code = code_of<kBits>(x[k], inv);
-          word[w] |= (vu)(__builtin_convertvector(code, vi) + kOffset) << (kBits * i);
-          const vf d = code * scale - x[k];
-          error[k] = d * d;
-        }
+      for (int w = 0; w < kWords; ++w) word[w] = vu{};
+      for (int k = 0; k < kGroup; ++k) {
+        const vf code = code_of<kBits>(x[k], inv);
+        const vu stored = (vu)(__builtin_convertvector(code, vi) + kOffset);
+        const int w = k * kBits / 32, shift = k * kBits % 32;
+        word[w] |= stored << shift;
+        if (32 % kBits != 0 && shift + kBits > 32) word[w + 1] |= stored >> (32 - shift);
+        const vf d = code * scale - x[k];
+        error[k] = d * d;
       }
       vf lost[kSums], power[kSums];
       if (call.error) {
@@ -219,8 +219,8 @@ bool encode(const RequantizeCall& call) {
         if (left >= kGroup) {
           for (int w = 0; w < kWords; ++w) out[w] = word[w][lane];
         } else {
-          for (int64_t w = 0; w * kPerWord < left; ++w) {
-            const int64_t bits = (left - w * kPerWord) * kBits;  // beyond the last column the bits are zero
+          for (int64_t w = 0; w * 32 < left * kBits; ++w) {
+            const int64_t bits = left * kBits - w * 32;  // beyond the last column the bits are zero
             out[w] = word[w][lane] & (bits >= 32 ? 0xffffffffu : (1u << bits) - 1u);
           }
         }
@@ -244,6 +244,12 @@ EP_INLINE bool dispatch(const RequantizeCall& call, int bits, int group) {
   if (bits == 4 && group == 64) return encode<4, 64>(call);
   if (bits == 4 && group == 128) return encode<4, 128>(call);
   if (bits == 8 && group == 32) return encode<8, 32>(call);
+  if (bits == 3 && group == 32) return encode<3, 32>(call);
+  if (bits == 3 && group == 64) return encode<3, 64>(call);
+  if (bits == 3 && group == 128) return encode<3, 128>(call);
+  if (bits == 2 && group == 32) return encode<2, 32>(call);
+  if (bits == 2 && group == 64) return encode<2, 64>(call);
+  if (bits == 2 && group == 128) return encode<2, 128>(call);
   if (bits == 8 && group == 64) return encode<8, 64>(call);
   return encode<8, 128>(call);
 }

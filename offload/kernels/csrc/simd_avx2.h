@@ -69,6 +69,29 @@ inline F f_from_u8(const uint8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)),
           _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)))};
 }
+template <int BITS>
+inline __m256 bit_lanes(uint32_t stream) {
+  const __m256i shifts = _mm256_setr_epi32(0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS);
+  const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(stream)), shifts);
+  return _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32((1 << BITS) - 1)));
+}
+template <int BITS>
+inline F f_from_bits(const uint8_t* p) {
+  uint64_t stream = 0;
+  std::memcpy(&stream, p, 2 * BITS);
+  return {bit_lanes<BITS>(static_cast<uint32_t>(stream)), bit_lanes<BITS>(static_cast<uint32_t>(stream >> (8 * BITS)))};
+}
+inline __m256 nf4_lanes(__m128i codes) {
+  const __m256i index = _mm256_cvtepu8_epi32(codes);  // the permutation looks at the low three bits
+  const __m256 negative = _mm256_permutevar8x32_ps(_mm256_load_ps(kNf4), index);
+  const __m256 positive = _mm256_permutevar8x32_ps(_mm256_load_ps(kNf4 + 8), index);
+  return _mm256_blendv_ps(negative, positive, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+inline F f_from_nf4(const uint8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), low = _mm_set1_epi8(15);
+  const __m128i codes = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), low), _mm_and_si128(bytes, low));
+  return {nf4_lanes(codes), nf4_lanes(_mm_srli_si128(codes, 8))};
+}
 inline F f_from_i32(const int32_t* p) {
   return {_mm256_cvtepi32_ps(load256(p)), _mm256_cvtepi32_ps(load256(p + 8))};
 }

@@ -44,6 +44,20 @@ inline F f_from_e4m3_raw(const uint8_t* p) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_slli_epi32(_mm512_cvtepi8_epi32(load128(p)), 20), mask));
 }
 inline F f_from_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load128(p))); }
+template <int BITS>
+inline F f_from_bits(const uint8_t* p) {
+  uint64_t stream = 0;
+  std::memcpy(&stream, p, 2 * BITS);
+  const __m256i low = _mm256_set1_epi32(static_cast<int>(stream)), high = _mm256_set1_epi32(static_cast<int>(stream >> (8 * BITS)));
+  const __m512i lanes = _mm512_mullo_epi32(_mm512_set1_epi32(BITS), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7));
+  const __m512i codes = _mm512_srlv_epi32(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), lanes);
+  return _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32((1 << BITS) - 1)));
+}
+inline F f_from_nf4(const uint8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), low = _mm_set1_epi8(15);
+  const __m128i codes = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), low), _mm_and_si128(bytes, low));
+  return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), _mm512_load_ps(kNf4));
+}
 inline F f_from_i32(const int32_t* p) { return _mm512_cvtepi32_ps(load512(p)); }
 inline void f_store_i8(int8_t* p, F x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));

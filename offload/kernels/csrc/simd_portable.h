@@ -41,6 +41,11 @@ inline F f_from_bf16(const uint16_t* p) { EP_LANES(bf16_to_float(p[i])); }
 // e4m3 bits as floats that are 2^120 too small (exact, also for subnormal codes; NaN codes give 480).
 inline F f_from_e4m3_raw(const uint8_t* p) { EP_LANES(e4m3_raw(p[i])); }
 inline F f_from_u8(const uint8_t* p) { EP_LANES(static_cast<float>(p[i])); }
+// Sixteen codes of BITS bits (2 to 4) from 2 * BITS bytes, lowest bits first.
+template <int BITS>
+inline F f_from_bits(const uint8_t* p) { EP_LANES(static_cast<float>(bits_at(p, i * BITS, BITS))); }
+// Sixteen NF4 values from 8 bytes, high nibble first.
+inline F f_from_nf4(const uint8_t* p) { EP_LANES(kNf4[i % 2 == 0 ? p[i / 2] >> 4 : p[i / 2] & 15]); }
 inline F f_from_i32(const int32_t* p) { EP_LANES(static_cast<float>(p[i])); }
 // Integral lanes in [-127, 127] to bytes.
 inline void f_store_i8(int8_t* p, F x) {
