@@ -148,7 +148,7 @@ def cli(debug: bool) -> None:
 @click.argument("source")
 @click.option("-o", "--output", "out", required=True, type=click.Path(file_okay=False), help="Folder of the store.")
 @click.option("--recipe", help="A recipe of configs/recipes by name, or a TOML file; the options below win.")
-@click.option("--experts", help="Codec of the routed experts.  [default: int4-g32]")
+@click.option("--experts", help="Codec of the routed experts.  [default: int4-g32, or the source's own ints]")
 @click.option(
     "--resident",
     help="Codec of attention, shared experts and dense layers.  [default: int8-g128; fp8 with --experts fp8]",
@@ -158,6 +158,7 @@ def cli(debug: bool) -> None:
 @click.option(
     "--scales", help="How int scales are found: ls (least squares) or rtn (to the largest magnitude).  [default: ls]"
 )
+@click.option("--mtp", is_flag=True, help="Keep the multi-token-prediction layer in the store too.")
 @click.option("--revision", help="Revision of a hub repository.")
 @click.option(
     "--only-layers",

@@ -89,9 +89,8 @@ def _encode_linear(
     yield f"{linear.module}.{disk_suffix(specs[0].suffix, suffix)}", payload()
     for item in later:
         yield f"{linear.module}.{disk_suffix(item, suffix)}", scales(item)
-    if specs[0].suffix == "weight_packed":
-        shape = torch.tensor([linear.rows, linear.cols], dtype=torch.int64)
-        yield f"{linear.module}.weight_shape", iter((shape,))
+    for item, tensor in codec.companions(linear.rows, linear.cols).items():
+        yield f"{linear.module}.{item}", iter((tensor,))
 
 
 def _encode_strips(plan: ConversionPlan, linear: Linear, codec: Codec) -> Iterator[dict[str, Tensor]]:

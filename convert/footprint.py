@@ -92,7 +92,8 @@ def of_checkpoint(checkpoint: Checkpoint, recipes: Sequence[NamedRecipe]) -> lis
 
 def resident_nbytes(plan: ConversionPlan) -> int:
     """Bytes of all resident tensors, as `Store.resident_nbytes` counts them in the finished store."""
-    return sum(prod(shape) * dtype.itemsize for file in plan.residents.values() for _, dtype, shape in file.slots)
+    files = [file for file in plan.residents.values() if file.layer not in plan.config.mtp_layers]
+    return sum(prod(shape) * dtype.itemsize for file in files for _, dtype, shape in file.slots)
 
 
 def _of_store(store: Store) -> Footprint:

@@ -18,6 +18,7 @@ from convert.error_table import ErrorTable
 from convert.journal import FOLDER
 from convert.listing import save_listing
 from convert.mapping import kept_shapes, linear_shapes, map_checkpoint
+from convert.packed import packed_codec
 from convert.source import Checkpoint, open_source
 from offload.config import ModelConfig
 from offload.errors import StoreError, UsageError
@@ -36,7 +37,7 @@ COMPONENTS = (
     "routed experts",
     "MTP",
 )
-"""The parts of a model, in the order of the tables. MTP is in checkpoints only."""
+"""The parts of a model, in the order of the tables. MTP is in stores that were made with --mtp."""
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -62,6 +63,8 @@ class Inspection:
     tensors: int
     source: dict[str, Any]
     expert_nbytes: int
+    quant_method: str | None
+    """What config.json tells other engines; None for plain floats."""
     errors: ErrorTable | None = None
 
     @property
@@ -92,6 +95,7 @@ class Inspection:
             f"{config.num_hidden_layers} layers, {moe} with {config.n_routed_experts} routed experts of "
             f"{config.expert_parameters / 1e6:.2f} M parameters and {format_size(self.expert_nbytes)}; "
             f"{config.num_experts_per_tok} per layer and token: {per_token} per token",
+            f"quant_method in config.json: {self.quant_method or 'none'}",
             f"{_count(self.parameters)} parameters, {_count(self.active_parameters)} active per token",
             f"{'component':<16}{'parameters':>12}{'size':>12}{'bits':>7}  format",
         ]
@@ -119,6 +123,7 @@ class Inspection:
             "files": self.files,
             "tensors": self.tensors,
             "bytes": self.nbytes,
+            "quant_method": self.quant_method,
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
             "components": {
@@ -169,13 +174,16 @@ def inspect(
 
 def _inspect_source(checkpoint: Checkpoint) -> Inspection:
     config = ModelConfig.from_hf(checkpoint.config)
-    mapped = map_checkpoint(checkpoint, config)
+    packed = packed_codec(checkpoint.config, checkpoint.source.name)
+    mapped = map_checkpoint(checkpoint, config, packed=packed)
     components = parameter_counts(config)
     left_out = {info.name for info in mapped.left_out}
     for name, info in checkpoint.tensors.items():
         item = components["MTP" if name in left_out else component(name)]
         item.nbytes += info.nbytes
-        if not name.endswith("_scale_inv"):
+        if name.endswith("weight_packed") and packed is not None:
+            item.codecs.add(packed.name)
+        elif not name.endswith(("_scale_inv", "weight_scale", "weight_shape")):
             item.codecs.add(_DTYPES.get(info.dtype, str(info.dtype)))
             item.parameters += prod(info.shape) if name in left_out else 0
     expert = next(iter(mapped.experts.values()), {})
@@ -189,6 +197,7 @@ def _inspect_source(checkpoint: Checkpoint) -> Inspection:
         tensors=len(checkpoint.tensors),
         source={"name": source.name, "revision": source.revision},
         expert_nbytes=sum(linear.nbytes for linear in expert.values()),
+        quant_method=config.quant_method,
     )
 
 
@@ -201,19 +210,20 @@ def _inspect_store(directory: Path, errors: bool) -> Inspection:
     tensors = 0
     for header in store.resident_headers.values():
         for name, entry in header.tensors.items():
-            item = components[component(name)]
+            item = components["MTP" if _layer(name) in config.mtp_layers else component(name)]
             item.nbytes += entry.nbytes
             tensors += 1
             module = name.rsplit(".", 1)[0]
             if name.endswith((".weight", ".weight_packed", "_bias")):
                 dtype = _DTYPES.get(entry.dtype, str(entry.dtype))
                 item.codecs.add(store.manifest.resident_codecs.get(module, dtype))
-    routed = components["routed experts"]
-    for layer in config.moe_layers:
+    for layer in store.manifest.layers:
         file = store.layer_file(layer)
-        routed.nbytes += file.nbytes - file.data_start
+        item = components["MTP" if layer in config.mtp_layers else "routed experts"]
+        item.nbytes += file.nbytes - file.data_start
+        item.codecs.add(store.layout.codec.name)
         tensors += sum(1 for _ in file.tensors())
-    routed.codecs.add(store.layout.codec.name)
+    components["MTP"].parameters = _mtp_parameters(store)
     return Inspection(
         path=str(directory),
         kind="store",
@@ -223,6 +233,7 @@ def _inspect_store(directory: Path, errors: bool) -> Inspection:
         tensors=tensors,
         source=dict(store.manifest.source),
         expert_nbytes=store.layout.stride,
+        quant_method=config.quant_method,
         errors=ErrorTable.of(store.manifest) if errors else None,
     )
 
@@ -244,6 +255,23 @@ def component(tensor: str) -> str:
         if part in tensor:
             return name
     return "dense MLP"
+
+
+def _layer(tensor: str) -> int | None:
+    """The decoder layer in the name of `tensor`."""
+    match = re.match(r"model\.layers\.(\d+)\.", tensor)
+    return int(match[1]) if match else None
+
+
+def _mtp_parameters(store: Store) -> int:
+    """Parameters of the multi-token-prediction layers that `store` holds."""
+    config, total = store.config, 0
+    for layer in config.mtp_layers:
+        there = store.manifest.resident_codecs
+        total += sum(prod(shape) for module, shape in linear_shapes(config, layer) if module in there)
+        total += sum(prod(shape) for _, shape in kept_shapes(config, layer))
+        total += config.n_routed_experts * config.expert_parameters if config.has_experts(layer) else 0
+    return total
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, Component]:

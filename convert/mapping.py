@@ -13,9 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from convert.packed import PACKED, SHAPE
+from convert.packed import SCALE as PACKED_SCALE
 from convert.source import Checkpoint, TensorInfo
 from offload.config import ModelConfig
 from offload.errors import CheckpointError
+from offload.quant.grouped import GroupedIntCodec
 from offload.store.layout import expert_module
 from offload.types import PROJECTIONS, ExpertId, ceil_div
 
@@ -29,22 +32,31 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight matrix [rows, cols] and, when it is FP8, its scale per block."""
+    """A weight matrix [rows, cols]: floats, FP8 with a scale per block, or packed integers.
+
+    Packed integers are in the bytes of `codec` and come with the `shape` they were packed from.
+    """
 
     module: str
     rows: int
     cols: int
     weight: TensorInfo
     scale: TensorInfo | None
+    codec: GroupedIntCodec | None = None
+    shape: TensorInfo | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The tensors to load."""
-        return (self.weight.name,) if self.scale is None else (self.weight.name, self.scale.name)
+        return tuple(info.name for info in self._parts)
 
     @property
     def nbytes(self) -> int:
-        return self.weight.nbytes + (self.scale.nbytes if self.scale else 0)
+        return sum(info.nbytes for info in self._parts)
+
+    @property
+    def _parts(self) -> list[TensorInfo]:
+        return [info for info in (self.weight, self.scale, self.shape) if info is not None]
 
 
 @dataclass(frozen=True)
@@ -70,31 +82,61 @@ class CheckpointMap:
         nbytes = sum(info.nbytes for info in self.left_out)
         return (
             f"left out: {len(self.left_out)} tensors ({nbytes / 1e9:.2f} GB) of the multi-token-prediction layer "
-            f"{self.config.num_hidden_layers}; generation does not need them"
+            f"{self.config.num_hidden_layers}; generation does not need them, --mtp keeps them"
+        )
+
+    @property
+    def mtp_line(self) -> str | None:
+        """One line about the multi-token-prediction layers that a store will hold, or None."""
+        layers = [layer for layer in self.config.mtp_layers if layer in self.linears]
+        if not layers:
+            return None
+        nbytes = sum(item.nbytes for layer in layers for item in self.kept[layer])
+        nbytes += sum(linear.nbytes for layer in layers for linear in self.linears[layer])
+        experts = (item for which, item in self.experts.items() if which.layer in layers)
+        nbytes += sum(linear.nbytes for item in experts for linear in item.values())
+        names = ", ".join(str(layer) for layer in layers)
+        return (
+            f"kept: multi-token-prediction layer {names} ({nbytes / 1e9:.2f} GB of the source); the runtime does not "
+            "use it yet"
         )
 
 
-def map_checkpoint(checkpoint: Checkpoint, config: ModelConfig) -> CheckpointMap:
-    """Sort the tensors of `checkpoint` by role.
+def map_checkpoint(
+    checkpoint: Checkpoint, config: ModelConfig, mtp: bool = False, packed: GroupedIntCodec | None = None
+) -> CheckpointMap:
+    """Sort the tensors of `checkpoint` by role; with `mtp` also those of the multi-token-prediction layers.
 
+    `packed` is the codec of weights that are quantized already.
     Raises CheckpointError for a missing tensor or scale, a wrong shape or dtype, and a tensor nobody expects.
     """
+    if mtp and not config.mtp_layers:
+        raise CheckpointError(
+            f"{checkpoint.source.name} has no multi-token-prediction layer (num_nextn_predict_layers is 0 in "
+            "config.json); leave out --mtp"
+        )
     block = config.weight_block_size or (128, 128)
-    reader = _Reader(checkpoint, block)
+    reader = _Reader(checkpoint, block, packed)
+    layers = [*range(config.num_hidden_layers), *(config.mtp_layers if mtp else ())]
     experts = {
         ExpertId(layer, expert): {
             projection: reader.linear(expert_module(ExpertId(layer, expert), projection), *shape)
             for projection, shape in zip(PROJECTIONS, _mlp(config, config.moe_intermediate_size), strict=True)
         }
-        for layer in config.moe_layers
+        for layer in layers
+        if config.has_experts(layer)
         for expert in range(config.n_routed_experts)
     }
     linears: dict[int | None, list[Linear]] = {}
     kept: dict[int | None, list[TensorInfo]] = {}
-    for layer in (None, *range(config.num_hidden_layers)):
-        linears[layer] = [reader.linear(module, *shape) for module, shape in linear_shapes(config, layer)]
+    for layer in (None, *layers):
+        linears[layer] = [
+            reader.linear(module, *shape)
+            for module, shape in linear_shapes(config, layer)
+            if not _is_copy(module) or f"{module}.weight" in checkpoint.tensors
+        ]
         kept[layer] = [reader.kept(name, shape) for name, shape in kept_shapes(config, layer)]
-    return CheckpointMap(config, block, experts, linears, kept, reader.rest(config.num_hidden_layers))
+    return CheckpointMap(config, block, experts, linears, kept, reader.rest(len(layers)))
 
 
 def linear_shapes(config: ModelConfig, layer: int | None) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -115,7 +157,12 @@ def linear_shapes(config: ModelConfig, layer: int | None) -> Iterator[tuple[str,
     yield f"{attn}.kv_a_proj_with_mqa", (rank + config.qk_rope_head_dim, hidden)
     yield f"{attn}.kv_b_proj", (heads * (config.qk_nope_head_dim + config.v_head_dim), rank)
     yield f"{attn}.o_proj", (hidden, heads * config.v_head_dim)
-    if layer not in config.moe_layers:
+    if layer in config.mtp_layers:
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.eh_proj", (hidden, 2 * hidden)
+        yield f"{prefix}.embed_tokens", (config.vocab_size, hidden)
+        yield f"{prefix}.shared_head.head", (config.vocab_size, hidden)
+    if not config.has_experts(layer):
         mlp, width = f"model.layers.{layer}.mlp", config.intermediate_size
     elif config.n_shared_experts:
         mlp = f"model.layers.{layer}.mlp.shared_experts"
@@ -138,9 +185,17 @@ def kept_shapes(config: ModelConfig, layer: int | None) -> Iterator[tuple[str, t
         yield f"{prefix}.self_attn.q_a_layernorm.weight", (config.q_lora_rank,)
     yield f"{prefix}.self_attn.kv_a_layernorm.weight", (config.kv_lora_rank,)
     yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-    if layer in config.moe_layers:
+    if layer in config.mtp_layers:
+        for name in ("enorm", "hnorm", "shared_head.norm"):
+            yield f"{prefix}.{name}.weight", (hidden,)
+    if config.has_experts(layer):
         yield f"{prefix}.mlp.gate.weight", (config.n_routed_experts, hidden)
         yield f"{prefix}.mlp.gate.e_score_correction_bias", (config.n_routed_experts,)
+
+
+def _is_copy(module: str) -> bool:
+    """Whether a multi-token-prediction layer may lack `module`, because it is a copy of the model's own."""
+    return module.startswith("model.layers.") and module.endswith((".embed_tokens", ".shared_head.head"))
 
 
 def _mlp(config: ModelConfig, width: int) -> tuple[tuple[int, int], ...]:
@@ -152,12 +207,15 @@ def _mlp(config: ModelConfig, width: int) -> tuple[tuple[int, int], ...]:
 class _Reader:
     """Checks tensors against what is expected and remembers which ones were asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, block: tuple[int, int]) -> None:
+    def __init__(self, checkpoint: Checkpoint, block: tuple[int, int], packed: GroupedIntCodec | None) -> None:
         self.checkpoint = checkpoint
         self.block = block
+        self.packed = packed
         self.seen: set[str] = set()
 
     def linear(self, module: str, rows: int, cols: int) -> Linear:
+        if self.packed is not None and f"{module}.{PACKED}" in self.checkpoint.tensors:
+            return self._packed(self.packed, module, rows, cols)
         weight = self._expect(f"{module}.weight", (rows, cols))
         if weight.dtype in _FLOATS:
             return Linear(module, rows, cols, weight, None)
@@ -176,20 +234,30 @@ class _Reader:
             raise CheckpointError(f"{self._where(scale)} has dtype {scale.dtype}; a scale must be floating point")
         return Linear(module, rows, cols, weight, scale)
 
+    def _packed(self, codec: GroupedIntCodec, module: str, rows: int, cols: int) -> Linear:
+        payload, scales = codec.parts(rows, cols)
+        weight = self._expect(f"{module}.{PACKED}", payload.shape, f" for {codec.name}")
+        scale = self._expect(f"{module}.{PACKED_SCALE}", scales.shape, f" for {codec.name}")
+        shape = self._expect(f"{module}.{SHAPE}", (2,))
+        for info, dtypes in ((weight, (torch.int32,)), (scale, _FLOATS), (shape, (torch.int64, torch.int32))):
+            if info.dtype not in dtypes:
+                raise CheckpointError(f"{self._where(info)} has dtype {info.dtype}; expected {dtypes[0]}")
+        return Linear(module, rows, cols, weight, scale, codec, shape)
+
     def kept(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         info = self._expect(name, shape)
         if info.dtype not in _FLOATS:
             raise CheckpointError(f"{self._where(info)} has dtype {info.dtype}; expected bf16, f16 or f32")
         return info
 
-    def rest(self, num_hidden_layers: int) -> list[TensorInfo]:
-        """Tensors of further layers. Raises CheckpointError when anything else is left."""
+    def rest(self, layers: int) -> list[TensorInfo]:
+        """Tensors of layers from number `layers` on. Raises CheckpointError when anything else is left."""
         left_out = []
         for name, info in self.checkpoint.tensors.items():
             if name in self.seen or _DERIVED.search(name):
                 continue
             layer = _LAYER.match(name)
-            if not layer or int(layer[1]) < num_hidden_layers:
+            if not layer or int(layer[1]) < layers:
                 raise CheckpointError(
                     f"{self._where(info)} is not part of the model that config.json describes; "
                     "this converter does not know what to do with it"

@@ -102,11 +102,12 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    experts: str = Recipe.experts,
+    experts: str | None = None,
     resident: str | None = None,
     head: str = Recipe.head,
     embedding: str = Recipe.embedding,
     scales: str = Recipe.scales,
+    mtp: bool = Recipe.mtp,
     revision: str | None = None,
     only_layers: str | None = None,
     workers: int | None = None,
@@ -134,8 +135,9 @@ def convert(
     saved = saved_state(Path(out))
     opened = DepletedSource(source, saved) if saved and Path(source).is_dir() else open_source(source, revision)
     try:
-        codecs = {"experts": experts, "head": head, "embedding": embedding, "scales": scales}
-        plan = plan_conversion(Checkpoint(opened), **codecs, resident=resident, kernels=kernels)
+        checkpoint = Checkpoint(opened)
+        codecs = {"head": head, "embedding": embedding, "scales": scales}
+        plan = plan_conversion(checkpoint, experts=experts, resident=resident, **codecs, mtp=mtp, kernels=kernels)
         units = _chosen(plan, only_layers)
         if dry_run:
             return _dry_run(plan, Path(out), units, workers or cores())
@@ -186,7 +188,7 @@ def _chosen(plan: ConversionPlan, only_layers: str | None) -> list[Unit]:
     return [None, *(layers if only_layers is None else parse_layers(only_layers, layers))]
 
 
-def _identity(plan: ConversionPlan) -> dict[str, str | int]:
+def _identity(plan: ConversionPlan) -> dict[str, Any]:
     source = plan.checkpoint.source
     return {
         "source": source.short_name,

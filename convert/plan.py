@@ -14,15 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from convert.encoder import Encoder, select_encoder
 from convert.journal import RECORD_NBYTES, Unit
 from convert.mapping import CheckpointMap, Linear, map_checkpoint
+from convert.packed import packed_codec
 from convert.recipe import Recipe, make_recipe, notes
 from convert.source import INDEX, Checkpoint
 from offload.config import ModelConfig
-from offload.errors import CheckpointError
 from offload.quant import Codec, get_codec
 from offload.store.hf_config import scale_suffix, store_config
 from offload.store.layout import ExpertLayout, LayerFile, TensorSlot, disk_suffix, resident_file_name
@@ -134,41 +132,46 @@ class ConversionPlan:
     def notes(self) -> list[str]:
         """Lines the user should read."""
         lines = notes(self.recipe, self.mapped)
-        return [line for line in (self.mapped.left_out_line, self.encoder_note) if line] + lines
+        return [line for line in (self.mapped.left_out_line, self.mapped.mtp_line, self.encoder_note) if line] + lines
 
 
 def plan_conversion(
     checkpoint: Checkpoint,
     *,
-    experts: str = Recipe.experts,
+    experts: str | None = None,
     resident: str | None = None,
     head: str = Recipe.head,
     embedding: str = Recipe.embedding,
     scales: str = Recipe.scales,
+    mtp: bool = Recipe.mtp,
     kernels: str = "auto",
 ) -> ConversionPlan:
     """Plan the conversion of `checkpoint`. Reads no weights.
 
-    `kernels` chooses the encoder: native, reference (torch), or auto. All give the same bytes.
+    `experts` defaults to int4-g32, or to the source's own codec where its experts are quantized already; those pass
+    through unchanged. `kernels` chooses the encoder: native, reference (torch), or auto. All give the same bytes.
 
     Raises ConfigError, CheckpointError, CodecError and UsageError for anything that cannot be converted.
     """
     config = ModelConfig.from_hf(checkpoint.config)
-    if config.quant_method == "compressed-tensors":
-        raise CheckpointError(
-            f"{checkpoint.source.name} is quantized already (compressed-tensors); convert the FP8 or BF16 release"
-        )
-    recipe = make_recipe(experts, resident, scales, head, embedding, config.weight_block_size or (128, 128))
-    mapped = map_checkpoint(checkpoint, config)
+    packed = packed_codec(checkpoint.config, checkpoint.source.name)
+    if experts is None:
+        experts = Recipe.experts if packed is None else packed.name
+    recipe = make_recipe(experts, resident, scales, head, embedding, mtp, config.weight_block_size or (128, 128))
+    mapped = map_checkpoint(checkpoint, config, mtp, packed)
     codecs = {
         linear.module: recipe.codec_name(linear.module, linear.rows, linear.cols)
         for linears in mapped.linears.values()
         for linear in linears
     }
-    hf_config = store_config(checkpoint.config, recipe.experts, codecs)
+    hf_config = store_config(checkpoint.config, recipe.experts, codecs, len(config.mtp_layers) if mtp else 0)
     suffix = scale_suffix(hf_config)
     layout = ExpertLayout(get_codec(recipe.experts), config.hidden_size, config.moe_intermediate_size)
-    layers = {layer: LayerFile(layer, config.n_routed_experts, layout, suffix) for layer in config.moe_layers}
+    layers = {
+        layer: LayerFile(layer, config.n_routed_experts, layout, suffix)
+        for layer in mapped.linears
+        if layer is not None and config.has_experts(layer)
+    }
     residents = {resident_file_name(layer): _resident_file(mapped, layer, codecs, suffix) for layer in mapped.linears}
     encoder, note = select_encoder(kernels)
     return ConversionPlan(checkpoint, mapped, recipe, hf_config, layout, layers, residents, encoder, note)
@@ -190,8 +193,8 @@ def linear_slots(linear: Linear, codec: Codec, suffix: str) -> list[TensorSlot]:
     slots: list[TensorSlot] = [
         (f"{linear.module}.{disk_suffix(part.suffix, suffix)}", part.dtype, part.shape) for part in parts
     ]
-    if parts[0].suffix == "weight_packed":
-        slots.append((f"{linear.module}.weight_shape", torch.int64, (2,)))
+    for name, tensor in codec.companions(linear.rows, linear.cols).items():
+        slots.append((f"{linear.module}.{name}", tensor.dtype, tuple(tensor.shape)))
     return slots
 
 

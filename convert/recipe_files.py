@@ -26,7 +26,7 @@ class NamedRecipe:
     """A recipe file. What it leaves out is chosen as by `convert` without that option."""
 
     name: str
-    values: Mapping[str, str]
+    values: Mapping[str, Any]
     """experts, resident, head, embedding, scales as far as the file gives them."""
     description: str = ""
 

@@ -17,6 +17,7 @@ from convert.mapping import Linear
 from offload.errors import CheckpointError, CodecError
 from offload.quant import Codec
 from offload.quant.fp8 import Fp8Codec
+from offload.quant.grouped import GroupedIntCodec
 
 ENCODING = 1
 """Raised when the same recipe begins to give other bytes: a journal of the old ones is not continued."""
@@ -34,6 +35,8 @@ def requantize(
     if linear.scale is not None and scale is not None and not bool(torch.isfinite(scale).all()):
         bad = int((~torch.isfinite(scale)).sum())
         raise CheckpointError(f"{linear.scale.name}: {bad} of {scale.numel()} scales are NaN or infinite")
+    if linear.codec is not None:
+        return _from_packed(linear, linear.codec, tensors, codec, method, encoder)
     if scale is not None and isinstance(codec, Fp8Codec) and codec.block == block:
         _require_numbers(linear, weight)
         return Encoded({"weight": weight, "weight_scale": scale}, 0.0)
@@ -42,6 +45,24 @@ def requantize(
         return Encoded({"weight": weight}, 0.0)
     try:
         return encoder.encode(weight, scale, block, codec, method)
+    except CodecError as fault:
+        raise CheckpointError(f"{linear.weight.name}: {fault}") from None
+
+
+def _from_packed(
+    linear: Linear, source: GroupedIntCodec, tensors: Mapping[str, Tensor], codec: Codec, method: str, encoder: Encoder
+) -> Encoded:
+    """Integers of the source: its own bytes where `codec` is theirs, else decoded to fp32 and encoded again."""
+    assert linear.scale is not None and linear.shape is not None
+    found = tensors[linear.shape.name].tolist()
+    if found != [linear.rows, linear.cols]:
+        raise CheckpointError(f"{linear.shape.name} says {found}; config.json implies {[linear.rows, linear.cols]}")
+    parts = {"weight_packed": tensors[linear.weight.name], "weight_scale": tensors[linear.scale.name]}
+    if codec.name == source.name and parts["weight_scale"].dtype == torch.bfloat16:
+        return Encoded(parts, 0.0)
+    weight = source.decode(parts, linear.rows, linear.cols, torch.float32)
+    try:
+        return encoder.encode(weight, None, (1, 1), codec, method)
     except CodecError as fault:
         raise CheckpointError(f"{linear.weight.name}: {fault}") from None
 

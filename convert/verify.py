@@ -233,7 +233,7 @@ class Checker:
                 offset = file.offset(expert)
                 yield _Range(file.name, offset, file.layout.stride, digest, None, ExpertId(layer, expert))
             if file.tail:
-                yield _Range(file.name, file.tail_start, len(file.tail), record.tail, "weight_shape", None)
+                yield _Range(file.name, file.tail_start, len(file.tail), record.tail, file.tail_names, None)
 
     def _resident_ranges(self) -> Iterator[_Range]:
         for name, sums in self.manifest.tensors.items():

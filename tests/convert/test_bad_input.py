@@ -209,7 +209,7 @@ def test_scale_that_is_no_number(source: Path, tmp_path: Path, experts: str, val
     assert not (tmp_path / "s" / "expertpager.json").exists()
 
 
-@pytest.mark.parametrize("experts", ["int4-g32", "fp8"])
+@pytest.mark.parametrize("experts", ["int4-g32", "fp8", "bf16", "int8-g128", "nf4-b64", "int3-g32", "int2-g32"])
 def test_weight_that_is_no_number(source: Path, tmp_path: Path, experts: str) -> None:
     patch_tensor(source, EXPERT, b"\x7f", at=77)
     refused(source, tmp_path / "s", CheckpointError, EXPERT, "NaN", experts=experts)

@@ -12,7 +12,7 @@ from offload.quant import get_codec
 from offload.types import ceil_div
 
 needs_library = pytest.mark.skipif(library_path() is None, reason="compiled kernels not built")
-CODECS = ("int4-g32", "int4-g128", "int8-g128", "int8-g32")
+CODECS = ("int4-g32", "int4-g128", "int8-g128", "int8-g32", "int3-g32", "int3-g128", "int2-g32", "int2-g64")
 
 
 def native(isa: str) -> NativeEncoder:

@@ -50,5 +50,5 @@ def test_malformed(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(UsageError, match="there is no recipe best; shipped ones: fp8, int4"):
+    with pytest.raises(UsageError, match="there is no recipe best; shipped ones: fp8, int3, int4"):
         read_recipe("best")

@@ -51,6 +51,8 @@ def load(path: Path) -> dict[str, torch.Tensor]:
         ("int8-g128", "fp8", "bf16", "bf16", WHOLE_GROUPS),
         ("int4-g128", "int8-g128", "int8-g128", "int8-g128", WHOLE_GROUPS),
         ("int4-g32", "int4-g32", "int4-g32", "int4-g32", WHOLE_GROUPS),
+        ("int3-g32", "int8-g128", "bf16", "bf16", WHOLE_GROUPS),
+        ("int2-g32", "int3-g32", "int3-g32", "bf16", WHOLE_GROUPS),
     ],
 )
 def test_weights_are_equal_bit_for_bit(
