@@ -193,15 +193,26 @@ bool encode(const RequantizeCall& call) {
 
       vu word[kWords];
       vf error[kGroup];
-      for (int w = 0; w < kWords; ++w) word[w] = vu{};
-      for (int k = 0; k < kGroup; ++k) {
+      const auto take = [&](int k) EP_INLINE_LAMBDA {
         const vf code = code_of<kBits>(x[k], inv);
-        const vu stored = (vu)(__builtin_convertvector(code, vi) + kOffset);
-        const int w = k * kBits / 32, shift = k * kBits % 32;
-        word[w] |= stored << shift;
-        if (32 % kBits != 0 && shift + kBits > 32) word[w + 1] |= stored >> (32 - shift);
         const vf d = code * scale - x[k];
         error[k] = d * d;
+        return (vu)(__builtin_convertvector(code, vi) + kOffset);
+      };
+      if constexpr (32 % kBits == 0) {
+        constexpr int kPerWord = 32 / kBits;
+        for (int w = 0; w < kWords; ++w) {
+          word[w] = vu{};
+          for (int i = 0; i < kPerWord; ++i) word[w] |= take(w * kPerWord + i) << (kBits * i);
+        }
+      } else {  // codes may lie across two words
+        for (int w = 0; w < kWords; ++w) word[w] = vu{};
+        for (int k = 0; k < kGroup; ++k) {
+          const vu code = take(k);
+          const int w = k * kBits / 32, shift = k * kBits % 32;
+          word[w] |= code << shift;
+          if (shift + kBits > 32) word[w + 1] |= code >> (32 - shift);
+        }
       }
       vf lost[kSums], power[kSums];
       if (call.error) {
