@@ -102,6 +102,8 @@ def native_copies(codec: str, rows: int, cols: int, memory: Tensor) -> list[Quan
             parts["weight_scale"].fill_(0.01)
         if codec == "bf16":
             parts["weight"].fill_(0.01)
+        if codec == "fp8":  # neither NaN nor subnormal, as nearly all weights are
+            parts["weight"].view(torch.uint8).bitwise_and_(0xB7).bitwise_or_(0x40)
         copies.append(QuantizedTensor(get_codec(codec), rows, cols, parts))
     return copies
 

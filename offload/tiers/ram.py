@@ -336,6 +336,8 @@ class RamTier:
         """Use an idle drive to read what the layers from `first` on will probably need."""
         lookahead = self._lookahead
         assert lookahead is not None
+        if self.residency.resident == self.shape.keys:
+            return  # every expert has a slot
         if lookahead.off_reason is not None or len(self._reads) > len(self._speculative):
             return  # somebody waits for a read
         for layer in range(first, min(first + LOOKAHEAD_LAYERS, self.shape.layers)):

@@ -68,7 +68,6 @@ EP_API int64_t ep_attention(ep_context* context, const ep_attention_layer* layer
   Rows x, x_q, x_kv, q_low, q_act, q, kv, q_latent, q_rope, mixed, latent_act, values, values_act;
   const ep_weight& first_q = has_q_a ? l.q_a : l.q_b;
   const bool shared = same_activations(first_q, l.kv_a);
-  float* work;
   LatentAttention attention(lib, shape, tokens, start, l.scale);
   Scratch scratch;
   x.reserve(scratch, tokens, hidden_size);
@@ -86,7 +85,6 @@ EP_API int64_t ep_attention(ep_context* context, const ep_attention_layer* layer
   latent_act.reserve_act(lib, scratch, tokens * heads, l.kv_b);
   values.reserve(scratch, tokens, heads * shape.value);
   values_act.reserve_act(lib, scratch, tokens, l.o);
-  scratch.add(&work, lib.pool.threads() * ep::absorb_floats(latent));
   attention.reserve(scratch);
   scratch.place(lib);
   for (Rows* rows : {&x, &x_q, &x_kv, &q_low, &q_act, &q, &kv, &q_latent, &q_rope, &mixed, &latent_act, &values, &values_act}) {
@@ -124,8 +122,7 @@ EP_API int64_t ep_attention(ep_context* context, const ep_attention_layer* layer
   if (broken != 0) return broken;
 
   const auto absorb = [&](int64_t h) {
-    ep::absorb_head(lib, l.kv_b, shape, h, q.x + h * query, heads * query, tokens,
-                    work + ep::Pool::worker() * ep::absorb_floats(latent), q_latent.x + h * latent, heads * latent);
+    ep::absorb_head(lib, l.kv_b, shape, h, q.x + h * query, heads * query, tokens, q_latent.x + h * latent, heads * latent);
   };
   // Row `t * heads + h` of the mixed latents through the value rows of head h.
   const auto expand = [&](int64_t h) {

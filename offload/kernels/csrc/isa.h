@@ -64,8 +64,8 @@ struct Isa {
   void (*sigmoid)(const float* x, float* out, int64_t n);
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
   void (*axpy)(float a, const float* x, float* y, int64_t n);  // y += a * x
-  // y[n] += sum over rows of a[row] * block[row * stride ...]
-  void (*add_rows)(const float* a, const float* block, int64_t stride, int64_t rows, int64_t n, float* y);
+  // y [cols] += sum over rows of a[r] * row (first + r) of a weight
+  void (*add_rows)(const ep_weight& weight, int64_t first, int64_t rows, const float* a, float* y);
   void (*attention)(const AttentionCall& call);
   uint64_t (*read)(const uint8_t* p, int64_t n);  // touches every byte; for bandwidth measurements
 };

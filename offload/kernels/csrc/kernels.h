@@ -507,6 +507,29 @@ inline void dot_bf16_rows(const uint16_t* w, int64_t stride, const float* x, int
   for (int r = 0; r < 4; ++r) acc[r * acc_stride] = a[r];
 }
 
+// The same for fp8; none of the codes is NaN, and a block of scales holds whole vectors of columns.
+inline void dot_fp8_rows(const ep_weight& w, int64_t row, const float* x, int64_t n, F* acc, int64_t acc_stride) {
+  const uint8_t* codes = reinterpret_cast<const uint8_t*>(w.payload) + row * w.cols;
+  const void* scales = reinterpret_cast<const void*>(w.scale);
+  const int64_t per_row = ceil_div(w.cols, w.block_cols);
+  F a[4] = {acc[0], acc[acc_stride], acc[2 * acc_stride], acc[3 * acc_stride]};
+  for (int64_t c = 0; c < n;) {
+    const int64_t end = min_of(n, (c / w.block_cols + 1) * w.block_cols);
+    F scale[4];
+    for (int r = 0; r < 4; ++r) {
+      scale[r] = f_set1(element<float>(scales, (row + r) / w.block_rows * per_row + c / w.block_cols));
+      for (int64_t i = c; i < end; i += 64) __builtin_prefetch(codes + r * w.cols + i + kAhead);
+    }
+    for (; c < end; c += 16) {
+      const F xv = f_load(x + c);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) a[r] = f_fma(decode_lanes<EP_FP8>(codes + r * w.cols, c, scale[r]), xv, a[r]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) acc[r * acc_stride] = a[r];
+}
+
 constexpr int kFloatRows = 4;
 constexpr int kFloatTokens = 24;
 constexpr int kFloatColumns = 512;
@@ -529,6 +552,12 @@ void float_rows(const RowsCall& call) {
         begin = w.cols / 16 * 16;
         const uint16_t* row = reinterpret_cast<const uint16_t*>(w.payload) + n * w.cols;
         dot_bf16_rows(row, w.cols, x[0], begin, acc, kFloatTokens);
+      }
+      const uint8_t* codes = reinterpret_cast<const uint8_t*>(w.payload) + n * w.cols;
+      if (w.kind == EP_FP8 && tokens == 1 && rows == kFloatRows && w.block_cols % 16 == 0 &&
+          !has_e4m3_nan(codes, rows * w.cols)) {
+        begin = w.cols / 16 * 16;
+        dot_fp8_rows(w, n, x[0], begin, acc, kFloatTokens);
       }
       for (int64_t c = begin; c < w.cols; c += kFloatColumns) {
         const int64_t last = min_of(c + kFloatColumns, w.cols);
@@ -651,16 +680,51 @@ void silu_mul(const float* gate, const float* up, float* out, int64_t n) { by_la
 void sigmoid(const float* x, float* out, int64_t n) { by_lanes(x, x, out, n, Sigmoid{}); }
 void axpy(float a, const float* x, float* y, int64_t n) { by_lanes(x, y, y, n, MulAdd{f_set1(a)}); }
 
-// y += sum over rows of a[row] * block[row]; block rows are padded to whole lanes.
-void add_rows(const float* a, const float* block, int64_t stride, int64_t rows, int64_t n, float* y) {
+// Lanes of the codes of a grouped integer format, without their offset.
+template <int BITS>
+inline F f_codes(const uint8_t* p) {
+  if constexpr (BITS == 8) return f_sub(f_from_u8(p), f_set1(128.0f));
+  return f_sub(f_from_bits<BITS>(p), f_set1(static_cast<float>(1 << (BITS - 1))));
+}
+
+constexpr int kAddColumns = 64;
+
+// y += sum over rows of a[r] * row r, for whole blocks of columns of a grouped integer format; returns how many
+// columns these are. The scale of a group goes into the factor of its row.
+template <int BITS>
+inline int64_t add_grouped_rows(const ep_weight& w, int64_t first, int64_t rows, const float* a, float* y) {
+  const int64_t row_bytes = packed_row_bytes(w.cols, BITS), groups = ceil_div(w.cols, w.group);
+  const uint8_t* payload = reinterpret_cast<const uint8_t*>(w.payload) + first * row_bytes;
+  const uint16_t* scale = reinterpret_cast<const uint16_t*>(w.scale) + first * groups;
+  for (int64_t i = 0; i < rows * row_bytes; i += 64) __builtin_prefetch(payload + rows * row_bytes + i);
   int64_t c = 0;
-  for (; c + 16 <= n; c += 16) {
-    F sum = f_load(y + c);
-    for (int64_t r = 0; r < rows; ++r) sum = f_fma(f_set1(a[r]), f_load(block + r * stride + c), sum);
-    f_store(y + c, sum);
+  for (; c + kAddColumns <= w.cols; c += kAddColumns) {
+    const int64_t low = c / w.group, high = (c + kAddColumns / 2) / w.group;
+    F sum[4] = {f_load(y + c), f_load(y + c + 16), f_load(y + c + 32), f_load(y + c + 48)};
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint8_t* codes = payload + r * row_bytes + c * BITS / 8;
+      const F first_half = f_set1(a[r] * bf16_to_float(scale[r * groups + low]));
+      const F second_half = f_set1(a[r] * bf16_to_float(scale[r * groups + high]));
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sum[i] = f_fma(i < 2 ? first_half : second_half, f_codes<BITS>(codes + i * 2 * BITS), sum[i]);
+    }
+    for (int i = 0; i < 4; ++i) f_store(y + c + 16 * i, sum[i]);
   }
-  for (; c < n; ++c) {
-    for (int64_t r = 0; r < rows; ++r) y[c] = std::fma(a[r], block[r * stride + c], y[c]);
+  return c;
+}
+
+// y [cols] += sum over rows of a[r] * row (first + r) of w.
+void add_rows(const ep_weight& w, int64_t first, int64_t rows, const float* a, float* y) {
+  int64_t c = 0;
+  if (w.kind == EP_INT4 && w.group % 32 == 0) c = add_grouped_rows<4>(w, first, rows, a, y);
+  if (w.kind == EP_INT8 && w.group % 32 == 0) c = add_grouped_rows<8>(w, first, rows, a, y);
+  alignas(64) float block[kFloatColumns];
+  for (; c < w.cols; c += kFloatColumns) {
+    const int64_t last = min_of(c + kFloatColumns, w.cols);
+    for (int64_t r = 0; r < rows; ++r) {
+      decode(w, first + r, c, last, block);
+      axpy(a[r], block, y + c, last - c);
+    }
   }
 }
 

@@ -7,7 +7,7 @@ namespace ep {
 namespace {
 
 constexpr int64_t kPart = 1024;  // keys per partial softmax; fixed, or bits would change
-constexpr int64_t kAbsorbRows = 8;
+constexpr int64_t kAbsorbRows = 16;  // a stretch that stays in the first cache for all tokens
 
 bool all_finite(const float* x, int64_t n) {
   float poison = 0.0f;
@@ -33,19 +33,13 @@ int64_t first_bad_row(const float* x, int64_t rows, int64_t cols) {
   return 0;
 }
 
-int64_t absorb_floats(int64_t latent) { return kAbsorbRows * ceil_div(latent, 16) * 16; }
-
 void absorb_head(const Library& lib, const ep_weight& kv_b, const LatentShape& shape, int64_t h, const float* q_nope,
-                 int64_t q_stride, int64_t tokens, float* work, float* out, int64_t out_stride) {
-  const int64_t wide = ceil_div(shape.latent, 16) * 16;
+                 int64_t q_stride, int64_t tokens, float* out, int64_t out_stride) {
   for (int64_t t = 0; t < tokens; ++t) std::memset(out + t * out_stride, 0, static_cast<size_t>(shape.latent) * 4);
   for (int64_t p = 0; p < shape.nope; p += kAbsorbRows) {
-    const int64_t rows = std::min(kAbsorbRows, shape.nope - p);
-    for (int64_t r = 0; r < rows; ++r) {
-      lib.isa->decode(kv_b, h * (shape.nope + shape.value) + p + r, 0, shape.latent, work + r * wide);
-    }
+    const int64_t first = h * (shape.nope + shape.value) + p, rows = std::min(kAbsorbRows, shape.nope - p);
     for (int64_t t = 0; t < tokens; ++t) {
-      lib.isa->add_rows(q_nope + t * q_stride + p, work, wide, rows, shape.latent, out + t * out_stride);
+      lib.isa->add_rows(kv_b, first, rows, q_nope + t * q_stride + p, out + t * out_stride);
     }
   }
 }
@@ -162,13 +156,8 @@ EP_API int64_t ep_absorb_query(ep_context* context, const ep_weight* kv_b, const
   const int64_t bad = ep::first_bad_row(q_nope, tokens, heads * nope);
   if (bad != 0) return bad;
   const LatentShape shape{heads, nope, 0, value, kv_b->cols};
-  float* work;
-  Scratch scratch;
-  scratch.add(&work, lib.pool.threads() * ep::absorb_floats(shape.latent));
-  scratch.place(lib);
   lib.pool.each(heads, [&](int64_t h) {
-    ep::absorb_head(lib, *kv_b, shape, h, q_nope + h * nope, heads * nope, tokens,
-                    work + ep::Pool::worker() * ep::absorb_floats(shape.latent), out + h * shape.latent, heads * shape.latent);
+    ep::absorb_head(lib, *kv_b, shape, h, q_nope + h * nope, heads * nope, tokens, out + h * shape.latent, heads * shape.latent);
   });
   return 0;
 }

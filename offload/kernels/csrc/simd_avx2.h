@@ -77,6 +77,7 @@ inline __m256 bit_lanes(uint32_t stream) {
 }
 template <int BITS>
 inline F f_from_bits(const uint8_t* p) {
+  if constexpr (BITS == 4) return {bit_lanes<4>(element<uint32_t>(p, 0)), bit_lanes<4>(element<uint32_t>(p, 1))};
   uint64_t stream = 0;
   std::memcpy(&stream, p, 2 * BITS);
   return {bit_lanes<BITS>(static_cast<uint32_t>(stream)), bit_lanes<BITS>(static_cast<uint32_t>(stream >> (8 * BITS)))};
