@@ -7,6 +7,7 @@ Exits with 1 when a sanitizer or the driver (native_check.cpp) finds something.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,18 +25,18 @@ SANITIZERS = {
 
 def check(name: str) -> int:
     """Exit status of the driver built with one group of sanitizers."""
-    compiler = os.environ.get("CXX", "g++")
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
     flags = FLAGS + SANITIZERS[name]
     with tempfile.TemporaryDirectory() as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
 
         def compile_one(pair: tuple[Path, Path]) -> None:
-            subprocess.run([compiler, *flags, "-c", str(pair[0]), "-o", str(pair[1])], check=True)
+            subprocess.run([*compiler, *flags, "-c", str(pair[0]), "-o", str(pair[1])], check=True)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, zip(SOURCES, objects, strict=True)))
         program = Path(folder) / "native_check"
-        subprocess.run([compiler, *flags, *map(str, objects), "-o", str(program)], check=True)
+        subprocess.run([*compiler, *flags, *map(str, objects), "-o", str(program)], check=True)
         print(f"== {name}", flush=True)
         return subprocess.run([str(program)], check=False).returncode
 

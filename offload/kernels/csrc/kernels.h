@@ -683,8 +683,12 @@ void axpy(float a, const float* x, float* y, int64_t n) { by_lanes(x, y, y, n, M
 // Lanes of the codes of a grouped integer format, without their offset.
 template <int BITS>
 inline F f_codes(const uint8_t* p) {
-  if constexpr (BITS == 8) return f_sub(f_from_u8(p), f_set1(128.0f));
-  return f_sub(f_from_bits<BITS>(p), f_set1(static_cast<float>(1 << (BITS - 1))));
+  constexpr float kOffset = static_cast<float>(1 << (BITS - 1));
+  if constexpr (BITS == 8) {
+    return f_sub(f_from_u8(p), f_set1(kOffset));
+  } else {
+    return f_sub(f_from_bits<BITS>(p), f_set1(kOffset));
+  }
 }
 
 constexpr int kAddColumns = 64;
