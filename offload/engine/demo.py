@@ -13,11 +13,17 @@ from offload.engine.engine import Engine, ram_for_share
 from offload.engine.options import RuntimeOptions
 from offload.errors import OffloadError
 
-PROMPTS = ("    def __init__(self", "/* Define", "The above copyright notice", "Die Dateien")
+PROMPTS = (
+    "    def __init__(self",
+    "#ifndef _",
+    "Permission is hereby granted",
+    "The above copyright notice",
+    "Die Dateien",
+)
 """Beginnings of the kinds of text that the embedded model was trained on."""
 
 CONTEXT = 512
-SAMPLING: dict[str, Any] = {"temperature": 0.3, "seed": 1, "ignore_eos": True}
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "seed": 1, "ignore_eos": True}
 
 
 def show_paging(store: Path, *, max_tokens: int, echo: Callable[..., None]) -> None:
