@@ -99,7 +99,7 @@ def test_seeds_decide_sampled_tokens(store: Path) -> None:
 
 
 def test_the_summary_counts_what_was_read(store: Path) -> None:
-    with offload.load(store, context=128, ram=ram_for_share(store, 0.5, context=128)) as engine:
+    with offload.load(store, context=128, ram=ram_for_share(store, 0.5, context=128), prefetch=False) as engine:
         list(engine.generate(PROMPT, max_tokens=6, temperature=0.0, ignore_eos=True))
         summary = engine.summary().to_dict()
         stride = engine.store.layout.stride
