@@ -385,6 +385,11 @@ class Residency:
         base = layer * self.shape.experts
         return np.asarray(self._slot_of[base : base + self.shape.experts]) >= 0
 
+    def holder(self, slot: int) -> tuple[int, int] | None:
+        """(layer, expert) that `slot` holds or awaits; None if it is free."""
+        key = self._key_of[slot]
+        return divmod(key, self.shape.experts) if key >= 0 else None
+
     def is_loading(self, slot: int) -> bool:
         """Whether bytes of `slot` are on their way."""
         return slot in self._loading

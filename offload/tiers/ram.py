@@ -366,6 +366,10 @@ class RamTier:
             if layer < self._next_layer - 1 and self.reader.cancel(self._reads[slot]):
                 del self._speculative[slot], self._reads[slot]
                 self.residency.cancelled(slot)
+                victim = self.residency.holder(slot)
+                if victim is not None:  # its bytes are intact, where they lay before
+                    extent = self._store.locate(ExpertId(self.layers[victim[0]], victim[1]))
+                    self._weights.filling(slot, extent.offset % PAGE)
                 if self._recorder:
                     self._recorder.prefetch(2, layer, expert)
         events, lookahead = self.residency.events, self._lookahead
