@@ -95,6 +95,10 @@ runtime_options = options(
         "which is faster on a slow link, and then tokens depend on budgets by rounding.  [default: gpu]",
     ),
     click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per core."),
+    click.option("--readers", type=click.IntRange(1), help="Threads that read experts from the drive.  [default: 8]"),
+    click.option(
+        "--prefetch/--no-prefetch", default=None, help="Read experts ahead of their layer.  [default: prefetch]"
+    ),
     click.option("--context", type=click.IntRange(1), help="Longest prompt plus answer, in tokens. Default: 4096."),
     click.option("--policy", help="Cache policy of the expert slots.  [default: ema+tokens]"),
     click.option("--allow-slow", is_flag=True, default=None, help="Run with fewer slots than one token's working set."),
@@ -102,7 +106,7 @@ runtime_options = options(
         "--profile",
         type=click.Path(dir_okay=False),
         help="TOML file with runtime options (flags win), or a domain's routing (from `routing atlas --traces`): its "
-        "experts are read at the start.",
+        "experts are read at the start. Default: what `tune` saved in STORE; none: nothing.",
     ),
     click.option(
         "--trace", type=click.Path(dir_okay=False), help="Record in this file which experts every token used."
@@ -261,7 +265,7 @@ def generate(
         if not as_json:
             click.echo()
         summary = engine.summary()
-        click.echo(summary.line(), err=True)
+        _echo(summary.lines())
         if as_json:
             click.echo(json.dumps(summary.to_dict()))
 
@@ -297,7 +301,7 @@ def chat(store: str, system: str | None, **arguments: Any) -> None:
                 click.echo(step.text, nl=False)
             click.echo()
             messages.append({"role": "assistant", "content": "".join(answer)})
-            click.echo(engine.summary().line(), err=True)
+            _echo(engine.summary().lines())
 
 
 @cli.command()
@@ -317,6 +321,7 @@ def serve(store: str, host: str, port: int, max_waiting: int, api_key: str | Non
     with _load(store, arguments) as engine:
         click.echo(f"listening on http://{host}:{port}/v1", err=True)
         run(engine, options)
+        _echo(engine.beside_plan())
 
 
 # -- planning --------------------------------------------------------------------------------
@@ -521,9 +526,14 @@ def _load(store: str, arguments: dict[str, Any]) -> Engine:
     import offload
 
     engine = offload.load(store, **arguments)
-    for line in engine.describe():
-        click.echo(line, err=True)
+    _echo(engine.describe())
     return engine
+
+
+def _echo(lines: Iterable[str]) -> None:
+    """Lines about a run, which stdout has no room for."""
+    for line in lines:
+        click.echo(line, err=True)
 
 
 def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:

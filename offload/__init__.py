@@ -21,11 +21,13 @@ def load(store: str | Path, *, profile: str | Path | None = None, **options: Any
     """Open a store and load everything but the routed experts.
 
     `options` are the fields of `offload.engine.options.RuntimeOptions`: ram, vram, device, kernels, threads,
-    context, policy, allow_slow, trace. `profile` is a TOML file with such options; what is given here wins.
+    readers, prefetch, context, policy, allow_slow, trace. `profile` is a TOML file with such options; what is given
+    here wins. Without one, what `tune` saved with the store is taken where it exists; "none" takes only defaults.
 
     Raises OffloadError subclasses: StoreError, ConfigError, BudgetError, KernelError, UsageError.
     """
     from offload.engine.engine import Engine
-    from offload.engine.options import resolve_options
+    from offload.engine.options import find_profile, resolve_options
 
-    return Engine(store, resolve_options(options, profile))
+    found = find_profile(store, profile)
+    return Engine(store, resolve_options(options, found), saved_profile=None if profile else found)

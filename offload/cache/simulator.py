@@ -40,6 +40,15 @@ class Result:
     time_s: float = 0.0
     stall_s: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+    decode_hits: int = 0
+    decode_misses: int = 0
+    """Demands of passes of one token."""
+
+    @property
+    def decode_hit_rate(self) -> float | None:
+        """Share of the demands of decoding that were served without a read; None if nothing was decoded."""
+        demands = self.decode_hits + self.decode_misses
+        return self.decode_hits / demands if demands else None
 
     @property
     def hit_rate(self) -> float:
@@ -129,12 +138,17 @@ def replay(
     clock = Replay(residency, machine)
     recorded = (trace.header.get("policy"), trace.header.get("slots")) == (policy.name, slots)
     speculation = _Speculation(trace.prefetches if recorded else [], residency)
+    decode_hits = decode_misses = 0
     for step, (tokens, routing) in enumerate(trace.passes()):
+        hits, misses = residency.events.hits, residency.events.misses
         residency.begin_step(tokens)
         for layer, ids in enumerate(routing):
             speculation.before(step, layer)
             clock.layer(layer, ids)
         speculation.before(step, trace.shape.layers)
+        if len(tokens) == 1:
+            decode_hits += residency.events.hits - hits
+            decode_misses += residency.events.misses - misses
     settings = {"floor": residency.floor, "width": residency.width}
     return Result(
         policy.name,
@@ -145,6 +159,8 @@ def replay(
         clock.now,
         clock.stall_s,
         settings,
+        decode_hits,
+        decode_misses,
     )
 
 

@@ -17,15 +17,16 @@ from statistics import median
 from typing import Any
 
 from offload.engine.bench_page import bench_page
+from offload.engine.beside_plan import machine_at_hand, model_cost
 from offload.engine.engine import Engine
-from offload.engine.options import resolve_options
+from offload.engine.options import find_profile, resolve_options
 from offload.engine.summary import peak_ram
 from offload.errors import UsageError
 from offload.report import Page
 from offload.tune.compare import Comparison, Measured, compare
 from offload.tune.cost import ModelCost, decode_cost, prefill_cost
 from offload.tune.machine import MachineSpec, load_machine
-from offload.tune.planner import MACHINE_FILE, hit_curve
+from offload.tune.planner import hit_curve
 from offload.types import format_size
 
 TOPICS = (
@@ -91,6 +92,8 @@ class BenchReport:
     peak_ram_bytes: int
     layer_stall_s: Sequence[float] = ()
     """Waiting per MoE layer and token of warm decoding."""
+    expected_hit_rate: float | None = None
+    """Of decoding, as the prediction assumes."""
 
     def page(self) -> Page:
         """For people, with charts."""
@@ -141,6 +144,7 @@ class BenchReport:
                 for part in ("prefill", "decode")
             },
             "compared": {item.what: item.to_dict() for item in self.comparisons},
+            "expected_hit_rate": self.expected_hit_rate,
             "notes": list(self.notes),
             "peak_ram_bytes": self.peak_ram_bytes,
             "layer_stall_s": list(self.layer_stall_s),
@@ -165,40 +169,35 @@ def bench(
     """Generate `cold` times with empty slots and `warm` times with what the runs before left in them.
 
     `prompts` is a file with one prompt per line. `machine` is a machine file to compare with; without one
-    machine.toml of the working folder is taken where it exists. `drop_caches` empties the page cache of the whole
-    system before cold runs, which needs the rights of an administrator. `options` are those of `offload.load`.
+    machine.toml of the store or the working folder is taken where it exists. `drop_caches` empties the page cache of
+    the whole system before cold runs, which needs the rights of an administrator. `options` are those of
+    `offload.load`.
     """
     tell = tell or _silent
     if min(cold, warm) < 1 or max_tokens < 2 or prompt_tokens < 1:
         raise UsageError("a benchmark needs a cold and a warm run, a prompt, and at least 2 tokens to generate")
     # Cold means that nothing is known of earlier runs, and a benchmark teaches nothing to later ones.
-    resolved = resolve_options(options | {"usage": options.get("usage") or "off"}, profile)
-    spec = load_machine(machine or MACHINE_FILE) if machine or Path(MACHINE_FILE).exists() else None
+    found = find_profile(store, profile)
+    resolved = resolve_options(options | {"usage": options.get("usage") or "off"}, found)
+    spec = load_machine(machine) if machine else machine_at_hand(Path(store))
     notes: list[str] = []
     samples: dict[str, list[Sample]] = {"cold": [], "warm": []}
     number = 0
     for round_ in range(cold):
         notes += forget_pages(Path(store), drop_caches)
-        with Engine(store, resolved) as engine:
+        with Engine(store, resolved, saved_profile=None if profile else found) as engine:
             texts = _prompts(engine, prompts, prompt_tokens)
             for kind in ["cold"] + ["warm"] * (warm if round_ == cold - 1 else 0):
                 tell(f"{kind} run {len(samples[kind]) + 1}")
                 samples[kind].append(run_once(engine, texts(number), max_tokens, seed=number))
                 number += 1
             described, plan, context = engine.describe(), engine.plan, engine.context
-            recipe, config = engine.store.manifest.recipe, engine.config
-            model = ModelCost(
-                config,
-                recipe["experts"],
-                recipe["resident"],
-                engine.store.resident_nbytes,
-                engine.store.codec_name("lm_head"),
-                engine.store.codec_name("model.embed_tokens"),
-            )
+            model = model_cost(engine.store)
     share = plan.slots / plan.experts
     compared: list[Comparison] = []
+    expected = None
     if spec is not None:
-        expected = hit_curve(hits, config).at(share)
+        expected = hit_curve(hits, model.config, resolved.policy).at(share)
         compared = predictions(model, spec, samples["cold"], samples["warm"], expected, plan.chunk)
     return BenchReport(
         str(store),
@@ -213,6 +212,7 @@ def bench(
         compared,
         peak_ram(),
         layer_waiting(samples["warm"]),
+        expected,
     )
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from offload.engine.backend import load_on_cpu, load_on_devices
 from offload.engine.backend import ram_for_share as share_ram
+from offload.engine.beside_plan import beside_plan, machine_at_hand, model_cost, phases_of
 from offload.engine.devices import open_devices
 from offload.engine.generation import Generation, check_prompt, generate
 from offload.engine.options import RuntimeOptions
@@ -27,6 +30,8 @@ from offload.model.watch import WatchedExperts, Watcher
 from offload.store import Store
 from offload.tiers.device import Device
 from offload.tune.budget import DEFAULT_CONTEXT
+from offload.tune.compare import Comparison
+from offload.tune.machine import MachineSpec
 
 Progress = Callable[[float], None]
 """Is told the share of a prompt that has been computed, 0..1."""
@@ -36,9 +41,16 @@ class Engine:
     """Generates with the model of one store. Made by `offload.load`; one generation at a time."""
 
     def __init__(
-        self, store: str | Path, options: RuntimeOptions | None = None, devices: Sequence[Device] | None = None
+        self,
+        store: str | Path,
+        options: RuntimeOptions | None = None,
+        devices: Sequence[Device] | None = None,
+        *,
+        saved_profile: Path | None = None,
     ) -> None:
-        """See `offload.load`. `devices` takes the place of those that `options` would find."""
+        """See `offload.load`. `devices` takes the place of those that `options` would find; `saved_profile` is the
+        file that `options` came from without having been asked for."""
+        self._saved_profile = saved_profile
         self.options = options = options or RuntimeOptions()
         found = open_devices(options) if devices is None else devices
         self._trace_path = Path(options.trace) if options.trace else None
@@ -141,6 +153,10 @@ class Engine:
             raise UsageError("nothing has been generated yet")
         return self._summary
 
+    def beside_plan(self) -> list[str]:
+        """The last generation beside the plan: empty without a machine file, or before the first."""
+        return [item.line() for item in self._summary.comparisons] if self._summary else []
+
     def describe(self) -> list[str]:
         """What was loaded, for people: one line per fact."""
         recipe, margin = self.store.manifest.recipe, self.options.prefer_resident
@@ -149,6 +165,8 @@ class Engine:
             f"policy {self._executor.ram.residency.policy.name}",
             *self._backend.describe(),
         ]
+        if self._saved_profile is not None:
+            lines.append(f"options of {self._saved_profile}, saved by tune; --profile none runs without them")
         if self._backend.warmed:
             lines.append(f"{self._backend.warmed} experts that {self.options.warm} uses most were read at the start")
         if margin is not None:
@@ -197,11 +215,31 @@ class Engine:
     def _steps(self, run: Generation) -> Generator[GenerationStep, None, None]:
         self._begin()
         before = Snapshot.take(self._executor.counters())
+        after_prompt: Snapshot | None = None
         with closing(run):
             try:
-                yield from run
+                for step in run:
+                    if after_prompt is None:
+                        after_prompt = Snapshot.take(self._executor.counters())
+                    yield step
             finally:
-                self._summary = RunSummary.of(run.response, before, self._executor.counters(), self._backend)
+                now = self._executor.counters()
+                summary = RunSummary.of(run.response, before, now, self._backend)
+                # The plan is one of the processor's; rates of devices are not predicted per run.
+                if after_prompt is not None and not self._backend.vram and self.machine is not None:
+                    summary = replace(summary, comparisons=self._compared(summary, before, after_prompt))
+                self._summary = summary
+
+    @cached_property
+    def machine(self) -> MachineSpec | None:
+        """What `probe` measured, where there is a machine file with the store or in the working folder."""
+        return machine_at_hand(self.store.path)
+
+    def _compared(self, summary: RunSummary, before: Snapshot, after_prompt: Snapshot) -> tuple[Comparison, ...]:
+        assert self.machine is not None
+        cold = before.ram.misses == 0 and not self._backend.warmed
+        phases = phases_of(summary.response, before, after_prompt, Snapshot.take(self._executor.counters()))
+        return beside_plan(model_cost(self.store), self.machine, self.plan, phases, cold=cold)
 
 
 def ram_for_share(store: str | Path, share: float, context: int | None = None) -> int:

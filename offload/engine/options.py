@@ -16,12 +16,22 @@ from typing import Any
 from offload.cache.policy import POLICIES
 from offload.errors import UsageError
 from offload.kernels import BACKENDS
+from offload.tiers.disk import READERS
+from offload.tune.machine import line_of
 from offload.types import parse_size
 
 DEVICES = ("auto", "cpu", "cuda")
 SPLITS = ("gpu", "hybrid")
+SAVED_PROFILE = "profile.toml"
+"""Where `tune` keeps what it found, in the store's folder."""
+
+NO_PROFILE = "none"
+
 LIVE_POLICIES = tuple(name for name in POLICIES if name != "belady")
 """Belady's needs the future: it exists for replays only."""
+
+
+MOST_READERS = 256
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class RuntimeOptions:
     device      auto, cpu or cuda
     kernels     auto, native or reference
     threads     threads of the native kernels; None: one per core
+    readers     threads that read experts from the drive: as many parts are under way at once
     context     longest prompt plus answer in tokens; None: 4096, or what the model allows
     policy      cache policy of the expert slots
     allow_slow  go below one token's working set of slots
@@ -51,6 +62,7 @@ class RuntimeOptions:
     device: str = "auto"
     kernels: str = "auto"
     threads: int | None = None
+    readers: int = READERS
     context: int | None = None
     policy: str = "ema+tokens"
     allow_slow: bool = False
@@ -66,22 +78,37 @@ class RuntimeOptions:
         for name in ("ram", "vram"):
             value = getattr(self, name)
             if value is not None:
+                if isinstance(value, bool) or not isinstance(value, (int, str)):
+                    raise UsageError(f"{name} is {value!r}: it must be a size, as 24GiB")
                 object.__setattr__(self, name, parse_size(value))
         _one_of("device", self.device, DEVICES)
         _one_of("kernels", self.kernels, BACKENDS)
         _one_of("split", self.split, SPLITS)
         _one_of("policy", self.policy, LIVE_POLICIES)
-        for name in ("threads", "context"):
+        for name in ("threads", "context", "readers"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
+            if (value is None and name == "readers") or (value is not None and (type(value) is not int or value < 1)):
                 raise UsageError(f"{name} is {value!r}: it must be a whole number, 1 or more")
+        if self.readers > MOST_READERS:
+            raise UsageError(f"readers is {self.readers}: at most {MOST_READERS} threads read")
         margin = self.prefer_resident
-        if margin is not None and (isinstance(margin, bool) or not 0 <= margin < math.inf):
+        if margin is not None and (type(margin) not in (int, float) or not 0 <= margin < math.inf):
             raise UsageError(f"prefer_resident is {margin!r}: it must be a margin of biased scores, 0 or more, as 0.05")
         for name in ("allow_slow", "prefetch"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} is {getattr(self, name)!r}: it must be true or false")
+        for name in ("trace", "warm", "mirror", "usage"):
             value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise UsageError(f"{name} is {value!r}: it must be true or false")
+            if value is not None and not isinstance(value, (str, Path)):
+                raise UsageError(f"{name} is {value!r}: it must be the name of a file")
+
+
+def find_profile(store: str | Path, profile: str | Path | None) -> Path | None:
+    """The file behind --profile: the one given, none at all for "none", else what `tune` saved with the store."""
+    if profile is not None:
+        return None if str(profile) == NO_PROFILE else Path(profile)
+    saved = Path(store) / SAVED_PROFILE
+    return saved if saved.exists() else None
 
 
 def resolve_options(given: Mapping[str, Any], profile: str | Path | None = None) -> RuntimeOptions:
@@ -90,14 +117,11 @@ def resolve_options(given: Mapping[str, Any], profile: str | Path | None = None)
     A profile is a TOML file with options, in which `warm` is relative to the file; or a domain's routing, which
     means the same as a TOML file that only names it.
 
-    Raises UsageError for an unknown name, in the profile with the file's name.
+    Raises UsageError for an unknown name or a value that cannot be used, in the profile with file, line and key.
     """
     options = RuntimeOptions()
     if profile is not None:
-        try:
-            options = _overlay(options, _read_profile(Path(profile)))
-        except UsageError as fault:
-            raise UsageError(f"{profile}: {fault}") from None
+        options = _read_profile(Path(profile))
     return _overlay(options, {name: value for name, value in given.items() if value is not None})
 
 
@@ -109,18 +133,25 @@ def _overlay(options: RuntimeOptions, values: Mapping[str, Any]) -> RuntimeOptio
     return replace(options, **values)
 
 
-def _read_profile(path: Path) -> dict[str, Any]:
+def _read_profile(path: Path) -> RuntimeOptions:
     if zipfile.is_zipfile(path):  # as .npz files are
-        return {"warm": path}
+        return RuntimeOptions(warm=path)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text)
     except OSError as fault:
-        raise UsageError(f"cannot be read: {fault.strerror}") from None
+        raise UsageError(f"{path}: cannot be read: {fault.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise UsageError(f"is not TOML: {fault}") from None
+        raise UsageError(f"{path}: is not TOML: {fault}") from None
     if isinstance(values.get("warm"), str):
         values["warm"] = path.parent / values["warm"]
-    return values
+    options = RuntimeOptions()
+    for name, value in values.items():
+        try:
+            options = _overlay(options, {name: value})
+        except UsageError as fault:
+            raise UsageError(f"{path}, line {line_of(text, '', name)}: key {name}: {fault}") from None
+    return options
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from offload.engine.backend import Backend
 from offload.engine.request import GenerationResponse
 from offload.telemetry import Telemetry, TierCounters
 from offload.tune.budget import RamPlan
+from offload.tune.compare import Comparison
 from offload.tune.vram_budget import VramPlan
 
 
@@ -46,6 +47,8 @@ class RunSummary:
     vram_plans: Sequence[VramPlan]
     peak_ram_bytes: int
     peak_vram_bytes: int
+    comparisons: tuple[Comparison, ...] = ()
+    """Beside the plan, where there is a machine file."""
 
     @classmethod
     def of(cls, response: GenerationResponse, before: Snapshot, now: Telemetry, backend: Backend) -> RunSummary:
@@ -78,6 +81,11 @@ class RunSummary:
         seconds = (r.ttft_s or 0.0) + (max(0, r.completion_tokens - 1) / r.decode_tok_s if r.decode_tok_s else 0.0)
         return min(1.0, self.telemetry.ram.read_s / seconds) if seconds else 0.0
 
+    def lines(self) -> Iterator[str]:
+        """What was done, then how it compares with the plan."""
+        yield self.line()
+        yield from (comparison.line() for comparison in self.comparisons)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything `--json` prints."""
         ram, vram = self.telemetry.ram, self.telemetry.vram
@@ -95,6 +103,7 @@ class RunSummary:
             ],
             "peak_ram_bytes": self.peak_ram_bytes,
             "peak_vram_bytes": self.peak_vram_bytes,
+            "compared": {item.what: item.to_dict() for item in self.comparisons},
         }
 
 

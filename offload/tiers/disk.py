@@ -27,6 +27,9 @@ from offload.types import PAGE, Extent, align_up
 
 log = logging.getLogger("expertpager")
 
+READERS = 8
+"""Reader threads, unless told otherwise: more reads than these are never under way."""
+
 ATTEMPTS = 4
 """Reads of one part before it is given up."""
 
@@ -132,7 +135,7 @@ class DiskReader:
     def __init__(
         self,
         *,
-        threads: int = 8,
+        threads: int = READERS,
         part_nbytes: int = 2 << 20,
         mirror: Path | None = None,
         prefetch_limit: int = 64,

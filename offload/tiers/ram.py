@@ -25,7 +25,7 @@ from offload.config import ModelConfig
 from offload.errors import BudgetError, UsageError
 from offload.store.layout import ExpertLayout, ExpertWeights
 from offload.telemetry import Telemetry
-from offload.tiers.disk import DiskReader, Read
+from offload.tiers.disk import READERS, DiskReader, Read
 from offload.tiers.host import SlotPool
 from offload.types import PAGE, ExpertId, Extent, align_up, format_size
 
@@ -76,6 +76,7 @@ class RamTier:
         allow_slow: bool = False,
         mirror: Path | None = None,
         record: bool = False,
+        readers: int = READERS,
         prefetch: bool = True,
         usage: Path | None = None,
         reader: DiskReader | None = None,
@@ -95,7 +96,7 @@ class RamTier:
         )
         self.pool = SlotPool(slots, slot_nbytes)
         self._weights = _SlotWeights(store.layout, self.pool)
-        self.reader = reader or DiskReader(mirror=mirror)
+        self.reader = reader or DiskReader(threads=readers, mirror=mirror)
         self.telemetry = Telemetry(layer_stall_s=[0.0] * self.shape.layers)
         self._recorder = TraceRecorder(self.shape) if record else None
         self.preference = None if prefer_resident is None else Preference(self.residency, prefer_resident)

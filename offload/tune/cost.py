@@ -1,26 +1,32 @@
 """What a token costs: bytes, multiply-adds and seconds, from shapes and rates alone.
 
 Owns the arithmetic. Pure: no files, no clocks, no measuring. The structure is the runtime's: every layer asks for its
-missing experts at once, computes the resident ones meanwhile, then each missing one as it arrives; nothing is read
-ahead of the layer. So a layer takes what the later of drive and processor takes, and layers add up.
+missing experts at once, computes the shared expert and the resident ones meanwhile, then each missing one as it
+arrives. So a layer takes what the later of drive and processor takes, and layers add up. Reads ahead of the layer, by
+token id, are left out: they are made only where nine of ten are used, and take time of the drive all the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Protocol
 
 from offload.config import ModelConfig
+from offload.model.blocks import BLOCK
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout
-from offload.tune.machine import MachineSpec
+from offload.tune.machine import ROWS, FormatRate, MachineSpec
 
 READ_PART_NBYTES = 2 << 20
 """Experts are read in parts of this size at the same time."""
 
+WAVE = 16
+"""Experts of a prefill chunk whose reads are under way before the routed part of the layer begins."""
+
 GPU_FIXED_S = 0.011
-"""Time per token on a GPU that is neither experts nor waiting, for a model of DeepSeek-V3's size."""
+"""Time per token on a GPU that is neither experts nor waiting, for a model of DeepSeek-V3's size: an estimate."""
 
 
 class Footprint(Protocol):
@@ -127,6 +133,18 @@ class ModelCost:
         return max(0, self.resident_nbytes - self.head_nbytes - self.embedding_nbytes)
 
     @property
+    def shared_parameters(self) -> int:
+        """Parameters of the shared expert of one layer."""
+        return 3 * self.config.moe_intermediate_size * self.config.n_shared_experts * self.config.hidden_size
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes of the shared expert of one layer."""
+        inner, hidden = self.config.moe_intermediate_size * self.config.n_shared_experts, self.config.hidden_size
+        codec = get_codec(self.resident)
+        return 2 * codec.nbytes(inner, hidden) + codec.nbytes(hidden, inner) if inner else 0
+
+    @property
     def resident_parameters(self) -> int:
         """Parameters of attention, dense layers, shared experts and routers."""
         return sum(rows * cols for rows, cols in _resident_shapes(self.config))
@@ -189,15 +207,34 @@ class Cost:
         return max(parts, key=lambda name: parts[name])
 
 
-def layer_seconds(misses: int, hits: int, *, compute: float, read: float, latency: float) -> tuple[float, float]:
-    """(time, waiting) of the routed experts of one layer: hits are computed while misses are read in turn."""
-    now = hits * compute
+def layer_seconds(
+    misses: int, hits: int, *, compute: float, arrivals: Sequence[float], ahead: float = 0.0
+) -> tuple[float, float]:
+    """(time, waiting) of the routed experts of one layer: hits are computed while misses are read.
+
+    `arrivals` are the times after the request at which misses are there, `ahead` what else is computed in the
+    meantime before the hits; it is no part of the time.
+    """
+    now = ahead + hits * compute
     waited = 0.0
-    for number in range(1, misses + 1):
-        arrival = latency + number * read
+    for arrival in arrivals[:misses]:
         waited += max(0.0, arrival - now)
         now = max(now, arrival) + compute
-    return now, waited
+    return now - ahead, waited
+
+
+def arrival_times(machine: MachineSpec, misses: int, nbytes: int) -> list[float]:
+    """Seconds after which each of `misses` extents of `nbytes`, asked for at once, has been read.
+
+    Few parts under way make a drive slower, and towards the end there are always few.
+    """
+    parts = -(-nbytes // READ_PART_NBYTES)
+    now, times = machine.drive_latency_s, []
+    for left in range(misses * parts, 0, -1):
+        now += nbytes / parts / machine.drive_rate(left)
+        if (left - 1) % parts == 0:
+            times.append(now)
+    return times
 
 
 def decode_cost(model: ModelCost, machine: MachineSpec, hit: float, context: int = 0) -> Cost:
@@ -207,18 +244,17 @@ def decode_cost(model: ModelCost, machine: MachineSpec, hit: float, context: int
     """
     config = model.config
     compute = model.expert_nbytes / machine.format_rate(model.experts).read
+    own = machine.format_rate(model.resident)
+    shared = model.shared_nbytes / own.read
     k, waiting = config.num_experts_per_tok, 0.0
     for misses in range(k + 1):
-        # A layer with few misses keeps few reads under way, and a drive is slower then.
-        read = model.expert_nbytes / machine.drive_rate(misses * model.expert_nbytes / READ_PART_NBYTES)
+        arrivals = arrival_times(machine, misses, model.expert_nbytes)
         chance = comb(k, misses) * (1 - hit) ** misses * hit ** (k - misses)
-        waiting += (
-            chance * layer_seconds(misses, k - misses, compute=compute, read=read, latency=machine.drive_latency_s)[1]
-        )
+        waiting += chance * layer_seconds(misses, k - misses, compute=compute, arrivals=arrivals, ahead=shared)[1]
     layers = len(config.moe_layers)
     cache = 4 * config.num_hidden_layers * context * config.latent_dim
     resident = (
-        model.resident_read_nbytes / machine.format_rate(model.resident).read
+        model.resident_read_nbytes / own.read
         + model.head_nbytes / machine.format_rate(model.head).read
         + cache / machine.ram_read
     )
@@ -229,6 +265,18 @@ def decode_cost(model: ModelCost, machine: MachineSpec, hit: float, context: int
         overhead_s=config.num_hidden_layers * machine.layer_s,
         read_nbytes=layers * k * (1 - hit) * model.expert_nbytes,
     )
+
+
+def rows_seconds(rate: FormatRate, nbytes: float, parameters: float, rows: float) -> float:
+    """Seconds of a product of `parameters` weights with `rows` rows.
+
+    One row takes what streaming the `nbytes` takes, ROWS rows what the products take; between them every further row
+    adds as much, beyond them the products decide.
+    """
+    one, many = nbytes / rate.read, 2.0 * ROWS * parameters / (rate.gflops * 1e9)
+    if rows >= ROWS:
+        return max(one, many * rows / ROWS)
+    return max(one, one + (many - one) * max(0.0, rows - 1) / (ROWS - 1))
 
 
 def distinct_experts(config: ModelConfig, tokens: int) -> float:
@@ -246,22 +294,17 @@ def chunk_cost(model: ModelCost, machine: MachineSpec, tokens: int, start: int, 
     layers, used = len(config.moe_layers), distinct_experts(config, tokens)
     missing = used * (1 - share)
     rate, own = machine.format_rate(model.experts), machine.format_rate(model.resident)
-    flops = 2.0 * tokens * config.num_experts_per_tok * config.expert_parameters
-    compute = max(used * model.expert_nbytes / rate.read, flops / (rate.gflops * 1e9))
-    per_expert = compute / used
+    rows = tokens * config.num_experts_per_tok / used
+    per_expert = rows_seconds(rate, model.expert_nbytes, config.expert_parameters, rows)
+    compute = used * per_expert
     reading = missing * model.expert_nbytes / machine.drive_read + (machine.drive_latency_s if missing >= 1 else 0.0)
+    # The first wave of reads goes on while the shared expert is computed.
+    wave = min(WAVE, missing) * model.expert_nbytes / machine.drive_read
+    ahead = min(wave, rows_seconds(own, model.shared_nbytes, model.shared_parameters, tokens))
     # Hits first, then misses as they come: the drive is ahead or behind, and the last one is computed alone.
-    stall = max(0.0, reading + per_expert - compute) if missing >= 1 else 0.0
-    width = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-    attention = 2.0 * tokens * (start + tokens / 2) * width
-    resident = (
-        max(
-            model.resident_read_nbytes / own.read,
-            2.0 * tokens * model.resident_parameters / (own.gflops * 1e9),
-        )
-        + model.head_nbytes / machine.format_rate(model.head).read
-        + config.num_hidden_layers * attention / (machine.gflops * 1e9)
-    )
+    stall = max(0.0, reading - ahead + per_expert - compute) if missing >= 1 else 0.0
+    resident = rows_seconds(own, model.resident_read_nbytes, model.resident_parameters, tokens)
+    resident += config.num_hidden_layers * _attention_flops(config, tokens, start) / (machine.gflops * 1e9)
     return Cost(
         experts_s=layers * compute,
         resident_s=resident,
@@ -272,13 +315,25 @@ def chunk_cost(model: ModelCost, machine: MachineSpec, tokens: int, start: int, 
     )
 
 
+def _attention_flops(config: ModelConfig, tokens: int, start: int) -> float:
+    """2 x multiply-adds of one layer's scores and sums for `tokens` tokens after `start` others.
+
+    The first block of a context has keys and values of its own, later ones work on latents.
+    """
+    heads, first = config.num_attention_heads, min(tokens, max(0, BLOCK - start))
+    expanded = config.qk_head_dim + config.v_head_dim
+    absorbed = config.latent_dim + config.kv_lora_rank
+    later = tokens - first
+    return 2.0 * heads * (first * (start + first / 2) * expanded + later * (start + first + later / 2) * absorbed)
+
+
 def prefill_cost(model: ModelCost, machine: MachineSpec, prompt: int, chunk: int, share: float) -> Cost:
-    """A whole prompt, cut into chunks."""
+    """A whole prompt, cut into chunks; the head is applied to its last token only."""
     starts = range(0, prompt, chunk)
     parts = [chunk_cost(model, machine, min(chunk, prompt - start), start, share) for start in starts]
     return Cost(
         sum(part.experts_s for part in parts),
-        sum(part.resident_s for part in parts),
+        sum(part.resident_s for part in parts) + model.head_nbytes / machine.format_rate(model.head).read,
         sum(part.stall_s for part in parts),
         sum(part.overhead_s for part in parts),
         sum(part.read_nbytes for part in parts),

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from offload.cache.simulator import replay
 from offload.cache.trace import Trace
@@ -51,7 +53,11 @@ CURVES = {
 }
 
 
-def curve_of_trace(file: str | Path, config: ModelConfig, policy: str = "ema") -> HitCurve:
+POLICY = "ema+tokens"
+"""What a recorded trace is replayed with: the runtime's default."""
+
+
+def curve_of_trace(file: str | Path, config: ModelConfig, policy: str = POLICY) -> HitCurve:
     """Replay the trace in `file` at several cache sizes. Raises UsageError if it is of another kind of model."""
     trace = Trace.load(file)
     shape = trace.shape
@@ -67,8 +73,14 @@ def curve_of_trace(file: str | Path, config: ModelConfig, policy: str = "ema") -
 
 
 def measured_curve(trace: Trace, policy: str, name: str, shares: Sequence[float] = _SHARES) -> HitCurve:
-    """The hit rates of `policy` on `trace`; cold misses count."""
+    """The hit rates of `policy` in decoding; cold misses count.
+
+    A pass of many tokens demands nearly every expert, so prompts only fill the cache. A trace of nothing but such
+    passes is replayed token by token.
+    """
     keys = trace.shape.keys
+    if not np.any(trace.steps == 1):
+        trace = replace(trace, steps=np.ones(len(trace.tokens), np.int32), prefetches=[])
     sizes = [max(trace.shape.top_k, round(share * keys)) for share in shares]
-    points = {size / keys: replay(trace, policy, size).hit_rate for size in sizes if size < keys}
+    points = {size / keys: replay(trace, policy, size).decode_hit_rate or 0.0 for size in sizes if size < keys}
     return HitCurve(f"trace {name}, {policy}", tuple(points), tuple(points.values()))

@@ -23,10 +23,12 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from offload.errors import UsageError
+from offload.tiers.disk import READERS
 from offload.types import parse_size
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "machines"
@@ -35,8 +37,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "configs" / "machines"
 KERNEL_SHARE = 0.85
 """Share of the RAM's read rate that the CPU kernels reach with one row, where no rate per format was measured."""
 
-READERS = 8
-"""Reader threads of a run: more reads than these are never under way."""
+ROWS = 16
+"""Rows of the matrix products behind `gflops`: tokens per expert in a prefill chunk of 512, 256 experts, top-8."""
 
 SYSTEM_NBYTES = 4 << 30
 """RAM the rest of the system is taken to use where a file does not say what is available."""
@@ -49,7 +51,7 @@ class FormatRate:
     read: float
     """Weight bytes per second with one row of activations."""
     gflops: float
-    """2 x multiply-adds per second with many rows, in units of 1e9."""
+    """2 x multiply-adds per second with ROWS rows, in units of 1e9."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,14 @@ class MachineSpec:
 
     def drive_rate(self, parallel: float) -> float:
         """Bytes per second with `parallel` reads under way, at most as many as a run has; `drive_read` if unknown."""
-        known = sorted((int(depth), rate) for depth, rate in self.depths.items() if int(depth) <= READERS)
-        fitting = [rate for depth, rate in known if depth <= max(1.0, parallel)]
-        return fitting[-1] if fitting and parallel < READERS else self.drive_read
+        known = sorted((int(depth), rate) for depth, rate in self.depths.items() if int(depth) < READERS)
+        if not known or parallel >= READERS:
+            return self.drive_read
+        known.append((READERS, self.drive_read))
+        for (low, slower), (high, faster) in pairwise(known):
+            if parallel < high:
+                return slower + (faster - slower) * max(0.0, parallel - low) / (high - low)
+        return self.drive_read
 
     def format_rate(self, codec: str) -> FormatRate:
         """The measured rate of `codec`, else what the RAM's rate allows."""
@@ -316,7 +323,7 @@ class _Reader:
             raise self._fault(section, key, f"is {value!r}: {fault}") from None
 
     def _fault(self, section: str, key: str, what: str) -> UsageError:
-        line = _line_of(self.text, section, key)
+        line = line_of(self.text, section, key)
         return UsageError(f"{self.where}, line {line}: key {_dotted(section, key)} {what}")
 
 
@@ -328,7 +335,7 @@ _HEADER = re.compile(r"\s*\[([^\]]+)\]")
 _KEY = re.compile(r"\s*((?:[\w-]+|\"[^\"]*\"|'[^']*')(?:\s*\.\s*(?:[\w-]+|\"[^\"]*\"|'[^']*'))*)\s*=")
 
 
-def _line_of(text: str, section: str, key: str) -> int:
+def line_of(text: str, section: str, key: str) -> int:
     """The line that defines `section`.`key`: an assignment, a dotted assignment or a table header."""
     wanted = _dotted(section, key)
     table = ""

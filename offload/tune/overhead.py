@@ -97,7 +97,8 @@ def layer_seconds(kernels: Kernels, seconds: float) -> float:
     config = _CONFIG
     with tempfile.TemporaryDirectory(prefix="expertpager-probe-") as folder:
         experts = len(config.moe_layers) * config.n_routed_experts
-        executor = Executor(_Store(Path(folder) / "experts"), kernels, slots=experts, max_tokens=_CONTEXT // 2)
+        store = _Store(Path(folder) / "experts")
+        executor = Executor(store, kernels, slots=experts, max_tokens=_CONTEXT // 2, policy="ema+tokens")
         try:
             model = DeepseekV3(config, load_weights(_Weights(_shapes(config)), config), kernels, executor, _CONTEXT)
             cache = KVCache(config, _CONTEXT)

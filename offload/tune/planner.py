@@ -13,7 +13,7 @@ from typing import Protocol
 from offload.config import ModelConfig
 from offload.errors import UsageError
 from offload.tune.cost import Footprint
-from offload.tune.hits import CURVES, HitCurve, curve_of_trace
+from offload.tune.hits import CURVES, POLICY, HitCurve, curve_of_trace
 from offload.tune.machine import FOLDER, load_machine
 from offload.tune.plan import Setting
 from offload.tune.plan_report import PlanReport, plan_model
@@ -61,12 +61,12 @@ def plan(
     )
 
 
-def hit_curve(hits: str | None, config: ModelConfig) -> HitCurve:
-    """The preset called `hits`, or the curve of the trace in that file."""
+def hit_curve(hits: str | None, config: ModelConfig, policy: str = POLICY) -> HitCurve:
+    """The preset called `hits`, or the curve of the trace in that file under `policy`."""
     if hits is None:
         return CURVES["local"]
     if hits in CURVES:
         return CURVES[hits]
     if not Path(hits).exists():
         raise UsageError(f"--hits {hits}: neither a trace file nor one of {', '.join(CURVES)}")
-    return curve_of_trace(hits, config)
+    return curve_of_trace(hits, config, policy)

@@ -29,17 +29,15 @@ from offload.kernels.native import NativeKernels, usable_cpus
 from offload.quant import get_codec
 from offload.store import Store
 from offload.store.layout import ExpertLayout, ExpertWeights
-from offload.tiers.disk import DiskReader, Read
+from offload.tiers.disk import READERS, DiskReader, Read
 from offload.tiers.host import SlotPool
-from offload.tune.machine import READERS, FormatRate, MachineSpec, save_machine
+from offload.tune.machine import ROWS, FormatRate, MachineSpec, save_machine
 from offload.tune.overhead import layer_seconds
 from offload.tune.surroundings import warnings
 from offload.types import PAGE, ExpertId, Extent, align_up, format_size
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 FORMATS = ("int4-g32", "int4-g128", "int8-g128", "nf4-b64", "int3-g32", "fp8", "bf16")
-ROWS = 16
-"""Tokens per expert in a prefill chunk of 512 tokens, 256 experts, top-8."""
 
 
 @dataclass(frozen=True)

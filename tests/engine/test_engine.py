@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +143,48 @@ def test_a_profile_is_overlaid_by_what_is_given(store: Path, tmp_path: Path) -> 
     profile.write_text('policy = "lru"\ncontext = 64\n')
     with offload.load(store, profile=profile, context=96) as engine:
         assert engine.context == 96 and "policy lru" in engine.describe()[0]
-    profile.write_text("polcy = 3\n")
-    with pytest.raises(UsageError, match="profile.toml: unknown runtime option 'polcy'"):
-        offload.load(store, profile=profile)
+    for text, message in (
+        ("polcy = 3\n", "profile.toml, line 1: key polcy: unknown runtime option 'polcy'"),
+        ("context = 64\n\nreaders = 0\n", "profile.toml, line 3: key readers: readers is 0"),
+        ("[policy]\nname = 3\n", "profile.toml, line 1: key policy: "),
+        ("warm = 3\n", "line 1: key warm: .* must be the name of a file"),
+        ("threads = 2\nprefer_resident = 'much'\n", "line 2: key prefer_resident"),
+        ("threads = 2\nram = 1.5\n", "line 2: key ram"),
+        ("threads = = 2\n", "is not TOML: .*line 1"),
+    ):
+        profile.write_text(text)
+        with pytest.raises(UsageError, match=message):
+            offload.load(store, profile=profile)
+
+
+def test_a_saved_profile_is_taken_and_announced(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    (copy / "profile.toml").write_text('policy = "lru"\ncontext = 64\n')
+    with offload.load(copy) as engine:
+        assert engine.context == 64 and "policy lru" in engine.describe()[0]
+        assert any("saved by tune; --profile none" in line for line in engine.describe())
+    with offload.load(copy, profile="none", context=96) as engine:
+        assert engine.context == 96 and "policy lru" not in engine.describe()[0]
+        assert not any("saved by tune" in line for line in engine.describe())
+
+
+def test_a_run_is_compared_with_the_plan_where_there_is_a_machine_file(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    (copy / "machine.toml").write_text(
+        'name="t"\nram={total="16GiB", read="10GB"}\ndrive={read="1GB"}\ncpu={threads=2, gflops=50}\n'
+    )
+    with offload.load(copy, context=64, kernels="reference") as engine:
+        list(engine.generate(range(3, 36), max_tokens=18, temperature=0.0, ignore_eos=True))
+        compared = engine.summary().to_dict()["compared"]
+        lines = list(engine.summary().lines())
+    assert list(compared) == ["prompt of 33 tokens", "decode, per token"]
+    for item in compared.values():
+        causes = item["hits_s"] + item["drive_s"] + item["processor_s"]
+        assert causes == pytest.approx(item["measured_s"] - item["predicted_s"])
+    assert len(lines) == 3 and "predicted" in lines[2]
+    (copy / "machine.toml").write_text("name = 3\n")
+    with offload.load(copy, context=64, kernels="reference") as engine:
+        list(engine.generate([3, 4], max_tokens=2))
+        assert list(engine.summary().lines()) == [engine.summary().line()]

@@ -15,12 +15,14 @@ from offload.config import ModelConfig
 from offload.store.safetensors import DTYPE_NAMES
 from offload.tune.cost import (
     ModelCost,
+    arrival_times,
     ceiling_tok_s,
     decode_cost,
     distinct_experts,
     gpu_decode_s,
     layer_seconds,
     prefill_cost,
+    rows_seconds,
 )
 from offload.tune.hits import CURVES
 from offload.tune.machine import FormatRate, MachineSpec
@@ -124,16 +126,40 @@ def test_parts_add_up_and_more_of_anything_never_hurts(v3: dict[str, Footprint])
 
 def test_layer_clock_by_hand() -> None:
     # Two hits take 2 s; reads arrive at 3.5 and 6.5 s; each is computed for 1 s as it comes.
-    assert layer_seconds(2, 2, compute=1.0, read=3.0, latency=0.5) == pytest.approx((7.5, 3.5))
+    assert layer_seconds(2, 2, compute=1.0, arrivals=[3.5, 6.5]) == pytest.approx((7.5, 3.5))
+    # A shared expert of one second before them hides one second of waiting, and is not the routed experts' time.
+    assert layer_seconds(2, 2, compute=1.0, arrivals=[3.5, 6.5], ahead=1.0) == pytest.approx((6.5, 2.5))
     # A drive faster than the processor only delays the first expert, and not even that behind a hit.
-    assert layer_seconds(3, 1, compute=1.0, read=0.5, latency=0.25) == pytest.approx((4.0, 0.0))
-    assert layer_seconds(0, 8, compute=1.0, read=9.0, latency=1.0) == (8.0, 0.0)
+    assert layer_seconds(3, 1, compute=1.0, arrivals=[0.75, 1.25, 1.75]) == pytest.approx((4.0, 0.0))
+    assert layer_seconds(0, 8, compute=1.0, arrivals=[]) == (8.0, 0.0)
+
+
+def test_the_last_parts_are_read_alone() -> None:
+    """Two experts of two parts each: three parts and more at 2 GB/s, the last one at 1 GB/s."""
+    machine = replace(MACHINE, drive_read=2e9, depths={"1": 1e9, "2": 2e9, "4": 2e9}, drive_latency_s=0.1)
+    part = 2 << 20
+    slow, fast = part / 1e9, part / 2e9
+    found = arrival_times(machine, 2, 2 * part)
+    assert found == pytest.approx([0.1 + 2 * fast, 0.1 + 3 * fast + slow])
+    assert arrival_times(machine, 3, part // 2) == pytest.approx(
+        [0.1 + fast / 2, 0.1 + fast, 0.1 + fast + slow / 2], rel=1e-9
+    )
+    assert arrival_times(machine, 0, part) == []
+
+
+def test_rows_between_streaming_and_products() -> None:
+    """1 GB at 10 GB/s is 100 ms for one row; sixteen rows of 1e9 weights at 100 GFLOP/s are 320 ms."""
+    rate = FormatRate(10e9, 100.0)
+    times = [rows_seconds(rate, 1e9, 1e9, rows) for rows in (0.5, 1, 8.5, 16, 32)]
+    assert times == pytest.approx([0.1, 0.1, 0.21, 0.32, 0.64])
+    assert rows_seconds(rate, 1e10, 1e9, 16) == pytest.approx(1.0)
 
 
 def test_uneven_misses_wait_longer_than_the_average(v3: dict[str, Footprint]) -> None:
     model = ModelCost.of(v3["int4"])
-    compute, read = model.expert_nbytes / (0.85 * 72e9), model.expert_nbytes / 7e9
-    average = 58 * layer_seconds(1, 7, compute=compute, read=read, latency=0.0)[1]
+    compute = model.expert_nbytes / (0.85 * 72e9)
+    ahead = model.shared_nbytes / (0.85 * 72e9)
+    average = 58 * layer_seconds(1, 7, compute=compute, arrivals=[model.expert_nbytes / 7e9], ahead=ahead)[1]
     assert decode_cost(model, MACHINE, 7 / 8).stall_s > 1.05 * average
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from convert.synthetic import TINY_CONFIG
 from offload.cache.policy import CacheShape
 from offload.cache.simulator import replay
+from offload.cache.trace import Trace
 from offload.config import ModelConfig
 from offload.errors import UsageError
 from offload.tune.hits import CURVES, curve_of_trace, measured_curve
@@ -56,11 +58,24 @@ def test_a_recorded_trace_gives_its_own_curve(tmp_path: Path) -> None:
     trace.save(tmp_path / "t.npz")
     curve = curve_of_trace(tmp_path / "t.npz", config)
     assert "t.npz" in curve.name
-    assert curve.at(0.5) == pytest.approx(replay(trace, "ema", shape.keys // 2).hit_rate)
+    assert curve.at(0.5) == pytest.approx(replay(trace, "ema+tokens", shape.keys // 2).hit_rate)
     other = synthetic_trace("flat", CacheShape(2, 16, 4), sessions=1, tokens=5, groups=(4, 2))
     other.save(tmp_path / "o.npz")
     with pytest.raises(UsageError, match="the trace is of 2 layers"):
         curve_of_trace(tmp_path / "o.npz", config)
+
+
+def test_prompts_fill_the_cache_and_do_not_count() -> None:
+    """Two tokens at once, then four that use experts the first brought in or did not."""
+    shape = CacheShape(1, 8, 1)
+    experts = np.array([[[0]], [[1]], [[0]], [[2]], [[1]], [[0]]], np.uint16)
+    trace = Trace(shape, np.zeros(6, np.int32), np.array([2, 1, 1, 1, 1], np.int32), experts)
+    result = replay(trace, "lru", 4)
+    assert (result.events.misses, result.decode_hits, result.decode_misses) == (3, 3, 1)
+    assert measured_curve(trace, "lru", "t", [0.5]).at(0.5) == 0.75
+    prompt_only = replace(trace, steps=np.array([6], np.int32))
+    assert replay(prompt_only, "lru", 4).decode_hit_rate is None
+    assert measured_curve(prompt_only, "lru", "t", [0.5]).at(0.5) == 0.5
 
 
 def test_unknown_preset_and_groups() -> None:

@@ -53,7 +53,7 @@ def test_values() -> None:
 
 def test_drive_rate_by_reads_under_way() -> None:
     machine = replace(parse_machine(GOOD, "f"), depths={"1": 2e9, "4": 5e9, "8": 6.5e9, "32": 9e9})
-    assert [machine.drive_rate(n) for n in (0.5, 1, 3.9, 4, 7.9)] == [2e9, 2e9, 2e9, 5e9, 5e9]
+    assert [machine.drive_rate(n) for n in (0.5, 1, 2.5, 4, 6)] == pytest.approx([2e9, 2e9, 3.5e9, 5e9, 6e9])
     assert machine.drive_rate(8) == machine.drive_rate(100) == 7e9
     assert replace(machine, depths={}).drive_rate(1) == 7e9
 

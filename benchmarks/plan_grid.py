@@ -1,0 +1,166 @@
+"""Predicted beside measured speed over a grid of stores, RAM budgets and cache policies.
+
+    python benchmarks/plan_grid.py --folder SCRATCH [--shares 0.3 0.45 0.6 1.0] [--cells 8]
+    python benchmarks/plan_grid.py --store STORE --shares 0.5 1.0
+
+SCRATCH takes the 10B checkpoint of bench_model.py and its stores; with --store the grid is over that store alone, for
+instance the embedded model's (`expertpager demo --keep FOLDER`). The machine is probed once. For every store the
+routing of other prompts than the benchmark's is recorded, as a user would before asking `plan`. Then `expertpager
+bench` runs in a process of its own for every cell and predicts with that machine file and that trace. A row per cell
+holds predicted and measured speed of warm decoding and of a cold prompt, and their ratios; the last row, the spread.
+About 40 seconds a cell on two cores, besides a minute for the probe and a recording for every store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import bench_model  # noqa: E402
+from record import append  # noqa: E402
+
+from offload.engine.engine import ram_for_share  # noqa: E402
+
+TARGET = 0.15
+"""Gap between predicted and measured speed that is aimed at."""
+
+OTHER_PROMPTS = (
+    "The lighthouse keeper counted the waves, as he had every evening since",
+    "for row in table:\n    print(row.name, row.total)\n\nclass Account:",
+    "Photosynthesis turns light into sugar in two stages, of which the first",
+    "Dear Sir or Madam, I am writing to complain about the delivery of",
+)
+"""What the trace behind the predictions is recorded with; `bench` has other prompts."""
+
+PROCESS_GROWTH = 96 << 20
+"""A run needs this much more than the process that computed its budget, which has loaded less."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--folder", type=Path)
+    place.add_argument("--store", type=Path)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.45, 0.6, 1.0])
+    parser.add_argument("--policies", nargs="+", default=["ema+tokens", "lru"])
+    parser.add_argument("--experts", nargs="+", default=["int4-g32", "int8-g128"])
+    parser.add_argument("--cells", type=int, help="Only so many cells, spread over the grid.")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=20)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--machine", type=Path, help="A machine file made before, instead of a probe.")
+    arguments = parser.parse_args()
+    stores = [arguments.store]
+    if arguments.folder:
+        stores = [bench_model.store(arguments.folder, codec) for codec in arguments.experts]
+    cells = chosen([(s, share, p) for s in stores for share in arguments.shares for p in arguments.policies], arguments)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="expertpager-grid-") as folder:
+        machine = arguments.machine or Path(folder) / "machine.toml"
+        if arguments.machine is None:
+            program("probe", str(stores[0]), "-o", str(machine))
+        traces = {store: recorded(store, Path(folder) / f"{store.name}.npz", arguments) for store, *_ in cells}
+        for store, share, policy in cells:
+            rows.append(cell(store, share, policy, machine, traces[store], arguments))
+            append("plan_grid", f"python benchmarks/plan_grid.py {options(arguments)}", rows[-1])
+            print(json.dumps(rows[-1]), flush=True)
+    numbers = spread(rows)
+    append("plan_grid", f"python benchmarks/plan_grid.py {options(arguments)}", numbers)
+    print(json.dumps(numbers, indent=1))
+
+
+Cell = tuple[Path, float, str]
+
+
+def chosen(cells: list[Cell], arguments: argparse.Namespace) -> list[Cell]:
+    """All cells, or as many as asked for, at even distances; with all experts resident policies are alike."""
+    alike = [cell for cell in cells if cell[1] < 1 or cell[2] == arguments.policies[0]]
+    count = min(arguments.cells or len(alike), len(alike))
+    return [alike[round(number * (len(alike) - 1) / max(1, count - 1))] for number in range(count)]
+
+
+def recorded(store: Path, trace: Path, arguments: argparse.Namespace) -> Path:
+    """The routing of other prompts, recorded as a run of `bench`."""
+    prompts = trace.with_suffix(".txt")
+    prompts.write_text("\n".join(json.dumps(text)[1:-1] for text in OTHER_PROMPTS), encoding="utf-8")
+    ram = ram_for_share(store, 0.6, arguments.context) + PROCESS_GROWTH
+    sizes = ["--warm", "3", "--prompt-tokens", "16", "-n", "48", "--context", str(arguments.context), "--ram", str(ram)]
+    program("bench", str(store), "--profile", "none", "--prompts", str(prompts), "--trace", str(trace), *sizes)
+    return trace
+
+
+def cell(
+    store: Path, share: float, policy: str, machine: Path, trace: Path, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """One run of `bench` beside its prediction."""
+    ram = ram_for_share(store, share, arguments.context) + PROCESS_GROWTH
+    sizes = ["--prompt-tokens", str(arguments.prompt_tokens), "-n", str(arguments.max_tokens), "--warm", "2"]
+    sizes += ["--context", str(arguments.context), "--ram", str(ram), "--policy", policy, "--profile", "none"]
+    lines = program("bench", str(store), "--machine", str(machine), "--hits", str(trace), "--json", *sizes)
+    report = json.loads(lines[-1])
+    row: dict[str, Any] = {"store": store.name, "share": round(report["share"], 3), "policy": policy, "ram": ram}
+    for what, compared in report["compared"].items():
+        name, tokens = ("decode", 1) if what.startswith("warm decode") else ("prefill", arguments.prompt_tokens)
+        row |= {
+            f"{name} predicted tok/s": round(tokens / compared["predicted_s"], 3),
+            f"{name} measured tok/s": round(tokens / compared["measured_s"], 3),
+            f"{name} predicted / measured": round(compared["measured_s"] / compared["predicted_s"], 3),
+            f"{name} gap by": {part: round(compared[f"{part}_s"], 4) for part in ("hits", "drive", "processor")},
+        }
+    warm = report["warm"]
+    demands = sum(run["decode"]["hits"] + run["decode"]["misses"] for run in warm)
+    row["hit rate measured"] = round(sum(run["decode"]["hits"] for run in warm) / demands, 4)
+    row["hit rate predicted"] = round(report["expected_hit_rate"], 4)
+    return row
+
+
+def spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the ratios of all cells: median, least, largest, and the share within the target."""
+    numbers: dict[str, Any] = {"cells": len(rows)}
+    for name in ("decode", "prefill"):
+        ratios = [row[f"{name} predicted / measured"] for row in rows]
+        numbers |= {
+            f"{name} median": round(statistics.median(ratios), 3),
+            f"{name} range": [min(ratios), max(ratios)],
+            f"{name} within {TARGET:.0%}": f"{sum(abs(ratio - 1) <= TARGET for ratio in ratios)} of {len(ratios)}",
+        }
+    return numbers
+
+
+def options(arguments: argparse.Namespace) -> str:
+    """The command's options without paths of this machine."""
+
+    def texts() -> Iterator[str]:
+        yield "--store STORE" if arguments.store else "--folder SCRATCH"
+        for name in ("shares", "policies", "experts"):
+            yield f"--{name} " + " ".join(map(str, getattr(arguments, name)))
+        if arguments.cells:
+            yield f"--cells {arguments.cells}"
+        yield f"--prompt-tokens {arguments.prompt_tokens} --max-tokens {arguments.max_tokens}"
+
+    return " ".join(texts())
+
+
+def program(*command: str) -> list[str]:
+    """Standard output of `expertpager COMMAND`, by lines."""
+    print("expertpager", *command, file=sys.stderr)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"expertpager {command[0]} failed with exit code {done.returncode}")
+    return done.stdout.splitlines()
+
+
+if __name__ == "__main__":
+    main()
