@@ -399,19 +399,21 @@ def bench(store: str, as_json: bool, html: str | None, **arguments: Any) -> None
 
 @cli.command()
 @click.argument("store", type=click.Path(file_okay=False))
-@click.option("-o", "--output", type=click.Path(dir_okay=False), default="profile.toml", show_default=True)
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="The profile.  [default: profile.toml in STORE]")
 @click.option("--prompts", type=click.Path(dir_okay=False), help="File with one prompt per line: your own work.")
 @click.option("-n", "--max-tokens", type=click.IntRange(2), default=24, show_default=True, help="Tokens per prompt.")
 @runtime_options
+@html_option
 @json_option
-def tune(store: str, as_json: bool, **arguments: Any) -> None:
-    """Find faster options for STORE by replay and short real runs; write them for --profile.
+def tune(store: str, as_json: bool, html: str | None, **arguments: Any) -> None:
+    """Find faster options for STORE by replay and short real runs; later runs of STORE take them by themselves.
 
     Options given here are kept as they are; --profile is where the search begins.
     """
     from offload.engine.tuning import tune as run
 
     report = run(store, tell=lambda what: click.echo(f"trying: {what}", err=True), **arguments)
+    _write_page(report, html)
     _report(report.lines(), report.to_dict(), as_json)
 
 

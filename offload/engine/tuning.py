@@ -2,12 +2,13 @@
 
 Owns the search and the profile it writes. A change is kept only if it is measurably faster and the tokens are the
 same. Candidates are tried one option at a time, from the one with the largest expected effect: memory, policy,
-threads.
+threads, reads ahead, readers; then all over again while something was kept, since options depend on each other.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +21,24 @@ from offload.cache.simulator import replay
 from offload.cache.trace import Trace
 from offload.engine.bench import TOPICS
 from offload.engine.engine import Engine
-from offload.engine.options import LIVE_POLICIES, RuntimeOptions, resolve_options
+from offload.engine.options import LIVE_POLICIES, SAVED_PROFILE, RuntimeOptions, find_profile, resolve_options
+from offload.engine.tune_page import tune_page
 from offload.errors import BudgetError, OffloadError, UsageError
 from offload.kernels.native import usable_cpus
+from offload.report import Page
 
 GAIN = 0.03
-"""A candidate must decode faster by this share to replace what is there: less is noise."""
+"""A candidate that decodes faster by this share replaces what is there: less may be noise."""
+
+SMALL_GAIN = 0.005
+"""So does one that is faster by this share with every single prompt, if there are enough of them."""
+
+ENOUGH_PROMPTS = 3
+
+ROUNDS = 3
+"""Times that the options are gone through."""
+
+READER_COUNTS = (4, 8, 16)
 
 Tell = Callable[[str], None]
 
@@ -66,6 +79,12 @@ class TuneReport:
     after: Trial
     steps: Sequence[Step]
     path: Path
+    saved: bool = False
+    """Whether the profile is where runs of the store look for it."""
+
+    def page(self) -> Page:
+        """For people, with charts."""
+        return tune_page(self)
 
     def lines(self) -> Iterator[str]:
         """For people."""
@@ -75,7 +94,8 @@ class TuneReport:
             yield f"  {step.what:<24} {speed:>14}  {'kept' if step.kept else 'dropped'}{step.note and ': ' + step.note}"
         gain = self.after.tok_s / self.before.tok_s - 1
         yield f"after: {self.after.tok_s:.2f} tok/s with {self.after.slots} slots ({gain:+.0%}), the same tokens"
-        yield f"profile: {self.path} (use it with --profile)"
+        use = "runs of this store take it by themselves" if self.saved else "use it with --profile"
+        yield f"profile: {self.path} ({use})"
 
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
@@ -91,7 +111,7 @@ class TuneReport:
 def tune(
     store: str | Path,
     *,
-    output: str | Path,
+    output: str | Path | None = None,
     prompts: str | Path | None = None,
     max_tokens: int = 24,
     profile: str | Path | None = None,
@@ -101,36 +121,65 @@ def tune(
 ) -> TuneReport:
     """Find faster options for `store` than those of `profile`, and write them to `output` as a profile.
 
-    `options` given here are fixed. `prompts` is a file with one prompt per line. Raises OffloadError if a setting
+    Without `output` the profile is saved in the store's folder, where later runs find it. `options` given here are
+    fixed. `prompts` is a file with one prompt per line. Raises OffloadError if a setting
     changes the tokens, which would be a defect.
     """
-    target = Path(output)
+    target = Path(output) if output is not None else Path(store) / SAVED_PROFILE
     if not target.absolute().parent.is_dir():
         raise UsageError(f"--output {target}: there is no folder {target.absolute().parent}")
+    if not os.access(target.absolute().parent, os.W_OK):
+        raise UsageError(f"{target} cannot be written; give --output, and that file as --profile later")
     fixed = {name for name, value in options.items() if value is not None}
-    start = replace(resolve_options(options, profile), trace=None)
+    start = replace(resolve_options(options, find_profile(store, profile)), trace=None)
     run = run or _runner(Path(store), prompts, max_tokens)
     tell = tell or _silent
     tell("as it is")
-    before = best = run(start, True)
-    steps = []
-    for stage in (memory_candidates, policy_candidates, thread_candidates):
-        for what, changes in stage(best, fixed):
-            tell(what)
-            try:
-                trial = replace(run(replace(best.options, **changes), False), trace=before.trace)
-            except BudgetError as fault:
-                steps.append(Step(what, 0.0, False, str(fault)))
-                continue
-            if trial.tokens != before.tokens:
-                raise OffloadError(
-                    f"the tokens depend on {what}: {trial.tokens} instead of {before.tokens}; report this"
-                )
-            kept = trial.tok_s > best.tok_s * (1 + GAIN)
-            steps.append(Step(what, trial.tok_s, kept))
-            best = trial if kept else best
+    before = run(start, True)
+    best, steps = _search(before, fixed, run, tell)
     write_profile(best, target)
-    return TuneReport(before, best, steps, target)
+    return TuneReport(before, best, steps, target, target == Path(store) / SAVED_PROFILE)
+
+
+def _search(before: Trial, fixed: set[str], run: Run, tell: Tell) -> tuple[Trial, list[Step]]:
+    """The best trial, by going through the options until nothing is kept any more."""
+    best, tried, steps = before, {before.options}, []
+    for _ in range(ROUNDS):
+        since = best
+        for stage in STAGES:
+            for what, changes in stage(best, fixed):
+                options = replace(best.options, **changes)
+                if options in tried:
+                    continue
+                tried.add(options)
+                tell(what)
+                try:
+                    trial = replace(run(options, False), trace=before.trace)
+                except BudgetError as fault:
+                    steps.append(Step(what, 0.0, False, str(fault)))
+                    continue
+                if trial.tokens != before.tokens:
+                    raise OffloadError(
+                        f"the tokens depend on {what}: {trial.tokens} instead of {before.tokens}; report this"
+                    )
+                kept = measurably_faster(trial, best)
+                steps.append(Step(what, trial.tok_s, kept))
+                best = trial if kept else best
+        if best is since:
+            break
+    return best, steps
+
+
+def measurably_faster(trial: Trial, best: Trial) -> bool:
+    """Faster by more than noise, or by less with every prompt."""
+    if trial.tok_s > best.tok_s * (1 + GAIN):
+        return True
+    pairs = list(zip(trial.seconds, best.seconds, strict=True))
+    return (
+        len(pairs) >= ENOUGH_PROMPTS
+        and trial.tok_s > best.tok_s * (1 + SMALL_GAIN)
+        and all(new < old for new, old in pairs)
+    )
 
 
 Changes = list[tuple[str, dict[str, Any]]]
@@ -157,6 +206,28 @@ def thread_candidates(best: Trial, fixed: set[str]) -> Changes:
     return [(f"threads {count}", {"threads": count}) for count in counts]
 
 
+def prefetch_candidates(best: Trial, fixed: set[str]) -> Changes:
+    """The other way, where something is left to read."""
+    if "prefetch" in fixed or not _reads(best):
+        return []
+    other = not best.options.prefetch
+    return [("prefetch" if other else "no prefetch", {"prefetch": other})]
+
+
+def reader_candidates(best: Trial, fixed: set[str]) -> Changes:
+    """Fewer or more reads under way, where something is left to read."""
+    if "readers" in fixed or not _reads(best):
+        return []
+    return [(f"readers {count}", {"readers": count}) for count in READER_COUNTS if count != best.options.readers]
+
+
+def _reads(best: Trial) -> bool:
+    return best.trace is None or best.slots < best.trace.shape.keys
+
+
+STAGES = (memory_candidates, policy_candidates, thread_candidates, prefetch_candidates, reader_candidates)
+
+
 def promising_policies(best: Trial) -> list[str]:
     """Other policies, fewest misses first, as a replay of the recorded routing counts them.
 
@@ -165,7 +236,8 @@ def promising_policies(best: Trial) -> list[str]:
     trace = best.trace
     if trace is None or best.slots >= trace.shape.keys:
         return []
-    misses = {name: replay(trace, name, best.slots).events.misses for name in LIVE_POLICIES}
+    replays = {name: replay(trace, name, best.slots) for name in LIVE_POLICIES}
+    misses = {name: result.decode_misses or result.events.misses for name, result in replays.items()}
     limit = misses[best.options.policy] * 1.02
     others = [name for name in LIVE_POLICIES if name != best.options.policy and misses[name] <= limit]
     return sorted(others, key=lambda name: misses[name])
@@ -183,12 +255,16 @@ def profile_values(options: RuntimeOptions) -> dict[str, Any]:
 
 def write_profile(trial: Trial, path: Path) -> None:
     """A TOML file that `--profile` reads. Raises UsageError if it cannot be written."""
-    rows = [f"{name} = {json.dumps(value)}" for name, value in profile_values(trial.options).items()]
+    rows = [f"{name} = {json.dumps(_plain(value))}" for name, value in profile_values(trial.options).items()]
     text = "\n".join([f"# Found by expertpager tune: {trial.tok_s:.2f} tok/s, {trial.slots} expert slots.", *rows])
     try:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as fault:
         raise UsageError(f"{path} cannot be written: {fault.strerror}") from None
+
+
+def _plain(value: Any) -> Any:
+    return str(value.absolute()) if isinstance(value, Path) else value
 
 
 def _runner(store: Path, prompts: str | Path | None, max_tokens: int) -> Run:

@@ -52,7 +52,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class GpuForecast:
-    """What the machine's GPU would hold and allow. None of this runs in a version without the CUDA tier."""
+    """What the machine's GPU would hold and allow. An estimate: no rate of a GPU has been measured."""
 
     name: str
     vram: int

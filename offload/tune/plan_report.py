@@ -185,7 +185,8 @@ def _gpu_lines(gpu: GpuForecast, model: ModelCost) -> Iterator[str]:
     floor = floor_slots(model.config)
     note = "" if gpu.slots >= floor else f" (below one token's working set of {floor}: counted as no hits)"
     yield (
-        f"{gpu.name}, forecast of a CUDA tier that this version does not have: {held}, {gpu.slots} expert slots{note}; "
+        f"{gpu.name} with --device cuda, a forecast that no run on such a GPU has confirmed yet: {held}, "
+        f"{gpu.slots} expert slots{note}; "
         f"hits {gpu.vram_hit:.0%} VRAM, {gpu.hit:.0%} with RAM: at most {gpu.tok_s:.1f} tok/s"
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +12,17 @@ from click.testing import CliRunner
 
 import cli
 from offload.cache.policy import CacheShape
+from offload.cache.simulator import replay
 from offload.engine.engine import ram_for_share
-from offload.engine.options import RuntimeOptions, resolve_options
+from offload.engine.options import LIVE_POLICIES, RuntimeOptions, resolve_options
 from offload.engine.tuning import (
     Trial,
+    measurably_faster,
     memory_candidates,
     policy_candidates,
+    prefetch_candidates,
     promising_policies,
+    reader_candidates,
     thread_candidates,
     tune,
 )
@@ -52,12 +58,61 @@ def test_a_wrong_profile_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert any("kept" in line for line in report.lines()) and report.to_dict()["options"]["threads"] == 8
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_wrong_profile_ends_near_the_best_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Speeds from a formula whose options depend on each other; the sweep tries every combination."""
+    monkeypatch.setattr("offload.engine.tuning.usable_cpus", lambda: 8)
+    rng = random.Random(seed)
+    best_threads, drive, ahead = rng.choice((4, 7, 8)), rng.uniform(0.2, 4), rng.uniform(0.8, 1.15)
+    best_readers, memory = rng.choice((4, 8, 16)), rng.choice((24, 40, 48))
+    misses: dict[tuple[str, int], int] = {}
+
+    def run(o: RuntimeOptions, record: bool) -> Trial:
+        slots = memory if o.ram is None else 6
+        if (o.policy, slots) not in misses:
+            misses[o.policy, slots] = replay(TRACE, o.policy, slots).events.misses
+        threads = o.threads or 8
+        compute = 40 * (1 + 0.08 * abs(threads - best_threads))
+        # A reader takes time of a processor whose threads are all busy.
+        reading = misses[o.policy, slots] * drive * (1 + 0.05 * abs(o.readers - best_readers) / 4)
+        reading *= (ahead if o.prefetch else 1) * (1.05 if threads == 8 else 1)
+        seconds = compute + reading
+        return Trial(o, (seconds, 1.1 * seconds, 0.9 * seconds), ((1, 2),), slots, TRACE if record else None)
+
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text('ram = "100MiB"\npolicy = "lru"\nthreads = 1\nreaders = 1\nallow_slow = true\n')
+    report = tune("unused", output=tmp_path / "p.toml", profile=wrong, run=run)
+    grid = itertools.product((None, 100 << 20), LIVE_POLICIES, (1, 4, 7, 8), (1, 4, 8, 16), (True, False))
+    sweep = [
+        run(RuntimeOptions(ram=ram, policy=policy, threads=threads, readers=readers, prefetch=prefetch), False).tok_s
+        for ram, policy, threads, readers, prefetch in grid
+    ]
+    assert report.after.tok_s >= 0.95 * max(sweep), (report.after.options, list(report.lines()))
+    assert report.after.tok_s > report.before.tok_s
+    assert len(report.steps) < len(sweep) / 8
+
+
+def test_small_gains_count_where_every_prompt_is_faster() -> None:
+    def trial(*seconds: float) -> Trial:
+        return Trial(RuntimeOptions(), seconds, ((1,),), 6)
+
+    best = trial(1.0, 1.1, 0.9)
+    assert measurably_faster(trial(0.98, 1.08, 0.88), best)
+    assert not measurably_faster(trial(0.98, 1.08, 0.91), best)
+    assert not measurably_faster(trial(0.999, 1.099, 0.899), best)
+    assert not measurably_faster(trial(0.98), trial(1.0)) and measurably_faster(trial(0.96), trial(1.0))
+
+
 def test_noise_is_not_a_gain_and_given_options_stay(tmp_path: Path) -> None:
     report = tune("unused", output=tmp_path / "p.toml", run=fake(lambda o: 1.02 if o.threads else 1.0))
     assert report.after is report.before and resolve_options({}, tmp_path / "p.toml") == RuntimeOptions()
     before = Trial(RuntimeOptions(ram=10**9, policy="lru"), (1.0,), ((1,),), 16, TRACE)
-    stages = (memory_candidates, policy_candidates, thread_candidates)
-    assert not any(stage(before, {"ram", "policy", "threads"}) for stage in stages)
+    stages = (memory_candidates, policy_candidates, thread_candidates, prefetch_candidates, reader_candidates)
+    assert not any(stage(before, {"ram", "policy", "threads", "prefetch", "readers"}) for stage in stages)
+    resident = replace(before, slots=64)
+    assert not prefetch_candidates(resident, set()) and not reader_candidates(resident, set())
     assert "ram: what is free" in dict(memory_candidates(before, set()))
 
 
@@ -89,12 +144,13 @@ def test_real_runs(store: Path, tmp_path: Path) -> None:
     profile = tmp_path / "p.toml"
     profile.write_text(f'ram = {ram}\npolicy = "lru"\n')
     arguments = ["tune", str(store), "--profile", str(profile), "-o", str(tmp_path / "out.toml"), "-n", "3"]
-    arguments += ["--context", "128", "--kernels", "reference", "--threads", "1"]
+    arguments += ["--context", "128", "--kernels", "reference", "--threads", "1", "--html", str(tmp_path / "t.html")]
     done = CliRunner().invoke(cli.cli, arguments)
     assert done.exit_code == 0, (done.output, done.exception)
     assert "before:" in done.stdout and "the same tokens" in done.stdout
     found = resolve_options({}, tmp_path / "out.toml")
     assert (found.context, found.kernels, found.threads) == (128, "reference", 1)
+    assert "Hits by slots" in (tmp_path / "t.html").read_text()
 
 
 def test_wrong_use(tmp_path: Path) -> None:
