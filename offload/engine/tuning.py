@@ -132,7 +132,7 @@ def tune(
         raise UsageError(f"{target} cannot be written; give --output, and that file as --profile later")
     fixed = {name for name, value in options.items() if value is not None}
     start = replace(resolve_options(options, find_profile(store, profile)), trace=None)
-    run = run or _runner(Path(store), prompts, max_tokens)
+    run = run or runner(Path(store), prompts, max_tokens)
     tell = tell or _silent
     tell("as it is")
     before = run(start, True)
@@ -267,7 +267,7 @@ def _plain(value: Any) -> Any:
     return str(value.absolute()) if isinstance(value, Path) else value
 
 
-def _runner(store: Path, prompts: str | Path | None, max_tokens: int) -> Run:
+def runner(store: Path, prompts: str | Path | None, max_tokens: int) -> Run:
     """Real runs: the first prompt warms the slots, the others are timed."""
     texts = _texts(prompts)
 
