@@ -146,7 +146,7 @@ def ram_for_share(store: Store, share: float, context: int) -> int:
 def _cpu_demand(store: Store, context: int) -> dict[str, int]:
     """What a plan needs to know of the machine and the store, in bytes and tokens."""
     return {
-        "process": psutil.Process().memory_info().rss,
+        "process": process_nbytes(),
         "resident": store.resident_nbytes + widened_nbytes(store.config),
         "slot_nbytes": store.layout.slot_nbytes,
         "context": context,
@@ -220,3 +220,8 @@ def _shares(
         if layers:  # a device may have dense layers only
             shares.append(DeviceShare(device, kernels, layers, plan.slots, plan.lent > 0))
     return shares
+
+
+def process_nbytes() -> int:
+    """RAM that the process takes now, in bytes."""
+    return int(psutil.Process().memory_info().rss)

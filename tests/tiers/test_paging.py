@@ -28,7 +28,7 @@ CONTEXT = 64
 def load(store: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
     """Loads the store with a share of its experts in RAM over a given file system; nothing is learned."""
 
-    monkeypatch.setattr("offload.engine.engine._process_nbytes", lambda: 300 << 20)  # so that slots do not vary
+    monkeypatch.setattr("offload.engine.backend.process_nbytes", lambda: 300 << 20)  # so that slots do not vary
 
     def make(system: Unruly | None = None, share: float = 0.4, path: Path = store, **options: object) -> Engine:
         if system is not None:
@@ -217,7 +217,7 @@ def test_a_store_that_cannot_be_written_keeps_what_it_learned_in_the_users_cache
 def test_more_ram_than_there_is_is_refused_before_anything_is_allocated(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offload.engine.engine.memory", lambda: Memory(100 << 20, 60 << 20, limited_by_group=True))
+    monkeypatch.setattr("offload.engine.backend.memory", lambda: Memory(100 << 20, 60 << 20, limited_by_group=True))
     with pytest.raises(
         BudgetError, match=r"--ram 64.0 GiB: .* and its control group allows 100.0 MiB; give --ram 100MiB"
     ):
