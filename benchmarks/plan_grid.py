@@ -42,9 +42,6 @@ OTHER_PROMPTS = (
 )
 """What the trace behind the predictions is recorded with; `bench` has other prompts."""
 
-PROCESS_GROWTH = 96 << 20
-"""A run needs this much more than the process that computed its budget, which has loaded less."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -93,7 +90,7 @@ def recorded(store: Path, trace: Path, arguments: argparse.Namespace) -> Path:
     """The routing of other prompts, recorded as a run of `bench`."""
     prompts = trace.with_suffix(".txt")
     prompts.write_text("\n".join(json.dumps(text)[1:-1] for text in OTHER_PROMPTS), encoding="utf-8")
-    ram = ram_for_share(store, 0.6, arguments.context) + PROCESS_GROWTH
+    ram = ram_for_share(store, 0.6, arguments.context)
     sizes = ["--warm", "3", "--prompt-tokens", "16", "-n", "48", "--context", str(arguments.context), "--ram", str(ram)]
     program("bench", str(store), "--profile", "none", "--prompts", str(prompts), "--trace", str(trace), *sizes)
     return trace
@@ -103,7 +100,7 @@ def cell(
     store: Path, share: float, policy: str, machine: Path, trace: Path, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """One run of `bench` beside its prediction."""
-    ram = ram_for_share(store, share, arguments.context) + PROCESS_GROWTH
+    ram = ram_for_share(store, share, arguments.context)
     sizes = ["--prompt-tokens", str(arguments.prompt_tokens), "-n", str(arguments.max_tokens), "--warm", "2"]
     sizes += ["--context", str(arguments.context), "--ram", str(ram), "--policy", policy, "--profile", "none"]
     lines = program("bench", str(store), "--machine", str(machine), "--hits", str(trace), "--json", *sizes)
