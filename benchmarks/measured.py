@@ -1,0 +1,137 @@
+"""The table of measured figures in README.md, out of the newest recorded rows: `python benchmarks/measured.py`.
+
+Owns the choice of figures and their wording. A test compares the table with the rows, so README cannot say what was not
+recorded. Every line ends with the load of the machine while it was recorded: on two shared cores that matters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
+
+Row = dict[str, Any]
+
+
+def rows(name: str) -> list[Row]:
+    """All rows of one results file, oldest first."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def newest(name: str, fits: Callable[[Row], bool] = lambda row: True) -> Row:
+    """The last row of the file that fits. Raises IndexError without one."""
+    return [row for row in rows(name) if fits(row)][-1]
+
+
+def table() -> str:
+    """The table in Markdown."""
+    head = "| what | measured | load |\n|---|---|---|\n"
+    return head + "".join(f"| {what} | {figure} | {load} |\n" for what, figure, load in _lines())
+
+
+def _lines() -> Iterator[tuple[str, str, str]]:
+    """(what, figure, load average or a dash where no time was measured)."""
+    yield from _decode()
+    yield from _paging()
+    yield from _convert()
+    yield from _policies()
+    yield from _routing()
+
+
+def _decode() -> Iterator[tuple[str, str, str]]:
+    row = newest("decode")
+    n = row["numbers"]
+    yield (
+        "10B model in RAM, decode, beside llama.cpp Q4_0",
+        f"{n['decode tok/s']} : {n['llama.cpp decode tok/s']} tok/s = {n['decode ratio']}",
+        _load(row),
+    )
+    yield (
+        "the same, prefill of 512 tokens",
+        f"{n['prefill tok/s']} : {n['llama.cpp prefill tok/s']} tok/s = {n['prefill ratio']}",
+        _load(row),
+    )
+
+
+def _paging() -> Iterator[tuple[str, str, str]]:
+    for share in (0.57, 0.3):
+        row = newest("paging", lambda row, share=share: row["numbers"]["share"] == share)  # type: ignore[misc]
+        n = row["numbers"]
+        yield (
+            f"memory limit of {share:.0%} of the store, decode, beside llama.cpp's mmap",
+            f"{n['decode tok/s']:.2f} : {n['llama.cpp mmap tok/s']:.3f} tok/s = {n['times llama.cpp']:.1f} times; "
+            f"peak RAM {n['peak RAM / --ram']:.0%} of `--ram`",
+            _load(row),
+        )
+
+
+def _convert() -> Iterator[tuple[str, str, str]]:
+    for scales in ("rtn", "ls"):
+        found = [r for r in rows("convert") if r["numbers"].get("scales") == scales and "cpu_s" in r["numbers"]]
+        for row in found[-1:]:
+            n = row["numbers"]
+            yield (
+                f"conversion of a layer of DeepSeek-V3's shapes, `{scales}`",
+                f"{n['source_MB_per_core_s']:.0f} MB of FP8 per second of a core; "
+                f"peak {n['peak_rss_bytes'] / 1e9:.2f} GB",
+                _load(row),
+            )
+
+
+def _policies() -> Iterator[tuple[str, str, str]]:
+    found = [row for row in rows("policies") if row["benchmark"] == "policies"]
+    command = found[-1]["command"]
+    learned = [row for row in found if row["command"] == command and row["policy"] == "ema+tokens, learned"]
+    shares = sorted({row["share"] for row in learned})
+    means = [_mean([row["gap_closed"] for row in learned if row["share"] == share]) for share in shares]
+    yield (
+        "gap from per-layer LRU to Belady closed by `ema+tokens`, routing of DeepSeek-V2-Lite",
+        ", ".join(f"{mean:.0%} at {share:.0%} of slots" for share, mean in zip(shares, means, strict=True)),
+        "-",
+    )
+
+
+def _routing() -> Iterator[tuple[str, str, str]]:
+    def runs(balance: str) -> list[Row]:
+        return [row["numbers"] for row in rows("balancing") if row["numbers"]["balance"] == balance]
+
+    def mean(balance: str, key: str) -> float:
+        return _mean([numbers[key] for numbers in runs(balance)])
+
+    yield (
+        "balancing by bias, MaxVio on held-out text",
+        f"{mean('bias', 'max_vio_held_out'):.2f}, {mean('none', 'max_vio_held_out'):.2f} without; loss "
+        f"{mean('bias', 'held_out_loss'):.3f}, {mean('aux', 'held_out_loss'):.3f} with an auxiliary loss",
+        "-",
+    )
+    means = {row["numbers"]["experts"]: row["numbers"]["mean"]["perplexity"] for row in rows("embedded_perplexity")}
+    yield (
+        "perplexity of the embedded model by experts' codec",
+        ", ".join(f"{codec} {value:.2f}" for codec, value in means.items()),
+        "-",
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _load(row: Row) -> str:
+    return f"{row['numbers']['load_average']:.1f}"
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    README.write_text(f"{before}{BEGIN}{table()}{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
