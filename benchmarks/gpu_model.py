@@ -197,6 +197,12 @@ class PlantedRouting:
     def preference(self, layer: int, ids: Tensor) -> Tensor | None:
         return None
 
+    def lookahead(self) -> int:
+        return 0  # what is planted is known to nobody in advance
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        self._inner.expect(layer, experts)
+
     def hint(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         self._ids = torch.tensor(self.choose(layer, *ids.shape)).to(ids.device)
         self._inner.hint(layer, self._ids, weights)

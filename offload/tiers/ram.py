@@ -341,9 +341,11 @@ class RamTier:
             return  # every expert has a slot
         if lookahead.off_reason is not None or len(self._reads) > len(self._speculative):
             return  # somebody waits for a read
+        # Spare slots only: a demand never finds every slot taken by speculation.
+        room = min(LOOKAHEAD_READS, self.residency.slots - self.shape.top_k)
         for layer in range(first, min(first + LOOKAHEAD_LAYERS, self.shape.layers)):
             for expert in lookahead.candidates(layer):
-                if len(self._speculative) >= LOOKAHEAD_READS:
+                if len(self._speculative) >= room:
                     return
                 load = self.residency.prefetch(layer, expert)
                 if load is None:

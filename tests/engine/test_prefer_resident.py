@@ -20,8 +20,9 @@ PROMPT = [0, 17, 301, 5]
 
 
 def generate(store: Path, margin: float | None, share: float = 0.4, **options: object):  # type: ignore[no-untyped-def]
+    """Without prefetch, whose reads depend on timing: misses are compared."""
     ram = ram_for_share(store, share, context=64)
-    with offload.load(store, context=64, ram=ram, prefer_resident=margin, **options) as engine:
+    with offload.load(store, context=64, ram=ram, prefer_resident=margin, prefetch=False, **options) as engine:
         ids = [step.token_id for step in engine.generate(PROMPT, max_tokens=24, temperature=0.0, ignore_eos=True)]
         return ids, engine.summary()
 
