@@ -99,6 +99,14 @@ runtime_options = options(
     click.option(
         "--prefetch/--no-prefetch", default=None, help="Read experts ahead of their layer.  [default: prefetch]"
     ),
+    click.option(
+        "--mirror", type=click.Path(file_okay=False), help="A copy of STORE on another drive; both drives are read."
+    ),
+    click.option(
+        "--usage",
+        type=click.Path(dir_okay=False),
+        help="File in which what is learned about expert use is kept between runs; off: none.  [default: with STORE]",
+    ),
     click.option("--context", type=click.IntRange(1), help="Longest prompt plus answer, in tokens. Default: 4096."),
     click.option("--policy", help="Cache policy of the expert slots.  [default: ema+tokens]"),
     click.option("--allow-slow", is_flag=True, default=None, help="Run with fewer slots than one token's working set."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ class Counter:
         self.notes: list[str] = []
 
     def __call__(self, label: str, done: int, total: int) -> None:
+        time.sleep(0.005)  # shards are deleted by another thread, and nobody waits for it
         self.left.append(len(shards(self.folder)))
         if self.left[-1] <= self.stop:
             raise KeyboardInterrupt

@@ -20,9 +20,10 @@ PROMPT = [0, 17, 301, 5]
 
 
 def generate(store: Path, margin: float | None, share: float = 0.4, **options: object):  # type: ignore[no-untyped-def]
-    """Without prefetch, whose reads depend on timing: misses are compared."""
+    """Without prefetch, whose reads depend on timing, and without what other tests taught: misses are compared."""
     ram = ram_for_share(store, share, context=64)
-    with offload.load(store, context=64, ram=ram, prefer_resident=margin, prefetch=False, **options) as engine:
+    options |= {"prefetch": False, "usage": "off"}
+    with offload.load(store, context=64, ram=ram, prefer_resident=margin, **options) as engine:
         ids = [step.token_id for step in engine.generate(PROMPT, max_tokens=24, temperature=0.0, ignore_eos=True)]
         return ids, engine.summary()
 
@@ -68,6 +69,7 @@ def test_explanations_and_their_trace_are_of_exact_routing(store: Path, tmp_path
 def test_the_command_announces_it(store: Path) -> None:
     ram = str(ram_for_share(store, 0.4, context=64))
     command = ["generate", str(store), "--prompt-ids", "0,5,7", "-n", "8", "--context", "64", "--ram", ram, "--json"]
+    command += ["--ignore-eos", "--usage", "off"]
     done = CliRunner().invoke(cli.cli, [*command, "--prefer-resident", "1.5"], catch_exceptions=False)
     assert done.exit_code == 0
     assert "prefer-resident 1.5" in done.stderr and "not that of exact routing" in done.stderr
