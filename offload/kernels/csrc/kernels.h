@@ -33,7 +33,7 @@ inline void place_codes(const int8_t* codes, int64_t n, uint8_t* out) {
     for (int64_t b = 0; b < n; b += 32) {
       for (int i = 0; i < 16; ++i) {
         words[b + i] = codes[b + 2 * i];
-        words[b + 16 + i] = codes[b + 2 * i + 1];
+        words[b + 16 + i] = static_cast<int16_t>(codes[b + 2 * i + 1] - 256 * codes[b + 2 * i]);
       }
     }
   } else {
@@ -41,7 +41,8 @@ inline void place_codes(const int8_t* codes, int64_t n, uint8_t* out) {
   }
 }
 
-// One record: codes, then scales, then corrections (minus the weight offset times the code sum).
+// One record: codes, then scales, then corrections (minus the weight offset times the sum of the codes that
+// meet weights with their offset: all of them, or the even ones).
 template <int BITS, int G>
 inline void quantize_record(const float* x, uint8_t* rec, F& poison) {
   using Format = IntFormat<BITS, G>;
@@ -67,7 +68,11 @@ inline void quantize_record(const float* x, uint8_t* rec, F& poison) {
     }
     const int lane = Format::lane_of_group(g);
     scales[lane] = zero ? 0.0f : amax / 127.0f;
-    corrections[lane] = -(1 << (BITS - 1)) * static_cast<int32_t>(f_sum(total));
+    int32_t sum = static_cast<int32_t>(f_sum(total));
+    if constexpr (BITS == 8 && kInt8Deinterleave) {
+      for (int i = 1; i < G; i += 2) sum -= codes[g * G + i];
+    }
+    corrections[lane] = -(1 << (BITS - 1)) * sum;
   }
   place_codes<BITS>(codes, kColumns, rec);
 }
@@ -126,14 +131,14 @@ struct Geometry {
 template <int BITS, int G>
 void int_rows(const RowsCall& call);
 
-// A single stream does not keep enough cache lines under way to use a core's share of the memory, so a
-// decoding step reads kStreams rows side by side and asks for each kAhead bytes before it gets there.
-constexpr int64_t kStreams = 4;
-constexpr int64_t kAhead = 1024;
+// One token costs its weights' way from memory. A core keeps enough cache lines under way when it reads four long
+// streams, which the prefetchers of the hardware follow; asking for lines as well slows it down. Rows that lie side by
+// side are short streams, lost at every end.
+constexpr int kStreams = 4;
 
-// NR rows side by side against up to four tokens; every row is read once, front to back.
+// NR rows, `apart` rows between them, against up to four tokens; every row is read once, front to back.
 template <int BITS, int G, int MT, int NR>
-inline void int_rows_block(const RowsCall& call, const Geometry<IntFormat<BITS, G>, BITS, G>& geometry, int64_t n) {
+inline void int_rows_block(const RowsCall& call, const Geometry<IntFormat<BITS, G>, BITS, G>& geometry, int64_t n, int64_t apart) {
   using Format = IntFormat<BITS, G>;
   constexpr int kPhases = Format::kPhases;
   typename Format::Accumulator acc[kPhases][NR][MT];
@@ -145,10 +150,9 @@ inline void int_rows_block(const RowsCall& call, const Geometry<IntFormat<BITS, 
       for (int m = 0; m < MT; ++m) acc[phase][r][m] = Format::zero();
     }
   }
-  const int64_t row_bytes = geometry.row_bytes, groups = geometry.groups, ahead = min_of(kAhead, row_bytes);
-  const uint8_t* codes = geometry.payload + n * row_bytes;
-  const uint16_t* scales = geometry.scale + n * groups;
-  const uint16_t* next_scales = scales + NR * groups;
+  const int64_t code_stride = apart * geometry.row_bytes, scale_stride = apart * geometry.groups;
+  const uint8_t* codes = geometry.payload + n * geometry.row_bytes;
+  const uint16_t* scales = geometry.scale + n * geometry.groups;
   const uint8_t* rec[MT];
 #pragma GCC unroll 4
   for (int m = 0; m < MT; ++m) rec[m] = call.act[m];
@@ -157,19 +161,12 @@ inline void int_rows_block(const RowsCall& call, const Geometry<IntFormat<BITS, 
 #pragma GCC unroll 2
     for (int phase = 0; phase < kPhases; ++phase) {
       if (s == geometry.whole) break;
-      // Behind the end of the rows, the beginning of the next NR.
-      const bool inside = s * Format::kWeightBytes + ahead < row_bytes;
-      const uint8_t* target = codes + ahead + (inside ? 0 : (NR - 1) * row_bytes);
-      __builtin_prefetch(next_scales);
 #pragma GCC unroll 4
       for (int r = 0; r < NR; ++r) {
-#pragma GCC unroll 16
-        for (int i = 0; i < Format::kWeightBytes; i += 64) __builtin_prefetch(target + r * row_bytes + i);
-        Format::template step<MT>(acc[phase][r], codes + r * row_bytes, scales + r * groups, rec);
+        Format::template step<MT>(acc[phase][r], codes + r * code_stride, scales + r * scale_stride, rec);
       }
       codes += Format::kWeightBytes;
       scales += Format::kGroups;
-      next_scales += NR * Format::kGroups;
 #pragma GCC unroll 4
       for (int m = 0; m < MT; ++m) rec[m] += Format::kRecordBytes;
       ++s;
@@ -180,7 +177,7 @@ inline void int_rows_block(const RowsCall& call, const Geometry<IntFormat<BITS, 
     alignas(64) uint16_t last_scales[Format::kGroups];
 #pragma GCC unroll 4
     for (int r = 0; r < NR; ++r) {
-      geometry.copy_tail(n + r, last_codes, last_scales);
+      geometry.copy_tail(n + r * apart, last_codes, last_scales);
       if (kPhases == 1 || s % kPhases == 0) {
         Format::template step<MT>(acc[0][r], last_codes, last_scales, rec);
       } else {
@@ -195,25 +192,18 @@ inline void int_rows_block(const RowsCall& call, const Geometry<IntFormat<BITS, 
       typename Format::Accumulator a[kPhases];
 #pragma GCC unroll 2
       for (int phase = 0; phase < kPhases; ++phase) a[phase] = acc[phase][r][m];
-      call.out[m][n + r - call.base] = Format::finish(a);
+      call.out[m][n + r * apart - call.base] = Format::finish(a);
     }
   }
 }
 
 template <int BITS, int G, int MT>
 void int_rows_few(const RowsCall& call) {
-  constexpr int kRows = MT == 1 ? kStreams : 2;  // more tokens need the registers, and more time per byte
+  constexpr int kRows = MT <= 2 ? kStreams / MT : 1;  // more tokens need the registers, and more time per byte
   const Geometry<IntFormat<BITS, G>, BITS, G> geometry(*call.weight);
-  int64_t n = call.first;
-  for (; n + kRows <= call.last; n += kRows) int_rows_block<BITS, G, MT, kRows>(call, geometry, n);
-  RowsCall one = call;
-  for (; n < call.last; ++n) {
-    for (int m = 0; m < MT; ++m) {
-      one.act = call.act + m;
-      one.out = call.out + m;
-      int_rows_block<BITS, G, 1, 1>(one, geometry, n);
-    }
-  }
+  const int64_t apart = (call.last - call.first) / kRows;
+  for (int64_t n = call.first; n < call.first + apart; ++n) int_rows_block<BITS, G, MT, kRows>(call, geometry, n, apart);
+  for (int64_t n = call.first + kRows * apart; n < call.last; ++n) int_rows_block<BITS, G, MT, 1>(call, geometry, n, 1);
 }
 
 #if EP_PANELS
@@ -518,7 +508,7 @@ inline void dot_fp8_rows(const ep_weight& w, int64_t row, const float* x, int64_
     F scale[4];
     for (int r = 0; r < 4; ++r) {
       scale[r] = f_set1(element<float>(scales, (row + r) / w.block_rows * per_row + c / w.block_cols));
-      for (int64_t i = c; i < end; i += 64) __builtin_prefetch(codes + r * w.cols + i + kAhead);
+      for (int64_t i = c; i < end; i += 64) __builtin_prefetch(codes + r * w.cols + i + 1024);
     }
     for (; c < end; c += 16) {
       const F xv = f_load(x + c);
@@ -875,7 +865,7 @@ uint64_t read_bytes(const uint8_t* p, int64_t n) {
 #pragma GCC unroll 4
     for (int s = 0; s < kStreams; ++s) {
       const uint8_t* from = p + s * part + i;
-      __builtin_prefetch(from + kAhead);
+      __builtin_prefetch(from + 1024);  // with nothing to compute, asking ahead is faster
 #pragma GCC unroll 8
       for (int j = 0; j < kWords; ++j) lanes[s][j] ^= element<uint64_t>(from, j);
     }

@@ -15,7 +15,7 @@ namespace {
 constexpr int kInt8ActBytes = 1;
 constexpr bool kInt8Deinterleave = false;
 #else
-constexpr int kInt8ActBytes = 2;  // 16 even, then 16 odd columns, as 16-bit integers
+constexpr int kInt8ActBytes = 2;  // of 32 columns, as 16-bit integers: 16 even ones e, then 16 odd ones less 256 e
 constexpr bool kInt8Deinterleave = true;
 #endif
 
@@ -125,14 +125,21 @@ inline __m256i nibbles_low(__m256i x) { return _mm256_and_si256(x, _mm256_set1_e
 inline __m256i nibbles_high(__m256i x) {
   return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15));
 }
+// Two neighbouring codes as one number: the even code u (with its offset) plus 256 times the odd weight w (without).
+// Multiplied by the even activation e it leaves 256 w e too much, which w times (odd activation - 256 e) takes off.
+inline __m256i byte_pairs(__m256i codes) { return _mm256_xor_si256(codes, _mm256_set1_epi16(INT16_MIN)); }
 inline __m256i pair32(__m256i x, __m256i y) {
   return _mm256_add_epi32(_mm256_unpacklo_epi32(x, y), _mm256_unpackhi_epi32(x, y));
 }
 inline __m256i pair64(__m256i x, __m256i y) {
   return _mm256_add_epi32(_mm256_unpacklo_epi64(x, y), _mm256_unpackhi_epi64(x, y));
 }
-inline __m256i pair16(__m256i x, __m256i y) {
-  return _mm256_add_epi16(_mm256_unpacklo_epi16(x, y), _mm256_unpackhi_epi16(x, y));
+// The same sums of 16-bit lanes, two of which move together or four.
+inline __m256i pair32x16(__m256i x, __m256i y) {
+  return _mm256_add_epi16(_mm256_unpacklo_epi32(x, y), _mm256_unpackhi_epi32(x, y));
+}
+inline __m256i pair64x16(__m256i x, __m256i y) {
+  return _mm256_add_epi16(_mm256_unpacklo_epi64(x, y), _mm256_unpackhi_epi64(x, y));
 }
 // Totals of eight vectors of eight 32-bit lanes, in order.
 inline __m256i totals(const __m256i* v) {
@@ -168,15 +175,12 @@ struct IntFormat {
       step_paired<MT>(acc, w, ws, rec);
     } else {
       __m256i v[MT][kGroups];
+      if constexpr (BITS == 4) {
 #pragma GCC unroll 8
-      for (int g = 0; g < kGroups; ++g) {
-#pragma GCC unroll 4
-        for (int m = 0; m < MT; ++m) v[m][g] = _mm256_setzero_si256();
-        if constexpr (BITS == 4) {
-          group_nibbles<MT>(v, w, rec, g);
-        } else {
-          group_bytes<MT>(v, w, rec, g);
-        }
+        for (int g = 0; g < kGroups; ++g) group_nibbles<MT>(v, w, rec, g);
+      } else {
+#pragma GCC unroll 1  // unrolled, the compiler runs out of registers
+        for (int g = 0; g < kGroups; ++g) group_bytes<MT>(v, w, rec, g);
       }
       const __m256 scale = bf16_lanes(load128(ws));
 #pragma GCC unroll 4
@@ -211,19 +215,19 @@ struct IntFormat {
 #endif
       }
     }
-    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    const __m256 scale = bf16_lanes(_mm_shuffle_epi8(load128(ws), order));
+    // Each scale to the upper half of a float, groups 0 2 4 6 1 3 5 7.
+    const __m256i order = _mm256_setr_epi8(
+        -1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13,
+        -1, -1, 2, 3, -1, -1, 6, 7, -1, -1, 10, 11, -1, -1, 14, 15);
+    const __m256 scale = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(ws)), order));
 #pragma GCC unroll 4
     for (int m = 0; m < MT; ++m) {
 #ifdef EP_VNNI256
       const __m256i sums = pair64(pair32(v[m][0], v[m][1]), pair32(v[m][2], v[m][3]));
 #else
-      // 16-bit lanes stay below 15 * 127 * 2 * 2 * 2 * 2 = 30480; lanes come out as v0 v2 v1 v3 twice.
-      const __m256i words = pair16(pair16(v[m][0], v[m][1]), pair16(v[m][2], v[m][3]));
-      const __m256i adjacent = _mm256_setr_epi8(
-          0, 1, 8, 9, 4, 5, 12, 13, 2, 3, 10, 11, 6, 7, 14, 15,
-          0, 1, 8, 9, 4, 5, 12, 13, 2, 3, 10, 11, 6, 7, 14, 15);
-      const __m256i sums = _mm256_madd_epi16(_mm256_shuffle_epi8(words, adjacent), _mm256_set1_epi16(1));
+      // 16-bit lanes stay below 15 * 127 * 2 * 2 * 2 * 2 = 30480; two neighbours of each vector are left.
+      const __m256i words = pair64x16(pair32x16(v[m][0], v[m][1]), pair32x16(v[m][2], v[m][3]));
+      const __m256i sums = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
 #endif
       accumulate(acc[m], sums, scale, rec[m] + kCodeBytes);
     }
@@ -231,6 +235,8 @@ struct IntFormat {
 
   template <int MT>
   static inline void group_nibbles(__m256i (*v)[kGroups], const uint8_t* w, const uint8_t* const* rec, int g) {
+#pragma GCC unroll 4
+    for (int m = 0; m < MT; ++m) v[m][g] = _mm256_setzero_si256();
 #pragma GCC unroll 4
     for (int b = g * (G / 2); b < (g + 1) * (G / 2); b += 32) {
       const __m256i raw = load256(w + b);
@@ -256,17 +262,18 @@ struct IntFormat {
   template <int MT>
   static inline void group_bytes(__m256i (*v)[kGroups], const uint8_t* w, const uint8_t* const* rec, int g) {
 #pragma GCC unroll 4
+    for (int m = 0; m < MT; ++m) v[m][g] = _mm256_setzero_si256();
+#pragma GCC unroll 4
     for (int b = g * G; b < (g + 1) * G; b += 32) {
       const __m256i raw = load256(w + b);
 #ifdef EP_VNNI256
 #pragma GCC unroll 4
       for (int m = 0; m < MT; ++m) v[m][g] = dpbusd(v[m][g], raw, load256(rec[m] + b));
 #else
-      const __m256i even = _mm256_and_si256(raw, _mm256_set1_epi16(0xFF));
-      const __m256i odd = _mm256_srli_epi16(raw, 8);
+      const __m256i pairs = byte_pairs(raw), odd = _mm256_srai_epi16(pairs, 8);
 #pragma GCC unroll 4
       for (int m = 0; m < MT; ++m) {
-        const __m256i d = _mm256_add_epi32(_mm256_madd_epi16(even, load256(rec[m] + 2 * b)),
+        const __m256i d = _mm256_add_epi32(_mm256_madd_epi16(pairs, load256(rec[m] + 2 * b)),
                                            _mm256_madd_epi16(odd, load256(rec[m] + 2 * b + 32)));
         v[m][g] = _mm256_add_epi32(v[m][g], d);
       }
@@ -331,11 +338,11 @@ inline void panel_sums(const uint8_t* words, const uint8_t* const* act, int grou
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) sums[t] = dpbusd(sums[t], raw, word_of(act[t] + group * G + 4 * i));
 #else
-      const __m256i even = _mm256_and_si256(raw, _mm256_set1_epi16(0xFF)), odd = _mm256_srli_epi16(raw, 8);
+      const __m256i pairs = byte_pairs(raw), odd = _mm256_srai_epi16(pairs, 8);
       const int column = group * G + 4 * i, at = column / 32 * 64 + column % 32;
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        const __m256i d = _mm256_add_epi32(_mm256_madd_epi16(even, word_of(act[t] + at)),
+        const __m256i d = _mm256_add_epi32(_mm256_madd_epi16(pairs, word_of(act[t] + at)),
                                            _mm256_madd_epi16(odd, word_of(act[t] + at + 32)));
         sums[t] = _mm256_add_epi32(sums[t], d);
       }
