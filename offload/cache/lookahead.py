@@ -45,7 +45,7 @@ class LookAhead:
         self._asked = limits.start
         self._ranks = policy.shape.top_k
         self._useful = self._wasted = self._reads = 0
-        self._likely: list[list[tuple[int, float]]] = []
+        self._likely: list[list[int]] = []
         self._expected: dict[int, list[int]] = {}
         self.off_reason: str | None = None
 
@@ -54,11 +54,17 @@ class LookAhead:
         self._expected.clear()
         self._likely = []
         if self._table is not None and self.off_reason is None and len(tokens) == 1:
-            self._likely = self._table.likely(tokens[0])
+            likely = self._table.likely(tokens[0], self._asked)
+            self._likely = [[expert for expert, _ in row] for row in likely]
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """A router applied early chose `experts` for `layer`, best first."""
         self._expected[layer] = list(experts)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is expected of any layer of this step."""
+        return self.off_reason is not None or not (self._likely or self._expected)
 
     def candidates(self, layer: int) -> list[int]:
         """Experts worth reading for `layer` now, the most probable first."""
@@ -66,7 +72,7 @@ class LookAhead:
             return []
         found = self._expected.get(layer, [])[: self._ranks]
         if self._likely:
-            found = found + [e for e, p in self._likely[layer] if p >= self._asked and e not in found]
+            found = found + [e for e in self._likely[layer] if e not in found]
         return found
 
     def outcome(self, useful: int, wasted: int, reads: int = 0) -> None:

@@ -88,17 +88,22 @@ class TokenTable:
         out[self._column, self._ids[row]] += share * self._counts[row]
         return True
 
-    def likely(self, token: int) -> list[list[tuple[int, float]]]:
-        """Per layer (expert, probability of use) for `token`, most frequent first; empty if unseen."""
+    def likely(self, token: int, least: float = 0.0) -> list[list[tuple[int, float]]]:
+        """Per layer (expert, probability of use, above 0 and at least `least`) for `token`, most frequent first.
+
+        Empty if the token was never seen.
+        """
         row = self._row_of.get(token)
         if row is None or not self._seen[row]:
             return []
+        found: list[list[tuple[int, float]]] = [[] for _ in range(self.shape.layers)]
         share = self._counts[row] / (float(self._seen[row]) + 1.0)
-        order = np.argsort(-share, axis=1, kind="stable")
-        return [
-            [(int(self._ids[row, layer, i]), float(share[layer, i])) for i in order[layer] if share[layer, i]]
-            for layer in range(self.shape.layers)
-        ]
+        layers, places = np.nonzero((share >= least) & (share > 0.0))
+        order = np.lexsort((places, -share[layers, places], layers))
+        chosen = self._ids[row, layers, places], share[layers, places]
+        for at in order.tolist():
+            found[layers[at]].append((int(chosen[0][at]), float(chosen[1][at])))
+        return found
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Arrays that `restore` takes."""

@@ -124,6 +124,7 @@ class Residency:
         self._cheapest = np.full(shape.layers, np.inf)
         self._cheapest_expert = [0] * shape.layers
         self._guard = np.full(shape.layers, np.inf if self.floor else 0.0)
+        self._unranked: set[int] = set()  # layers whose values have changed since their cheapest was found
         overridden = type(policy).evicted is not CachePolicy.evicted
         self._tell = policy.evicted if overridden and leads else None
 
@@ -142,6 +143,7 @@ class Residency:
     def refresh(self) -> None:
         """The policy's values have changed in any layer."""
         self._revision = self.policy.revision
+        self._unranked.clear()
         np.add(self._values, self._closed, out=self._worth)
         cheapest = self._worth.argmin(axis=1)
         self._cheapest_expert = cheapest.tolist()
@@ -163,6 +165,25 @@ class Residency:
         """Let the policy learn what the router chose; returns the experts in it, ascending."""
         self.policy.observe(layer, ids)
         return sorted(ids[0]) if len(ids) == 1 else sorted({expert for row in ids for expert in row})
+
+    def take(self, layer: int, experts: Sequence[int]) -> list[int] | None:
+        """The slots of `experts`, each named once, if all are resident; None, with nothing changed, if not.
+
+        What `open`, `complete` and `release` would do: such a layer needs no decision and no pins, if its slots
+        are computed from before the next one is made.
+        """
+        if self._revision != self.policy.revision:
+            self.refresh()
+        base, slot_of = layer * self.shape.experts, self._slot_of
+        slots = [slot_of[base + expert] for expert in experts]
+        if min(slots) < 0 or (self._loading and not self._loading.keys().isdisjoint(slots)):
+            return None
+        self.events.hits += len(slots)
+        if self._prefetched and not self._prefetched.isdisjoint(slots):
+            self.events.prefetch_useful += len(self._prefetched.intersection(slots))
+            self._prefetched.difference_update(slots)
+        self._unranked.add(layer)
+        return slots
 
     def open(self, layer: int, wanted: list[int], start: Callable[[Decision], None]) -> Service:
         """The first half of `serve`: decide the first wave of `wanted` (ascending) and begin its reads."""
@@ -423,6 +444,7 @@ class Residency:
 
     def check(self) -> None:
         """Assert that the tables agree with each other; for tests and for idle moments."""
+        self._rank_all()
         used = {slot: key for key, slot in enumerate(self._slot_of) if slot >= 0}
         assert len(used) == sum(slot >= 0 for slot in self._slot_of), "two experts in one slot"
         assert not used.keys() & set(self._free), "a slot in use is in the free list"
@@ -484,6 +506,7 @@ class Residency:
 
     def _victims(self, layer: int, count: int) -> list[int]:
         """Keys of up to `count` evictable experts of lowest value, the lowest last; now closed."""
+        self._rank_all()
         offer = self._cheapest + self._guard
         offer[layer] = self._cheapest[layer]
         chosen: list[int] = []
@@ -523,6 +546,12 @@ class Residency:
         worth = float(row[expert])
         self._cheapest[layer] = worth
         return worth
+
+    def _rank_all(self) -> None:
+        """Rank the layers that were left for when somebody asks."""
+        for layer in self._unranked:
+            self._rank(layer)
+        self._unranked.clear()
 
     def _open(self, key: int) -> None:
         self._closed_at[key] = 0.0

@@ -180,3 +180,12 @@ class FusedKernels(Kernels, Protocol):
     def end_moe(self, layer: MoeLayer, hidden: Tensor, start: MoeStart, routed: Tensor) -> Tensor:
         """hidden + (routed + shared expert): [T, H], for the routed experts' sum `routed` [T, H]."""
         ...
+
+    def finish_moe(
+        self, layer: MoeLayer, hidden: Tensor, start: MoeStart, ids: Tensor, weights: Tensor, experts: Sequence[Expert]
+    ) -> Tensor:
+        """What `experts`, `combine` and `end_moe` give for one token, all of whose experts are at hand: [1, H].
+
+        `experts[j]` is the expert ids[0, j], its weight weights[0, j].
+        """
+        ...

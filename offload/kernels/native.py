@@ -14,6 +14,7 @@ import ctypes
 import importlib.machinery
 import os
 import weakref
+from collections.abc import Sequence
 from ctypes import Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +34,7 @@ from offload.types import PROJECTIONS
 ISAS = ("avx512", "avxvnni", "avx2", "portable")
 """Instruction sets of the library, fastest first."""
 
-_ABI = 2
+_ABI = 3
 _F32, _BF16, _FP8, _INT4, _INT8, _NF4, _INT3, _INT2 = range(8)
 _INTEGERS = {8: _INT8, 4: _INT4, 3: _INT3, 2: _INT2}
 
@@ -105,6 +106,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ep_attention": (_N, (_P, _P, _P, _P, _P, _N, _N, _P, _P)),
     "ep_moe_begin": (_N, (_P, _P, _P, _N, _P, _P, _P, _P)),
     "ep_moe_end": (_N, (_P, _P, _P, _P, _P, _N, c_uint64, _P)),
+    "ep_moe_finish": (_N, (_P, _P, _P, _P, _P, _P, _N, _P, _P, c_uint64, _P)),
     "ep_read": (c_uint64, (_P, _P, _N)),
 }
 
@@ -368,6 +370,29 @@ class NativeKernels:
         pointers = hidden.data_ptr(), start.x.data_ptr(), routed.data_ptr()
         described = self._moes[id(layer)][1]
         bad = self._library.ep_moe_end(self._context, described, *pointers, tokens, start.token, out.data_ptr())
+        if bad:
+            raise _not_finite(bad)
+        return out
+
+    def finish_moe(
+        self, layer: MoeLayer, hidden: Tensor, start: MoeStart, ids: Tensor, weights: Tensor, experts: Sequence[Expert]
+    ) -> Tensor:
+        k, layout = len(experts), self._expert_layout(experts[0])
+        if layout is None:  # matrices that are not views into one buffer
+            wave = [(expert, torch.tensor([j])) for j, expert in enumerate(experts)]
+            partial = torch.empty((k, hidden.shape[1]), dtype=torch.float32)
+            self.experts(start.x, wave, k, partial)
+            return self.end_moe(layer, hidden, start, self.combine(partial, ids, weights))
+        width = layer.router.shape[1]
+        _rows(hidden, width, 1)
+        _rows(weights, k, 1)
+        if (layout[0].cols, layout[2].rows, ids.shape) != (width, width, (1, k)):
+            raise KernelError(f"{k} experts {layout[0].cols} wide do not fit ids {tuple(ids.shape)} and hidden {width}")
+        out = torch.empty_like(hidden)
+        bases = (c_uint64 * k)(*(expert.buffer.data_ptr() for expert in experts))
+        chosen = _int64(ids).data_ptr(), weights.data_ptr(), k
+        rows = hidden.data_ptr(), start.x.data_ptr(), start.token, out.data_ptr()
+        bad = self._library.ep_moe_finish(self._context, self._moes[id(layer)][1], layout, bases, *chosen, *rows)
         if bad:
             raise _not_finite(bad)
         return out

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from offload.config import ModelConfig
-from offload.kernels import FusedKernels, Kernels, MoeLayer, RouterShape
+from offload.kernels import FusedKernels, Kernels, MoeLayer, MoeStart, RouterShape
 from offload.model.blocks import blocks
 from offload.model.preference import reroute
 from offload.quant import QuantizedTensor
@@ -46,6 +46,17 @@ class RoutedExperts(Protocol):
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """sum_j weights[t, j] * expert(ids[t, j])(x[t]) for x [T, H]; ids int64 [T, K]: [T, H]."""
+        ...
+
+
+@runtime_checkable
+class ExpertsAtHand(RoutedExperts, Protocol):
+    """Routed experts that a fused backend may compute together with the rest of their block."""
+
+    def finish(
+        self, layer: int, block: MoeLayer, hidden: Tensor, start: MoeStart, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        """`hint`, the call and `end_moe` in one, for one token: hidden [1, H] plus the whole block."""
         ...
 
 
@@ -120,12 +131,24 @@ def moe_layer(weights: MoeWeights, norm: Tensor, config: ModelConfig) -> MoeLaye
     )
 
 
-def fused_moe(hidden: Tensor, block: MoeLayer, layer: int, routed: RoutedExperts, kernels: FusedKernels) -> Tensor:
-    """hidden [T, H] plus the MoE block of its norm, with the shared expert running while experts are looked up."""
+def fused_moe(
+    hidden: Tensor,
+    block: MoeLayer,
+    layer: int,
+    routed: RoutedExperts,
+    kernels: FusedKernels,
+    at_hand: ExpertsAtHand | None = None,
+) -> Tensor:
+    """hidden [T, H] plus the MoE block of its norm, with the shared expert running while experts are looked up.
+
+    `at_hand`: `routed` again, if it can finish a block by itself.
+    """
     start = kernels.begin_moe(block, hidden)
     ids, scores = start.ids, start.weights
     preference = routed.preference(layer, ids)
     if preference is not None:
         ids, scores = reroute(kernels, start.x, block.router, block.bias, block.shape, preference)
+    if at_hand is not None and hidden.shape[0] == 1:
+        return at_hand.finish(layer, block, hidden, start, ids, scores)
     routed.hint(layer, ids, scores)
     return kernels.end_moe(block, hidden, start, routed(layer, start.x, ids, scores))

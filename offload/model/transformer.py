@@ -17,7 +17,17 @@ from offload.kernels import FusedKernels, Kernels
 from offload.model.attention import EXPAND_FROM, AttentionWeights, attention_layer, mla
 from offload.model.blocks import blocks
 from offload.model.kv_cache import KVCache
-from offload.model.moe import MlpWeights, MoeWeights, RoutedExperts, fused_moe, mlp, moe, moe_layer, router_shape
+from offload.model.moe import (
+    ExpertsAtHand,
+    MlpWeights,
+    MoeWeights,
+    RoutedExperts,
+    fused_moe,
+    mlp,
+    moe,
+    moe_layer,
+    router_shape,
+)
 from offload.model.place import Place
 from offload.model.rope import RotaryTable
 from offload.quant import QuantizedTensor
@@ -74,6 +84,17 @@ class DeepseekV3:
             for index, layer in enumerate(weights.layers)
             if layer.moe is not None
         }
+
+    @property
+    def routed(self) -> RoutedExperts:
+        """Whoever computes the routed experts."""
+        return self._routed
+
+    @routed.setter
+    def routed(self, routed: RoutedExperts) -> None:
+        self._routed = routed
+        # Asked once, as for the kernels below: a check against a protocol takes tens of microseconds.
+        self._at_hand = routed if isinstance(routed, ExpertsAtHand) else None
 
     def forward(self, token_ids: list[int], cache: KVCache, progress: Callable[[int], None] | None = None) -> Tensor:
         """Hidden states [T, H] after the final norm for tokens at positions cache.length .. + T.
@@ -141,7 +162,7 @@ class DeepseekV3:
         """A layer for few tokens, whose attention is absorbed: the same values in as few calls as the backend needs."""
         hidden = fused.attention(self._attention[index], hidden, *angles, cache.layers[index], cache.length)
         if layer.moe is not None:
-            return fused_moe(hidden, self._moe[index], index, self.routed, fused)
+            return fused_moe(hidden, self._moe[index], index, self.routed, fused, self._at_hand)
         assert layer.mlp is not None
         x = fused.rms_norm(hidden, layer.post_attention_norm, self.config.rms_norm_eps)
         return hidden + mlp(x, layer.mlp, fused)

@@ -16,7 +16,7 @@ from torch import Tensor
 from offload.cache.policy import Routing
 from offload.cache.residency import Service
 from offload.cache.trace import Trace
-from offload.kernels import Kernels
+from offload.kernels import FusedKernels, Kernels, MoeLayer, MoeStart
 from offload.telemetry import Telemetry
 from offload.tiers.ram import ExpertStore, RamTier
 
@@ -32,6 +32,7 @@ class Executor:
         """`max_tokens`: the largest forward pass for which memory is set aside. `tier`: options of RamTier."""
         self.ram = RamTier(store, **tier)
         self._kernels = kernels
+        self._fused = kernels if isinstance(kernels, FusedKernels) else None
         top_k = self.ram.shape.top_k
         self._partial = torch.zeros(max_tokens * top_k, store.config.hidden_size)
         self._single = list(torch.arange(top_k).view(-1, 1))
@@ -82,6 +83,24 @@ class Executor:
         self.ram.complete(demand, job.compute)
         self.ram.end_layer()
         return self._kernels.combine(job.partial, ids, weights)
+
+    def finish(
+        self, layer: int, block: MoeLayer, hidden: Tensor, start: MoeStart, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        """A whole MoE block of one token from the router's choice on: hidden [1, H] plus routed and shared experts.
+
+        Where all experts are resident, nothing needs to be decided and the backend does it in one go.
+        """
+        kernels, index, routing = self._fused, layer - self.ram.layers[0], ids.tolist()
+        assert kernels is not None, "only a backend that has whole blocks began one"
+        wanted = self.ram.begin_layer(index, routing)
+        slots = self.ram.at_hand(index, routing[0])
+        if slots is not None:
+            out = kernels.finish_moe(block, hidden, start, ids, weights, [self.ram.weights(slot) for slot in slots])
+            self.ram.end_layer()
+            return out
+        self._open = _LayerJob(self, ids, routing), self.ram.open(index, wanted)
+        return kernels.end_moe(block, hidden, start, self(layer, start.x, ids, weights))
 
     def lookahead(self) -> int:
         """For how many layers ahead routers applied early are of use in this step."""

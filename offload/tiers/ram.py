@@ -176,6 +176,13 @@ class RamTier:
             self._recorder.route(layer, routing)
         return self.residency.observe(layer, routing)
 
+    def at_hand(self, layer: int, experts: Sequence[int]) -> list[int] | None:
+        """The slots of `experts`, if the bytes of all of them are there: a demand that is complete at once.
+
+        The slots are the caller's until the next call. None, with nothing changed, if anything must be read.
+        """
+        return self.residency.take(layer, experts)
+
     def open(self, layer: int, wanted: list[int]) -> Service:
         """Decide about `wanted` (ascending, each once) and begin the reads of the first wave."""
         try:
@@ -337,9 +344,9 @@ class RamTier:
         """Use an idle drive to read what the layers from `first` on will probably need."""
         lookahead = self._lookahead
         assert lookahead is not None
-        if self.residency.resident == self.shape.keys:
-            return  # every expert has a slot
-        if lookahead.off_reason is not None or len(self._reads) > len(self._speculative):
+        if lookahead.idle or self.residency.resident == self.shape.keys:
+            return  # nothing to read, or every expert has a slot
+        if len(self._reads) > len(self._speculative):
             return  # somebody waits for a read
         # Spare slots only: a demand never finds every slot taken by speculation.
         room = min(LOOKAHEAD_READS, self.residency.slots - self.shape.top_k)

@@ -30,6 +30,7 @@ struct Library {
   const Isa* isa;
   uint8_t* scratch = nullptr;
   int64_t scratch_bytes = 0;
+  std::vector<float> partial;  // the experts' results of one token, and their sum
 
   uint8_t* reserve(int64_t bytes) {
     if (bytes > scratch_bytes) {

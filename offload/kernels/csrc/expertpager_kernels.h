@@ -105,5 +105,10 @@ EP_API int64_t ep_moe_begin(ep_context* context, const ep_moe_layer* layer, cons
 // The second half: out = hidden + (routed + shared expert of x), everything [T, H].
 EP_API int64_t ep_moe_end(ep_context* context, const ep_moe_layer* layer, const float* hidden, const float* x,
                           const float* routed, int64_t tokens, uint64_t generation, float* out);
+// Everything behind the first half for one token, whose k experts are all there: they are computed, summed and added.
+// `layout` is that of ep_experts, bases[j] the address of expert ids[j].
+EP_API int64_t ep_moe_finish(ep_context* context, const ep_moe_layer* layer, const ep_weight* layout, const uint64_t* bases,
+                             const int64_t* ids, const float* weights, int64_t k, const float* hidden, const float* x,
+                             uint64_t generation, float* out);
 // Reads `bytes` from `p` on all threads: the memory bandwidth that the kernels are measured against.
 EP_API uint64_t ep_read(ep_context* context, const void* p, int64_t bytes);

@@ -188,6 +188,40 @@ int64_t run_experts(Library& lib, std::vector<Expert>& experts, const float* x, 
   return bad.value();
 }
 
+// One expert of a layer as `layout` describes it, at `base`.
+Expert place_expert(const ep_weight* layout, uint64_t base, const int64_t* positions, int64_t count) {
+  Expert e{layout[0], layout[1], layout[2], positions, count, nullptr, nullptr, nullptr, nullptr};
+  for (ep_weight* w : {&e.gate, &e.up, &e.down}) {
+    w->payload += base;
+    w->scale += base;
+  }
+  return e;
+}
+
+// The weighted sum of a token's k rows of `partial`, in ascending order of expert ids.
+void combine(const Library& lib, const float* partial, const int64_t* ids, const float* weights, int64_t k, int64_t hidden, float* sum) {
+  std::vector<int64_t> order(static_cast<size_t>(k));
+  for (int64_t j = 0; j < k; ++j) order[static_cast<size_t>(j)] = j;
+  std::sort(order.begin(), order.end(), [ids](int64_t a, int64_t b) { return ids[a] != ids[b] ? ids[a] < ids[b] : a < b; });
+  std::memset(sum, 0, static_cast<size_t>(hidden) * 4);
+  for (const int64_t j : order) lib.isa->axpy(weights[j], partial + j * hidden, sum, hidden);
+}
+
+// out = hidden + (routed + shared expert of x).
+int64_t add_shared(Library& lib, const ep_moe_layer& l, const float* hidden, const float* x, const float* routed, int64_t tokens,
+                   uint64_t generation, float* out) {
+  const int64_t count = tokens * l.router.cols;
+  if (l.has_shared == 0) {
+    for (int64_t i = 0; i < count; ++i) out[i] = hidden[i] + routed[i];
+    return 0;
+  }
+  // Another caller's block came between: begin anew.
+  if (generation != lib.shared->generation()) lib.shared->begin(lib, l.shared, x, tokens);
+  const float* shared = lib.shared->finish(lib);
+  for (int64_t i = 0; i < count; ++i) out[i] = hidden[i] + (routed[i] + shared[i]);
+  return lib.shared->bad();
+}
+
 }  // namespace
 }  // namespace ep
 
@@ -202,13 +236,7 @@ EP_API int64_t ep_experts(ep_context* context, const ep_weight* layout, const ui
   std::vector<Expert> list;
   list.reserve(static_cast<size_t>(experts));
   for (int64_t i = 0; i < experts; ++i) {
-    if (counts[i] == 0) continue;
-    Expert e{layout[0], layout[1], layout[2], positions[i], counts[i], nullptr, nullptr, nullptr, nullptr};
-    for (ep_weight* w : {&e.gate, &e.up, &e.down}) {
-      w->payload += bases[i];
-      w->scale += bases[i];
-    }
-    list.push_back(e);
+    if (counts[i] != 0) list.push_back(ep::place_expert(layout, bases[i], positions[i], counts[i]));
   }
   return ep::run_experts(lib, list, x, tokens, k, out);
 }
@@ -218,14 +246,7 @@ EP_API void ep_combine(ep_context* context, const float* partial, const int64_t*
   Library& lib = *context;
   std::lock_guard<std::mutex> lock(lib.mutex);
   lib.pool.each(tokens, [&](int64_t t) {
-    std::vector<int64_t> order(static_cast<size_t>(k));
-    for (int64_t j = 0; j < k; ++j) order[static_cast<size_t>(j)] = j;
-    const int64_t* row = ids + t * k;
-    std::sort(order.begin(), order.end(),
-              [row](int64_t a, int64_t b) { return row[a] != row[b] ? row[a] < row[b] : a < b; });
-    float* sum = out + t * hidden;
-    std::memset(sum, 0, static_cast<size_t>(hidden) * 4);
-    for (const int64_t j : order) lib.isa->axpy(weights[t * k + j], partial + (t * k + j) * hidden, sum, hidden);
+    ep::combine(lib, partial + t * k * hidden, ids + t * k, weights + t * k, k, hidden, out + t * hidden);
   });
 }
 
@@ -254,15 +275,26 @@ EP_API int64_t ep_moe_end(ep_context* context, const ep_moe_layer* layer, const 
                           const float* routed, int64_t tokens, uint64_t generation, float* out) {
   Library& lib = *context;
   std::lock_guard<std::mutex> lock(lib.mutex);
-  const ep_moe_layer& l = *layer;
-  const int64_t count = tokens * l.router.cols;
-  if (l.has_shared == 0) {
-    for (int64_t i = 0; i < count; ++i) out[i] = hidden[i] + routed[i];
-    return 0;
+  return ep::add_shared(lib, *layer, hidden, x, routed, tokens, generation, out);
+}
+
+EP_API int64_t ep_moe_finish(ep_context* context, const ep_moe_layer* layer, const ep_weight* layout, const uint64_t* bases,
+                             const int64_t* ids, const float* weights, int64_t k, const float* hidden, const float* x,
+                             uint64_t generation, float* out) {
+  Library& lib = *context;
+  std::lock_guard<std::mutex> lock(lib.mutex);
+  const int64_t width = layer->router.cols;
+  std::vector<int64_t> positions(static_cast<size_t>(k));
+  lib.partial.resize(static_cast<size_t>((k + 1) * width));
+  float *partial = lib.partial.data(), *routed = partial + k * width;
+  std::vector<Expert> list;
+  list.reserve(static_cast<size_t>(k));
+  for (int64_t j = 0; j < k; ++j) {
+    positions[static_cast<size_t>(j)] = j;
+    list.push_back(ep::place_expert(layout, bases[j], &positions[static_cast<size_t>(j)], 1));
   }
-  // Another caller's block came between: begin anew.
-  if (generation != lib.shared->generation()) lib.shared->begin(lib, l.shared, x, tokens);
-  const float* shared = lib.shared->finish(lib);
-  for (int64_t i = 0; i < count; ++i) out[i] = hidden[i] + (routed[i] + shared[i]);
-  return lib.shared->bad();
+  const int64_t bad = ep::run_experts(lib, list, x, 1, k, partial);
+  if (bad != 0) return bad;
+  ep::combine(lib, partial, ids, weights, k, width, routed);
+  return ep::add_shared(lib, *layer, hidden, x, routed, 1, generation, out);
 }

@@ -96,7 +96,7 @@ using ep::FirstBad;
 using ep::Library;
 using ep::Scratch;
 
-EP_API int32_t ep_abi(void) { return 2; }
+EP_API int32_t ep_abi(void) { return 3; }
 
 EP_API int32_t ep_supports(const char* isa) { return find_isa(isa) != nullptr ? 1 : 0; }
 

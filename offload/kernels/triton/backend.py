@@ -64,9 +64,7 @@ class TritonKernels:
             _check(table, dim // 2)
         out = torch.empty_like(x)
         half = _power_of_two(dim // 2)
-        self._launch(
-            small.rope_kernel, (tokens * heads,), x, cos, sin, out, heads, dim // 2, HALF=half, num_warps=1
-        )
+        self._launch(small.rope_kernel, (tokens * heads,), x, cos, sin, out, heads, dim // 2, HALF=half, num_warps=1)
         return out
 
     def router(self, x: Tensor, weight: Tensor, bias: Tensor, shape: RouterShape) -> tuple[Tensor, Tensor]:
