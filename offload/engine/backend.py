@@ -82,6 +82,7 @@ def load_on_devices(
     """Resident weights and the KV cache on `devices`, experts in their slots above those of RAM."""
     processor = select(options.kernels, options.threads)
     kernels = select_device(device_kernels(options.kernels))
+    kernels.check_experts(store.layout)  # before anything is read or allocated
     config = store.config
     # The embedding stays in RAM; caches and activations of any length do not lie there.
     ram_demand = _cpu_demand(store, 1) | {"resident": _embedding_nbytes(store)}

@@ -65,13 +65,7 @@ class ExpertSlab:
                 f"a slab of experts needs contiguous slots of at least {self.layout.stride} bytes, a multiple of 16; "
                 f"these {slots} have {pitch}"
             )
-        for item in self.layout.fields:
-            if item.offset % item.dtype.itemsize:
-                raise KernelError(
-                    f"{self.layout.codec.name} experts of {self.layout.hidden_size} x "
-                    f"{self.layout.moe_intermediate_size} have {item.suffix} at byte {item.offset}, where device "
-                    f"kernels cannot read {item.dtype}; keep these experts on the CPU or convert them to int4-g32"
-                )
+        check_alignment(self.layout)
 
     @property
     def slots(self) -> int:
@@ -82,8 +76,23 @@ class ExpertSlab:
         return self.layout.views(self.data[slot])
 
 
+def check_alignment(layout: SlabLayout) -> None:
+    """Raise KernelError if a tensor of an expert begins where its elements are misaligned."""
+    for item in layout.fields:
+        if item.offset % item.dtype.itemsize:
+            raise KernelError(
+                f"{layout.codec.name} experts of {layout.hidden_size} x {layout.moe_intermediate_size} have "
+                f"{item.suffix} at byte {item.offset}, where device kernels cannot read {item.dtype}; use --device "
+                "cpu or convert them to int4-g32"
+            )
+
+
 class DeviceKernels(Kernels, Protocol):
     """A backend for tensors on an accelerator."""
+
+    def check_experts(self, layout: SlabLayout) -> None:
+        """Raise KernelError, saying what to do, if experts of this layout cannot be read in a slab."""
+        ...
 
     def slot_experts(self, slab: ExpertSlab, x: Tensor, slots: Tensor, partial: Tensor) -> None:
         """partial[p] = expert in slot slots[p] (x[p // K]) for every position p = token * K + j.

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from offload.kernels.device import ExpertSlab
+from offload.kernels.device import ExpertSlab, SlabLayout, check_alignment
 from offload.kernels.reference import ReferenceKernels
 
 
 class ReferenceDeviceKernels(ReferenceKernels):
     """`DeviceKernels` in torch. On the CPU, too: that is how tiers are tested without an accelerator."""
+
+    def check_experts(self, layout: SlabLayout) -> None:
+        check_alignment(layout)
 
     def slot_experts(self, slab: ExpertSlab, x: Tensor, slots: Tensor, partial: Tensor) -> None:
         k = slots.numel() // x.shape[0]

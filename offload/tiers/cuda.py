@@ -72,7 +72,7 @@ class CudaStream:
 class CudaDevice:
     """The GPU with this index."""
 
-    driver_nbytes = 640 << 20  # context, modules, workspaces of libraries; more than was seen
+    driver_nbytes = 640 << 20  # context, modules, workspaces of libraries: an estimate, not measured on any GPU yet
 
     def __init__(self, index: int = 0) -> None:
         self.torch_device = torch.device("cuda", index)

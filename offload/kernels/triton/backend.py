@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offload.errors import KernelError
 from offload.kernels.api import RouterShape, Wave
-from offload.kernels.device import ExpertSlab
+from offload.kernels.device import ExpertSlab, SlabLayout, check_alignment
 from offload.kernels.triton import attend, experts, linear, mla, route, small
 from offload.kernels.triton.formats import Packed
 from offload.kernels.triton.launch import Launcher, start
@@ -161,6 +161,10 @@ class TritonKernels:
         for expert, positions in wave:
             rows = x[torch.div(positions, k, rounding_mode="floor")]
             partial[positions] = self.swiglu_mlp(rows, expert.gate_proj, expert.up_proj, expert.down_proj)
+
+    def check_experts(self, layout: SlabLayout) -> None:
+        check_alignment(layout)
+        experts.positions_of(layout)
 
     def slot_experts(self, slab: ExpertSlab, x: Tensor, slots: Tensor, partial: Tensor) -> None:
         hidden = slab.layout.hidden_size

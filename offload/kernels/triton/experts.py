@@ -10,26 +10,34 @@ import torch
 from torch import Tensor
 
 from offload.errors import KernelError
-from offload.kernels.device import ExpertSlab
-from offload.kernels.triton import groups, rows, slots
+from offload.kernels.device import ExpertSlab, SlabLayout
+from offload.kernels.triton import groups, slots
 from offload.kernels.triton.formats import Format, PackedExperts, pack_experts
 from offload.kernels.triton.launch import Launcher
 from offload.kernels.triton.linear import FEW_TOKENS, activations
+from offload.kernels.triton.rows import NF4
 from offload.types import ceil_div
 
 
 def slab_experts(launch: Launcher, slab: ExpertSlab, x: Tensor, slot_of: Tensor, partial: Tensor) -> None:
     """`DeviceKernels.slot_experts`."""
-    parts = pack_experts(slab.layout)
-    if parts is None:
-        raise KernelError(
-            f"device kernels cannot read {slab.layout.codec.name} experts of {slab.layout.hidden_size} x "
-            f"{slab.layout.moe_intermediate_size}; keep these experts on the CPU or convert them to int4-g32"
-        )
+    parts = positions_of(slab.layout)
     if x.shape[0] <= FEW_TOKENS:
         _by_position(launch, slab, parts, x, slot_of, partial)
     else:
         _by_slot(launch, slab, parts, x, slot_of, partial)
+
+
+def positions_of(layout: SlabLayout) -> PackedExperts:
+    """Where the parts of an expert lie. Raises KernelError for experts that the kernels cannot read."""
+    parts = pack_experts(layout)
+    if parts is None:
+        raise KernelError(
+            f"device kernels cannot read {layout.codec.name} experts of {layout.hidden_size} x "
+            f"{layout.moe_intermediate_size}, whose rows do not end with a block; use --device cpu or convert them to "
+            "int4-g32"
+        )
+    return parts
 
 
 def group_tile(tokens: int) -> dict[str, int]:
@@ -37,6 +45,12 @@ def group_tile(tokens: int) -> dict[str, int]:
     if tokens <= 512:
         return {"M": 16, "N": 64, "K": 128, "num_warps": 4, "num_stages": 3}
     return {"M": 64, "N": 32, "K": 64, "num_warps": 4, "num_stages": 3}
+
+
+def position_blocks(form: Format, matrices: int) -> dict[str, int]:
+    """Rows of each of `matrices` per program of the kernels by position, 16 in all."""
+    rows = 8 if form.kind == NF4.value else 16  # values that are looked up take registers, more than spill
+    return {"N": rows // matrices, "UNITS": 32, "num_warps": 4}
 
 
 def _by_position(
@@ -48,18 +62,18 @@ def _by_position(
     pitches = words.shape[1], scales.shape[1]
     at = {p: offset // 4 for p, offset in parts.payload.items()}
     h = torch.empty((positions, width), dtype=torch.float32, device=x.device)
-    blocks = {"N": 8, "UNITS": 32, "num_warps": 4}
+    blocks = position_blocks(parts.up, 2)
     launch(
         slots.gate_up_kernel, (ceil_div(width, blocks["N"]), positions),
         words, scales, slot_of, x, h, *pitches,
         at["gate_proj"], at["up_proj"], parts.scale["gate_proj"], parts.scale["up_proj"],
-        width, hidden, *_grid(parts.up, hidden), top_k, rows.MAGIC, **parts.up.rows_meta, **blocks,
+        width, hidden, *_grid(parts.up, hidden), top_k, parts.up.aid(x.device), **parts.up.rows_meta, **blocks,
     )  # fmt: skip
-    blocks = {"N": 16, "UNITS": 32, "num_warps": 4}
+    blocks = position_blocks(parts.down, 1)
     launch(
         slots.down_kernel, (ceil_div(hidden, blocks["N"]), positions),
         words, scales, slot_of, h, partial, *pitches, at["down_proj"], parts.scale["down_proj"],
-        hidden, width, *_grid(parts.down, width), rows.MAGIC, **parts.down.rows_meta, **blocks,
+        hidden, width, *_grid(parts.down, width), parts.down.aid(x.device), **parts.down.rows_meta, **blocks,
     )  # fmt: skip
 
 
@@ -83,13 +97,15 @@ def _by_slot(
         raw, scales, *tables, a, h, *pitches,
         at["gate_proj"], at["up_proj"], parts.scale["gate_proj"], parts.scale["up_proj"],
         width, hidden, part, a.shape[-1], h_part, h_width,
-        parts.up.raw_row(hidden), parts.up.scale_cols(hidden), top_k, **parts.up.tiles_meta, **tile,
+        parts.up.raw_row(hidden), parts.up.scale_cols(hidden), top_k, parts.up.aid(x.device),
+        **parts.up.tiles_meta, **tile,
     )  # fmt: skip
     launch(
         groups.grouped_down_kernel, (ceil_div(hidden, tile["N"]), table.tiles),
         raw, scales, *tables, h, partial, *pitches, at["down_proj"], parts.scale["down_proj"],
         hidden, width, h_part, h_width,
-        parts.down.raw_row(width), parts.down.scale_cols(width), **parts.down.tiles_meta, **tile,
+        parts.down.raw_row(width), parts.down.scale_cols(width), parts.down.aid(x.device),
+        **parts.down.tiles_meta, **tile,
     )  # fmt: skip
 
 

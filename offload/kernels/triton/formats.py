@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from offload.kernels.device import SlabLayout
-from offload.kernels.triton.rows import BF16, FP8, INT4, INT8
+from offload.kernels.triton.rows import BF16, FP8, INT2, INT3, INT4, INT8, MAGIC, NF4
 from offload.quant import Codec, QuantizedTensor
 from offload.quant.fp8 import Fp8Codec
 from offload.quant.grouped import GroupedIntCodec
+from offload.quant.nf4 import TABLE, Nf4Codec
 from offload.types import ceil_div
 
 
@@ -24,15 +25,20 @@ class Format:
     """The constants of a codec's kernels. `group` columns and `block_rows` rows share a scale."""
 
     kind: int
-    per_word: int
+    bits: int
     group: int
     block_rows: int
     payload: str
     scale: str | None
     scale_dtype: torch.dtype
 
+    @property
+    def per_word(self) -> int:
+        """Columns that lie in a word; of int3, those that lie in it whole."""
+        return 32 // self.bits
+
     def row_words(self, cols: int) -> int:
-        return ceil_div(cols, self.per_word)
+        return ceil_div(cols * self.bits, 32)
 
     def scale_cols(self, cols: int) -> int:
         return ceil_div(cols, self.group)
@@ -41,10 +47,14 @@ class Format:
         """Elements of `raw_dtype` from one row to the next."""
         return cols if self.kind == BF16.value else 4 * self.row_words(cols)
 
+    def aid(self, device: torch.device) -> Tensor | int:
+        """What kernels on `device` need for decoding besides the bytes."""
+        return _table(device) if self.kind == NF4.value else MAGIC
+
     @property
     def halves(self) -> bool:
         """Whether tensor-core kernels want even columns before odd ones."""
-        return self.kind == INT4.value
+        return self.bits == 4
 
     @property
     def raw_dtype(self) -> torch.dtype:
@@ -65,15 +75,25 @@ class Format:
 @lru_cache(maxsize=64)
 def format_of(codec: Codec, cols: int) -> Format | None:
     """The format of weights with `cols` columns, None where the kernels do not read them as they lie."""
-    if isinstance(codec, GroupedIntCodec) and codec.bits in (4, 8) and codec.group % 32 == 0:
-        kind = INT4 if codec.bits == 4 else INT8
-        return Format(kind.value, 32 // codec.bits, codec.group, 1, "weight_packed", "weight_scale", torch.bfloat16)
+    if isinstance(codec, GroupedIntCodec):
+        kind = _INTEGERS[codec.bits]
+        return Format(kind, codec.bits, codec.group, 1, "weight_packed", "weight_scale", torch.bfloat16)
+    if isinstance(codec, Nf4Codec) and cols % codec.block == 0:  # else a block goes on in the next row
+        return Format(NF4.value, 4, codec.block, 1, "weight", "weight.absmax", torch.float32)
     if isinstance(codec, Fp8Codec) and cols % 4 == 0 and _power_of_two(codec.block[1]) and codec.block[1] >= 16:
         rows, group = codec.block
-        return Format(FP8.value, 4, group, rows, "weight", "weight_scale", torch.float32)
+        return Format(FP8.value, 8, group, rows, "weight", "weight_scale", torch.float32)
     if codec.name == "bf16" and cols % 2 == 0:
-        return Format(BF16.value, 2, 8, 1, "weight", None, torch.bfloat16)
+        return Format(BF16.value, 16, 8, 1, "weight", None, torch.bfloat16)
     return None
+
+
+_INTEGERS = {8: INT8.value, 4: INT4.value, 3: INT3.value, 2: INT2.value}
+
+
+@lru_cache(maxsize=16)
+def _table(device: torch.device) -> Tensor:
+    return torch.tensor(TABLE, device=device)
 
 
 def _power_of_two(n: int) -> bool:
@@ -104,7 +124,7 @@ def pack(weight: QuantizedTensor) -> Packed | None:
     form = format_of(weight.codec, weight.cols)
     if form is None:
         return None
-    payload = weight.parts[form.payload]
+    payload = weight.parts[form.payload].view(-1)
     scale = payload if form.scale is None else weight.parts[form.scale]
     return Packed(form, weight.rows, weight.cols, payload, scale)
 

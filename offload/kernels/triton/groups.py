@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offload.kernels.triton.dot import bf16
-from offload.kernels.triton.rows import INT4
+from offload.kernels.triton.rows import INT4, NF4
 from offload.kernels.triton.tiles import tile_products
 from offload.types import ceil_div
 
@@ -78,6 +78,7 @@ def grouped_gate_up_kernel(
     row_bytes,
     scale_cols,
     top_k,
+    aid,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -101,14 +102,14 @@ def grouped_gate_up_kernel(
     scale_at = n // BLOCK_ROWS * scale_cols
     gate = tile_products(
         raw_ptr, gate_raw + n * row_bytes, scale_ptr, gate_scales + scale_at, n < rows,
-        x_ptr, x_at, m_mask, cols, part, KIND, GROUP, M, N, K,
+        x_ptr, x_at, m_mask, cols, part, aid, KIND, GROUP, M, N, K,
     )  # fmt: skip
     up = tile_products(
         raw_ptr, up_raw + n * row_bytes, scale_ptr, up_scales + scale_at, n < rows,
-        x_ptr, x_at, m_mask, cols, part, KIND, GROUP, M, N, K,
+        x_ptr, x_at, m_mask, cols, part, aid, KIND, GROUP, M, N, K,
     )  # fmt: skip
     h = gate / (1.0 + tl.exp(-gate)) * up
-    at = n % 2 * h_part + n // 2 if KIND == INT4 else n
+    at = n % 2 * h_part + n // 2 if (KIND == INT4 or KIND == NF4) else n
     tl.store(h_ptr + p[:, None] * h_width + at[None, :], bf16(h), mask=m_mask[:, None] & (n < rows)[None, :])
 
 
@@ -132,6 +133,7 @@ def grouped_down_kernel(
     h_width,
     row_bytes,
     scale_cols,
+    aid,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -151,6 +153,6 @@ def grouped_down_kernel(
     out = tile_products(
         raw_ptr + slot * pitch_raw, down_raw + n * row_bytes,
         scale_ptr + slot * pitch_scales, down_scales + n // BLOCK_ROWS * scale_cols, n < rows,
-        h_ptr, p * h_width, m_mask, cols, h_part, KIND, GROUP, M, N, K,
+        h_ptr, p * h_width, m_mask, cols, h_part, aid, KIND, GROUP, M, N, K,
     )  # fmt: skip
     tl.store(partial_ptr + p[:, None] * rows + n[None, :], out, mask=m_mask[:, None] & (n < rows)[None, :])

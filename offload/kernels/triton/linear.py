@@ -55,7 +55,7 @@ def packed(weight: QuantizedTensor) -> Packed:
 
 
 def activations(x: Tensor, form: Format) -> tuple[Tensor, int]:
-    """x [T, .., K] as tensor-core kernels read it: bf16, for int4 the even columns before the odd ones.
+    """x [T, .., K] as tensor-core kernels read it: bf16, for int4 and nf4 the even columns before the odd ones.
 
     Returns it with the number of elements of one part.
     """
@@ -82,7 +82,7 @@ def product(
         grid = (tokens * heads, ceil_div(count, blocks["N"]))
         launch(
             rows.rows_kernel, grid, weight.words, weight.scale, x, out,
-            count, cols, form.row_words(cols), scale_cols, heads, head_rows, first_row, rows.MAGIC,
+            count, cols, form.row_words(cols), scale_cols, heads, head_rows, first_row, form.aid(x.device),
             **form.rows_meta, **blocks,
         )  # fmt: skip
         return out
@@ -92,7 +92,7 @@ def product(
     launch(
         tiles.tiles_kernel, tiled, weight.raw, weight.scale, a, out,
         tokens, count, cols, part, a.shape[-1], form.raw_row(cols), scale_cols, heads, head_rows, first_row,
-        **form.tiles_meta, **blocks,
+        form.aid(x.device), **form.tiles_meta, **blocks,
     )  # fmt: skip
     return out
 
@@ -105,7 +105,7 @@ def mlp_hidden(launch: Launcher, x: Tensor, gate: Packed, up: Packed) -> Tensor:
     launch(
         rows.mlp_kernel, (x.shape[0], ceil_div(count, blocks["N"])),
         gate.words, gate.scale, up.words, up.scale, x, h,
-        count, cols, form.row_words(cols), form.scale_cols(cols), rows.MAGIC, **form.rows_meta, **blocks,
+        count, cols, form.row_words(cols), form.scale_cols(cols), form.aid(x.device), **form.rows_meta, **blocks,
     )  # fmt: skip
     return h
 
@@ -120,10 +120,11 @@ def into_latent(launch: Launcher, q: Tensor, weight: Packed) -> Tensor:
         raise KernelError(f"qk_nope_head_dim {nope} is larger than the 256 that device kernels take")
     if tokens <= FEW_TOKENS:
         width = 32
+        columns = form.row_words(rank) if form.bits >= 4 else rank
         launch(
-            absorb.absorb_rows_kernel, (tokens * heads, ceil_div(form.row_words(rank), width)),
+            absorb.absorb_rows_kernel, (tokens * heads, ceil_div(columns, width)),
             weight.words, weight.scale, q, out,
-            heads, nope, head_rows, rank, form.row_words(rank), form.scale_cols(rank), rows.MAGIC,
+            heads, nope, head_rows, rank, form.row_words(rank), form.scale_cols(rank), form.aid(q.device),
             **form.rows_meta, N=depth, W=width, num_warps=4,
         )  # fmt: skip
         return out
@@ -132,7 +133,7 @@ def into_latent(launch: Launcher, q: Tensor, weight: Packed) -> Tensor:
     launch(
         absorb.absorb_tiles_kernel, (ceil_div(tokens, tile_m), ceil_div(columns, width), heads),
         weight.raw, weight.scale, q, out,
-        tokens, heads, nope, head_rows, rank, form.raw_row(rank), form.scale_cols(rank),
+        tokens, heads, nope, head_rows, rank, form.raw_row(rank), form.scale_cols(rank), form.aid(q.device),
         **form.tiles_meta, M=tile_m, N=max(depth, 16), C=width, num_warps=8 if tile_m > 16 else 4,
     )  # fmt: skip
     return out

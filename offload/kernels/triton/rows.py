@@ -3,12 +3,13 @@
 Owns reading packed words and turning them into numbers, for all formats, on CUDA cores. Must not know
 where a matrix lies or what its product is for: callers give the offset of each row.
 
-A row is read as int32 words, four to a load of 16 bytes (a *unit*: 32 columns of int4, 16 of int8 and
-fp8, 8 of bf16). Integer codes become floats without conversion instructions: an `&` and an `|` put the
-code into the mantissa of 2^23, one subtraction takes 2^23 and the code's offset away, exactly. Codes that
-lie higher in the word come out multiplied by a power of two, which is taken out of x beforehand, exactly
-as well. Scales are applied once per unit. A weight thus costs about 3.3 instructions, which leaves the
-loop bound by memory on every card (docs/GPU_KERNELS.md). Products and sums are fp32: x is not rounded at all.
+A row is read as int32 words, four to a load of 16 bytes (a *unit*: 64 columns of int2, 32 of int4 and nf4, 16
+of int8 and fp8, 8 of bf16); int3, whose 32 columns are three words, has a loop of its own. Integer codes
+become floats without conversion instructions: an `&` and an `|` put the code into the mantissa of 2^23, one
+subtraction takes 2^23 and the code's offset away, exactly. Codes that lie higher in the word come out
+multiplied by a power of two, which is taken out of x beforehand, exactly as well. Codes of nf4 are looked up.
+Scales are applied once per unit. A weight of int4 thus costs about 3.3 instructions, which leaves the loop
+bound by memory on every card (docs/GPU_KERNELS.md). Products and sums are fp32: x is not rounded at all.
 """
 
 from __future__ import annotations
@@ -20,30 +21,41 @@ INT4: tl.constexpr = tl.constexpr(0)
 INT8: tl.constexpr = tl.constexpr(1)
 FP8: tl.constexpr = tl.constexpr(2)
 BF16: tl.constexpr = tl.constexpr(3)
+NF4: tl.constexpr = tl.constexpr(4)
+INT3: tl.constexpr = tl.constexpr(5)
+INT2: tl.constexpr = tl.constexpr(6)
 
 MAGIC = 0x4B000000
-"""Bits of 2^23. Handed to kernels as an argument: behind a constant the compiler splits `(w & m) | c` in two."""
+"""Bits of 2^23, the `aid` of kernels for integers: behind a constant the compiler splits `(w & m) | c` in two.
+The `aid` of kernels for nf4 is the address of its table."""
 
 
 @triton.jit
-def unpack(w, i: tl.constexpr, KIND: tl.constexpr, magic):
+def unpack(w, i: tl.constexpr, KIND: tl.constexpr, aid):
     """Column i of each word as fp32, times 1 / x_factor(i) / out_factor."""
     if KIND == INT4:
         j: tl.constexpr = i if i < 5 else i - 3
         if i >= 5:
             w = w >> 12
-        return ((w & (15 << (4 * j))) | magic).to(tl.float32, bitcast=True) - (8388608.0 + 8 * (1 << (4 * j)))
+        return ((w & (15 << (4 * j))) | aid).to(tl.float32, bitcast=True) - (8388608.0 + 8 * (1 << (4 * j)))
     elif KIND == INT8:
         odd: tl.constexpr = i % 2
         if i >= 2:
             w = w >> 16
-        return ((w & (255 << (8 * odd))) | magic).to(tl.float32, bitcast=True) - (8388608.0 + 128 * (1 << (8 * odd)))
+        return ((w & (255 << (8 * odd))) | aid).to(tl.float32, bitcast=True) - (8388608.0 + 128 * (1 << (8 * odd)))
     elif KIND == FP8:
         # Sign and the seven bits of e4m3 go where fp32 has sign, low exponent bits and high mantissa bits: the
         # value times 2^-120, subnormals included. The arithmetic shift leaves copies of the sign, masked away.
         if i < 3:
             w = w << (24 - 8 * i)
         return ((w >> 4) & -0x78100000).to(tl.float32, bitcast=True)
+    elif KIND == NF4:
+        return tl.load(aid + ((w >> (8 * (i // 2) + 4 * (1 - i % 2))) & 15))  # the even column lies high
+    elif KIND == INT2:
+        k: tl.constexpr = i if i < 11 else i - 11
+        if i >= 11:
+            w = w >> 22
+        return ((w & (3 << (2 * k))) | aid).to(tl.float32, bitcast=True) - (8388608.0 + 2 * (1 << (2 * k)))
     else:
         w = w << 16 if i == 0 else w & -65536
         return w.to(tl.float32, bitcast=True)
@@ -58,28 +70,88 @@ def x_factor(i: tl.constexpr, KIND: tl.constexpr):
         return 1.0 / (1 << (8 * (i % 2)))
     elif KIND == FP8:
         return 18446744073709551616.0  # 2^64: away from the underflow of 2^-120
+    elif KIND == INT2:
+        return 1.0 / (1 << (2 * (i if i < 11 else i - 11)))
     else:
         return 1.0
 
 
 @triton.jit
+def three_bits(w0, w1, w2, i: tl.constexpr, aid):
+    """Code i of the 32 in three words as fp32, times 1 / three_bits_factor(i)."""
+    at: tl.constexpr = 3 * i % 32
+    if i == 10:
+        return ((((w0 >> 30) & 3) | ((w1 & 1) << 2)) | aid).to(tl.float32, bitcast=True) - 8388612.0
+    elif i == 21:
+        return ((((w1 >> 31) & 1) | ((w2 & 3) << 1)) | aid).to(tl.float32, bitcast=True) - 8388612.0
+    else:
+        w = w0 if i < 10 else (w1 if i < 21 else w2)
+        j: tl.constexpr = at if at <= 20 else at - 12
+        if at > 20:
+            w = w >> 12
+        return ((w & (7 << j)) | aid).to(tl.float32, bitcast=True) - (8388608.0 + 4 * (1 << j))
+
+
+@triton.jit
+def three_bits_factor(i: tl.constexpr):
+    """`x_factor` of three_bits(.., i, ..)."""
+    at: tl.constexpr = 0 if (i == 10 or i == 21) else 3 * i % 32
+    return 1.0 / (1 << (at if at <= 20 else at - 12))
+
+
+@triton.jit
+def three_bit_row_products(
+    words_ptr, word_at, scale_ptr, scale_at, row_mask, x_ptr, cols, row_words, aid,
+    GROUP: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """`row_products` of int3, by 32 columns in three words."""
+    acc = tl.zeros((N, UNITS), tl.float32)
+    u = tl.arange(0, UNITS)
+    for first in tl.range(0, row_words, 3 * UNITS):
+        word = first + 3 * u
+        at = words_ptr + word_at[:, None] + word[None, :]
+        w0 = tl.load(at, mask=row_mask[:, None] & (word < row_words)[None, :], other=0)
+        w1 = tl.load(at + 1, mask=row_mask[:, None] & (word + 1 < row_words)[None, :], other=0)
+        w2 = tl.load(at + 2, mask=row_mask[:, None] & (word + 2 < row_words)[None, :], other=0)
+        first_col = (first // 3 + u) * 32
+        p = tl.zeros((N, UNITS), tl.float32)
+        for i in tl.static_range(32):
+            col = first_col + i
+            x = tl.load(x_ptr + col, mask=col < cols, other=0.0) * three_bits_factor(i)
+            p = tl.fma(three_bits(w0, w1, w2, i, aid), tl.broadcast_to(x[None], p.shape), p)
+        there = row_mask[:, None] & (first_col < cols)[None, :]
+        scale = tl.load(scale_ptr + scale_at[:, None] + (first_col // GROUP)[None, :], mask=there, other=0.0)
+        acc = tl.fma(p, scale.to(tl.float32), acc)
+    return tl.sum(acc, 1)
+
+
+@triton.jit
 def row_products(
-    words_ptr,
-    word_at,  # int32 [N]: first word of each row
-    scale_ptr,
-    scale_at,  # int32 [N]: first scale of each row
-    row_mask,  # bool [N]
-    x_ptr,
-    cols,
-    row_words,
-    magic,
-    KIND: tl.constexpr,
-    PER_WORD: tl.constexpr,
-    GROUP: tl.constexpr,  # columns of one scale
-    N: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    """Rows times x [cols]: fp32 [N]."""
+    words_ptr, word_at, scale_ptr, scale_at, row_mask, x_ptr, cols, row_words, aid,
+    KIND: tl.constexpr, PER_WORD: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """Rows times x [cols]: fp32 [N].
+
+    word_at, scale_at int32 [N]: first word and first scale of each row, of `row_words` words and a scale for every
+    GROUP columns; row_mask bool [N].
+    """
+    if KIND == INT3:
+        return three_bit_row_products(
+            words_ptr, word_at, scale_ptr, scale_at, row_mask, x_ptr, cols, row_words, aid, GROUP, N, UNITS
+        )
+    else:
+        return unit_row_products(
+            words_ptr, word_at, scale_ptr, scale_at, row_mask, x_ptr, cols, row_words, aid,
+            KIND, PER_WORD, GROUP, N, UNITS,
+        )  # fmt: skip
+
+
+@triton.jit
+def unit_row_products(
+    words_ptr, word_at, scale_ptr, scale_at, row_mask, x_ptr, cols, row_words, aid,
+    KIND: tl.constexpr, PER_WORD: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """`row_products` of formats whose columns are whole within a word, by units of four words."""
     acc = tl.zeros((N, UNITS), tl.float32)
     u = tl.arange(0, UNITS)
     for first in tl.range(0, row_words, 4 * UNITS):
@@ -90,11 +162,16 @@ def row_products(
         for i in tl.static_range(PER_WORD):
             col = word * PER_WORD + i
             x = tl.load(x_ptr + col, mask=col < cols, other=0.0) * x_factor(i, KIND)  # [UNITS, 4]
-            p = tl.fma(unpack(w, i, KIND, magic), tl.broadcast_to(x[None], p.shape), p)
-        unit = tl.sum(p, 2)  # [N, UNITS]
+            p = tl.fma(unpack(w, i, KIND, aid), tl.broadcast_to(x[None], p.shape), p)
         if KIND == BF16:
-            acc += unit
+            acc += tl.sum(p, 2)
+        elif GROUP < 4 * PER_WORD:  # groups of int2 are smaller than a unit: a scale per word
+            group = (word * PER_WORD // GROUP)[None, :, :]
+            there = (word * PER_WORD < cols)[None, :, :] & row_mask[:, None, None]
+            scale = tl.load(scale_ptr + scale_at[:, None, None] + group, mask=there, other=0.0)
+            acc += tl.sum(p * scale.to(tl.float32), 2)
         else:
+            unit = tl.sum(p, 2)  # [N, UNITS]
             col = (first + u * 4) * PER_WORD
             there = (col < cols)[None, :] & row_mask[:, None]
             scale = tl.load(scale_ptr + scale_at[:, None] + (col // GROUP)[None, :], mask=there, other=0.0)
@@ -118,7 +195,7 @@ def rows_kernel(
     heads,
     head_rows,  # rows from one head's matrix to the next
     first_row,
-    magic,
+    aid,
     KIND: tl.constexpr,
     PER_WORD: tl.constexpr,
     GROUP: tl.constexpr,
@@ -132,7 +209,7 @@ def rows_kernel(
     row = vector % heads * head_rows + first_row + n
     out = row_products(
         words_ptr, row * row_words, scale_ptr, row // BLOCK_ROWS * scale_cols, n < rows,
-        x_ptr + vector * cols, cols, row_words, magic,
+        x_ptr + vector * cols, cols, row_words, aid,
         KIND, PER_WORD, GROUP, N, UNITS,
     )  # fmt: skip
     tl.store(out_ptr + vector * rows + n, out, mask=n < rows)
@@ -150,7 +227,7 @@ def mlp_kernel(
     cols,
     row_words,
     scale_cols,
-    magic,
+    aid,
     KIND: tl.constexpr,
     PER_WORD: tl.constexpr,
     GROUP: tl.constexpr,
@@ -164,10 +241,10 @@ def mlp_kernel(
     scale_at = n // BLOCK_ROWS * scale_cols
     gate = row_products(
         gate_words_ptr, n * row_words, gate_scale_ptr, scale_at, n < rows,
-        x_ptr + token * cols, cols, row_words, magic, KIND, PER_WORD, GROUP, N, UNITS,
+        x_ptr + token * cols, cols, row_words, aid, KIND, PER_WORD, GROUP, N, UNITS,
     )  # fmt: skip
     up = row_products(
         up_words_ptr, n * row_words, up_scale_ptr, scale_at, n < rows,
-        x_ptr + token * cols, cols, row_words, magic, KIND, PER_WORD, GROUP, N, UNITS,
+        x_ptr + token * cols, cols, row_words, aid, KIND, PER_WORD, GROUP, N, UNITS,
     )  # fmt: skip
     tl.store(h_ptr + token * rows + n, gate / (1.0 + tl.exp(-gate)) * up, mask=n < rows)

@@ -30,7 +30,7 @@ def gate_up_kernel(
     row_words,
     scale_cols,
     top_k,
-    magic,
+    aid,
     KIND: tl.constexpr,
     PER_WORD: tl.constexpr,
     GROUP: tl.constexpr,
@@ -50,7 +50,7 @@ def gate_up_kernel(
     scale_at = tl.where(r < N, gate_scales, up_scales) + n // BLOCK_ROWS * scale_cols
     both = row_products(
         words_ptr + slot * pitch_words, word_at, scale_ptr + slot * pitch_scales, scale_at, n < rows,
-        x_ptr + p // top_k * cols, cols, row_words, magic,
+        x_ptr + p // top_k * cols, cols, row_words, aid,
         KIND, PER_WORD, GROUP, 2 * N, UNITS,
     )  # fmt: skip
     gate, up = tl.split(tl.trans(tl.reshape(both, (2, N))))
@@ -73,7 +73,7 @@ def down_kernel(
     cols,
     row_words,
     scale_cols,
-    magic,
+    aid,
     KIND: tl.constexpr,
     PER_WORD: tl.constexpr,
     GROUP: tl.constexpr,
@@ -90,7 +90,7 @@ def down_kernel(
     out = row_products(
         words_ptr + slot * pitch_words, down_words + n * row_words,
         scale_ptr + slot * pitch_scales, down_scales + n // BLOCK_ROWS * scale_cols, n < rows,
-        h_ptr + p * cols, cols, row_words, magic,
+        h_ptr + p * cols, cols, row_words, aid,
         KIND, PER_WORD, GROUP, N, UNITS,
     )  # fmt: skip
     tl.store(partial_ptr + p * rows + n, out, mask=n < rows)

@@ -4,8 +4,8 @@ Owns decoding a tile of any format to exactly the bf16 weights that other engine
 columns. An output row depends on its own input row only, in an order given by the sizes of a tile, so it
 does not matter with which rows it shares a tile. Must not know where a matrix lies.
 
-Activations come as bf16 in the order in which a tile meets them: as they are, or for int4 (two columns to
-a byte) the even columns of a row first, then the odd ones, each part padded to `part` (`halves`).
+Activations come as bf16 in the order in which a tile meets them: as they are, or for int4 and nf4 (two columns
+to a byte) the even columns of a row first, then the odd ones, each part padded to `part` (`halves`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from offload.kernels.triton.dot import bf16, dot
-from offload.kernels.triton.rows import BF16, INT4, INT8
+from offload.kernels.triton.rows import BF16, FP8, INT3, INT4, INT8, NF4
 
 
 @triton.jit
@@ -42,6 +42,39 @@ def e4m3(b):
 
 
 @triton.jit
+def nibble(b, odd: tl.constexpr, KIND: tl.constexpr, aid):
+    """fp32 values of the even or odd columns in bytes of int4 or nf4, without their scale."""
+    if KIND == NF4:
+        code = (b & 15) if odd else (b >> 4)
+        return tl.load(aid + code.to(tl.int32))
+    else:
+        code = (b >> 4) if odd else (b & 15)
+        return code.to(tl.float32) - 8.0
+
+
+@triton.jit
+def narrow(raw_at, c, mask, KIND: tl.constexpr):
+    """fp32 values of columns c of int3 or int2, without their scale; `raw_at` is the first byte of each row."""
+    BITS: tl.constexpr = 3 if KIND == INT3 else 2
+    byte, shift = c * BITS // 8, c * BITS % 8
+    b = tl.load(raw_at + byte, mask=mask, other=0).to(tl.int32)
+    if KIND == INT3:  # a code may lie across two bytes
+        b |= tl.load(raw_at + byte + 1, mask=mask & (shift > 5), other=0).to(tl.int32) << 8
+    return ((b >> shift) & ((1 << BITS) - 1)).to(tl.float32) - (1 << (BITS - 1))
+
+
+@triton.jit
+def byte_tile(raw_at, c, mask, KIND: tl.constexpr):
+    """fp32 values of columns c of int8, fp8, int3 or int2, without their scale."""
+    if KIND == INT8:
+        return tl.load(raw_at + c, mask=mask, other=0).to(tl.float32) - 128.0
+    elif KIND == FP8:
+        return e4m3(tl.load(raw_at + c, mask=mask, other=0))
+    else:
+        return narrow(raw_at, c, mask, KIND)
+
+
+@triton.jit
 def tile_products(
     raw_ptr,  # bytes of the weight; bf16 for BF16
     row_at,  # [N]: where each row begins
@@ -53,6 +86,7 @@ def tile_products(
     m_mask,
     cols,
     part,
+    aid,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     M: tl.constexpr,
@@ -61,7 +95,7 @@ def tile_products(
 ):
     """x . W^T for one tile of rows of x and of W."""
     acc = tl.zeros((M, N), tl.float32)
-    if KIND == INT4:
+    if KIND == INT4 or KIND == NF4:
         # Counted in bytes: only so does the compiler see that loads are aligned. A sum for each half: it only
         # overlaps loads with products that do not wait for each other.
         other = acc
@@ -71,10 +105,10 @@ def tile_products(
             b = tl.load(raw_ptr + row_at[:, None] + c[None, :], mask=n_mask[:, None] & even[None, :], other=0x88)
             scale = scale_tile(scale_ptr, scale_at, n_mask, first * 2, cols, GROUP, N, K, K // 2)
             x = tl.load(x_ptr + x_at[:, None] + c[None, :], mask=m_mask[:, None] & even[None, :], other=0.0)
-            w = bf16(((b & 15).to(tl.float32) - 8.0) * scale)
+            w = bf16(nibble(b, False, KIND, aid) * scale)
             acc = dot(x, tl.trans(w), acc)
             x = tl.load(x_ptr + part + x_at[:, None] + c[None, :], mask=m_mask[:, None] & odd[None, :], other=0.0)
-            w = bf16(((b >> 4).to(tl.float32) - 8.0) * scale)
+            w = bf16(nibble(b, True, KIND, aid) * scale)
             other = dot(x, tl.trans(w), other)
         return acc + other
     else:
@@ -86,9 +120,8 @@ def tile_products(
             if KIND == BF16:
                 w = tl.load(raw_ptr + row_at[:, None] + c[None, :], mask=mask, other=0.0)
             else:
-                b = tl.load(raw_ptr + row_at[:, None] + c[None, :], mask=mask, other=0)
                 scale = scale_tile(scale_ptr, scale_at, n_mask, k, cols, GROUP, N, K, K)
-                w = bf16((b.to(tl.float32) - 128.0) * scale) if KIND == INT8 else bf16(e4m3(b) * scale)
+                w = bf16(byte_tile(raw_ptr + row_at[:, None], c[None, :], mask, KIND) * scale)
             acc = dot(x, tl.trans(w), acc)
         return acc
 
@@ -109,6 +142,7 @@ def tiles_kernel(
     heads,
     head_rows,
     first_row,
+    aid,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -124,7 +158,7 @@ def tiles_kernel(
     vector = (t * heads + head).to(tl.int64)
     acc = tile_products(
         raw_ptr, row.to(tl.int64) * row_bytes, scale_ptr, row // BLOCK_ROWS * scale_cols, n < rows,
-        x_ptr, vector * x_width, t < tokens, cols, part, KIND, GROUP, M, N, K,
+        x_ptr, vector * x_width, t < tokens, cols, part, aid, KIND, GROUP, M, N, K,
     )  # fmt: skip
     at = out_ptr + vector[:, None] * rows + n[None, :]
     tl.store(at, acc, mask=(t < tokens)[:, None] & (n < rows)[None, :])

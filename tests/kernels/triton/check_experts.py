@@ -11,6 +11,8 @@ from offload.errors import KernelError
 from offload.kernels import ExpertSlab
 from offload.kernels.triton.groups import group_positions
 from offload.kernels.triton.linear import FEW_TOKENS
+from offload.quant import get_codec
+from offload.store.layout import ExpertLayout
 
 
 def table(*slots: int) -> Tensor:
@@ -44,19 +46,28 @@ def check(codec: str, hidden: int, width: int, tokens: int, slots: int, skew: fl
         close(got[here], wanted[here], 1e-2)
 
 
-@pytest.mark.parametrize("codec", ["int4-g32", "int8-g128", "fp8", "bf16"])
+@pytest.mark.parametrize("codec", ["int4-g32", "int8-g128", "fp8", "bf16", "nf4-b64", "int3-g32", "int2-g32"])
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_experts(codec: str, tokens: int) -> None:
-    check(codec, 64, 32, tokens, slots=6, skew=1.5)
+    check(codec, 64, 64 if codec == "nf4-b64" else 32, tokens, slots=6, skew=1.5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", ["int4-g32", "int4-g128", "int8-g128", "fp8", "fp8-b32x32", "bf16"])
+@pytest.mark.parametrize(
+    "codec", ["int4-g32", "int4-g128", "int8-g128", "fp8", "fp8-b32x32", "bf16", "int3-g32", "int3-g128", "int2-g32"]
+)
 @pytest.mark.parametrize(("hidden", "width"), [(96, 64), (200, 72), (260, 132), (512, 256)])
 @pytest.mark.parametrize("tokens", [1, 2, 4, 5, 17, 33, 65])
 @pytest.mark.parametrize(("slots", "skew"), [(4, 0.0), (40, 3.0)])
 def test_experts_in_all_sizes(codec: str, hidden: int, width: int, tokens: int, slots: int, skew: float) -> None:
     check(codec, hidden, width, tokens, slots, skew)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("hidden", "width"), [(128, 64), (320, 192)])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 33, 65])
+def test_nf4_experts_in_all_sizes(hidden: int, width: int, tokens: int) -> None:
+    check("nf4-b64", hidden, width, tokens, slots=7, skew=1.0)
 
 
 @pytest.mark.slow
@@ -109,7 +120,11 @@ def test_groups_hold_every_position_once() -> None:
 
 def test_layouts_that_kernels_do_not_read_are_refused() -> None:
     slab = random_slab("bf16", 33, 32, 1)
-    with pytest.raises(KernelError, match="33 x 32; keep these experts on the CPU"):
+    with pytest.raises(KernelError, match="33 x 32, .*; use --device cpu or convert them to int4-g32"):
         run(slab, draw(1, 33), table(0))
+    for codec, width in (("nf4-b64", 32), ("fp8", 33)):
+        with pytest.raises(KernelError, match=f"{codec} experts of 64 x {width}"):
+            KERNELS.check_experts(ExpertLayout(get_codec(codec), 64, width))
+    KERNELS.check_experts(ExpertLayout(get_codec("nf4-b64"), 64, 64))
     with pytest.raises(KernelError, match="slots are int32"):
         run(slab, draw(1, 33), table(0).long())

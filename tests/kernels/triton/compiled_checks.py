@@ -37,3 +37,13 @@ def test_decoding(architecture: int) -> None:
 @pytest.mark.parametrize(("experts", "resident"), [("int4-g32", "int8-g128"), ("fp8", "fp8"), ("int8-g128", "bf16")])
 def test_all(architecture: int, tokens: int, experts: str, resident: str) -> None:
     check(architecture, tokens, experts, resident)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tokens", [1, 512])
+@pytest.mark.parametrize(
+    ("experts", "resident"), [("nf4-b64", "nf4-b64"), ("int3-g32", "int3-g32"), ("int2-g32", "int8-g128")]
+)
+def test_small_formats(architecture: int, tokens: int, experts: str, resident: str) -> None:
+    check(architecture, tokens, experts, resident)
