@@ -199,7 +199,8 @@ inline void int_rows_block(const RowsCall& call, const Geometry<IntFormat<BITS, 
 
 template <int BITS, int G, int MT>
 void int_rows_few(const RowsCall& call) {
-  constexpr int kRows = MT <= 2 ? kStreams / MT : 1;  // more tokens need the registers, and more time per byte
+  // More tokens need the registers, and more time per byte; so do codes of eight bits, a little.
+  constexpr int kRows = MT == 1 ? (BITS == 8 ? kStreams - 1 : kStreams) : MT == 2 ? 2 : 1;
   const Geometry<IntFormat<BITS, G>, BITS, G> geometry(*call.weight);
   const int64_t apart = (call.last - call.first) / kRows;
   for (int64_t n = call.first; n < call.first + apart; ++n) int_rows_block<BITS, G, MT, kRows>(call, geometry, n, apart);
@@ -532,8 +533,7 @@ void float_rows(const RowsCall& call) {
     const int64_t tokens = min_of(kFloatTokens, call.tokens - t);
     const float* x[kFloatTokens];
     for (int64_t m = 0; m < tokens; ++m) x[m] = reinterpret_cast<const float*>(call.act[t + m]);
-    for (int64_t n = call.first; n < call.last; n += kFloatRows) {
-      const int64_t rows = min_of(kFloatRows, call.last - n);
+    const auto several = [&](int64_t n, int64_t rows, int64_t apart) {
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t m = 0; m < tokens; ++m) acc[r * kFloatTokens + m] = f_zero();
       }
@@ -541,7 +541,7 @@ void float_rows(const RowsCall& call) {
       if (w.kind == EP_BF16 && tokens == 1 && rows == kFloatRows) {
         begin = w.cols / 16 * 16;
         const uint16_t* row = reinterpret_cast<const uint16_t*>(w.payload) + n * w.cols;
-        dot_bf16_rows(row, w.cols, x[0], begin, acc, kFloatTokens);
+        dot_bf16_rows(row, apart * w.cols, x[0], begin, acc, kFloatTokens);
       }
       const uint8_t* codes = reinterpret_cast<const uint8_t*>(w.payload) + n * w.cols;
       if (w.kind == EP_FP8 && tokens == 1 && rows == kFloatRows && w.block_cols % 16 == 0 &&
@@ -551,13 +551,20 @@ void float_rows(const RowsCall& call) {
       }
       for (int64_t c = begin; c < w.cols; c += kFloatColumns) {
         const int64_t last = min_of(c + kFloatColumns, w.cols);
-        for (int64_t r = 0; r < rows; ++r) decode(w, n + r, c, last, block + r * kFloatColumns);
+        for (int64_t r = 0; r < rows; ++r) decode(w, n + r * apart, c, last, block + r * kFloatColumns);
         dot_block(block, kFloatColumns, rows, x, tokens, c, round_up(last - c, 16), acc, kFloatTokens);
       }
       for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t m = 0; m < tokens; ++m) call.out[t + m][n + r - call.base] = f_sum(acc[r * kFloatTokens + m]);
+        for (int64_t m = 0; m < tokens; ++m) call.out[t + m][n + r * apart - call.base] = f_sum(acc[r * kFloatTokens + m]);
       }
+    };
+    int64_t n = call.first;
+    if (w.kind == EP_BF16 && tokens == 1) {  // long streams, as in int_rows_few
+      const int64_t apart = (call.last - call.first) / kFloatRows;
+      for (; n < call.first + apart; ++n) several(n, kFloatRows, apart);
+      n = call.first + kFloatRows * apart;
     }
+    for (; n < call.last; n += kFloatRows) several(n, min_of(kFloatRows, call.last - n), 1);
   }
 }
 
