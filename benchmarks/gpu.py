@@ -5,12 +5,12 @@
 
 Builds one dense and `--layers` MoE layers (hidden 7168, 256 experts x 2048, MLA with 128 heads, int4-g32 experts, int8
 resident weights, synthetic values), loads them under each VRAM budget and records, one row per budget:
-  read            bytes per second that a reading kernel gets from device memory, measured here
+  read            bytes per second of device memory, measured here: the better of a reduction and of copies within it
   link            bytes per second of copies from page-locked memory, measured here
   experts         resident experts at decode: bytes per second, share of `read`
   copies          expert copies while decoding: bytes per second, share of `link`
   decode          per share of planted hits (0 to 100%): measured step, max of link and device times, their ratio; the
-                  hit share under skewed routing
+                  hit share under skewed routing; what a layer takes beyond the bound
   prefill         one long chunk: seconds, and the sweep bound of the copies it needs
   61 layers       the step's time per layer times DeepSeek-V3's 61: an extrapolation, no measurement
 `--baselines` adds rows of accelerate's CPU offload of transformers' model (bf16) on the same layers and budget, and of
@@ -20,13 +20,16 @@ kt-kernel, or the reason why they did not run.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ from offload.config import ModelConfig  # noqa: E402
 from offload.kernels import select, select_device  # noqa: E402
 from offload.model.kv_cache import KVCache  # noqa: E402
 from offload.model.place import Place  # noqa: E402
+from offload.model.single_token import SingleToken  # noqa: E402
 from offload.model.transformer import DeepseekV3  # noqa: E402
 from offload.model.weights import PlacedWeights, load_weights  # noqa: E402
 from offload.tiers.device import Device  # noqa: E402
@@ -76,6 +80,7 @@ class Bench:
     model: DeepseekV3
     cache: KVCache
     choice: PlantedChoice
+    routing: PlantedRouting
     plan: VramPlan
     sizes: Sizes
 
@@ -83,6 +88,8 @@ class Bench:
         """Seconds of a forward pass over `tokens` tokens."""
         if self.cache.length + tokens > self.cache.capacity:
             self.cache.truncate(0)
+        with self.device.guard():
+            self.routing.prepare(tokens, self.config.num_experts_per_tok)
         self.sync()
         begun = time.perf_counter()
         hidden = self.model.forward([n % self.config.vocab_size for n in range(tokens)], self.cache)
@@ -110,10 +117,11 @@ def main() -> None:
             command = f"python benchmarks/gpu.py --vram {vram} --ram {arguments.ram} --layers {arguments.layers}"
             report(arguments, command, numbers)
             if arguments.baselines:
+                gc.collect()  # slots and slab are given back before others take memory
                 for run in (accelerate_offload, kt_kernel):
-                    limit = parse_size(vram)
-                    found = run(config_dict, limit, sizes.steps, "cpu" if arguments.tiny else "cuda:0")
-                    report(arguments, f"{command} --baselines", found)
+                    limit, where = parse_size(vram), "cpu" if arguments.tiny else "cuda:0"
+                    found = attempt(run.__name__, arguments, partial(run, config_dict, limit, sizes.steps, where))
+                    report(arguments, f"{command} --baselines", {"baseline": run.__name__} | found)
 
 
 def parse() -> argparse.Namespace:
@@ -137,10 +145,25 @@ def report(arguments: argparse.Namespace, command: str, numbers: dict[str, Any])
     print(json.dumps(numbers, indent=1))
 
 
+def attempt(name: str, arguments: argparse.Namespace, work: Callable[[], Any]) -> Any:
+    """What `work` finds; the fault if it fails: time on a GPU is short, and the other figures are worth having."""
+    begun = time.perf_counter()
+    try:
+        return work()
+    except Exception as fault:
+        if arguments.tiny:
+            raise
+        traceback.print_exc()
+        return {"failed": f"{type(fault).__name__}: {fault}"[:500]}
+    finally:
+        print(f"{name}: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+
+
 def one_budget(store: SyntheticStore, vram: int, arguments: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
     """All measurements under one VRAM budget."""
     bench = load(store, vram, arguments, sizes)
     try:
+        some = partial(attempt, arguments=arguments)
         numbers: dict[str, Any] = {
             "device": bench.device.name,
             "simulated": arguments.tiny,
@@ -151,12 +174,12 @@ def one_budget(store: SyntheticStore, vram: int, arguments: argparse.Namespace, 
             "link": link_rate(bench),
         }
         fill(bench)
-        numbers["experts"] = resident_experts(bench, numbers["read"])
-        numbers["decode"] = decode(bench, numbers)
-        numbers["copies"] = copies(bench, numbers["link"])
-        numbers["skewed"] = skewed(bench)
-        numbers["prefill"] = prefill(bench, numbers["link"])
-        numbers["61 layers, extrapolated"] = extrapolate(bench, numbers)
+        numbers["experts"] = some("experts", work=lambda: resident_experts(bench, numbers["read"]))
+        numbers["decode"] = some("decode", work=lambda: decode(bench, numbers))
+        numbers["copies"] = some("copies", work=lambda: copies(bench, numbers["link"]))
+        numbers["skewed"] = some("skewed", work=lambda: skewed(bench))
+        numbers["prefill"] = some("prefill", work=lambda: prefill(bench, numbers["link"]))
+        numbers["61 layers, extrapolated"] = some("61 layers", work=lambda: extrapolate(bench, numbers))
         numbers["peak_vram_bytes"] = bench.device.peak_nbytes()
         return numbers
     finally:
@@ -186,7 +209,7 @@ def load(store: SyntheticStore, vram: int, arguments: argparse.Namespace, sizes:
     if arguments.tiny:  # slots for half of the experts, whatever everything else takes
         plan = plan_vram(config, demand, limit=plan.fixed + plan.experts // 2 * nbytes, **rest)
     device.limit(plan.total - plan.driver)
-    places = [Place(device.torch_device, device.guard)] * len(layers)
+    places = [Place(device.torch_device, device.guard, device.record)] * len(layers)
     loaded = load_weights(PlacedWeights(weights, places), config)
     cache = KVCache(config, sizes.context, [place.device for place in places])
     executor = DeviceExecutor(
@@ -200,8 +223,10 @@ def load(store: SyntheticStore, vram: int, arguments: argparse.Namespace, sizes:
     )
     residency, first = executor.tiers[0].residency, config.moe_layers[0]
     choice = PlantedChoice(config, lambda layer, expert: residency.slot(layer - first, expert))
-    model = DeepseekV3(config, loaded, kernels, PlantedRouting(executor, choice), sizes.context, places)
-    return Bench(device, config, store, executor, model, cache, choice, plan, sizes)
+    routing = PlantedRouting(executor, choice, device.torch_device)
+    model = DeepseekV3(config, loaded, kernels, routing, sizes.context, places)
+    model.single = SingleToken(model, kernels, cache)  # as the engine does: graphs for all but the routed experts
+    return Bench(device, config, store, executor, model, cache, choice, routing, plan, sizes)
 
 
 def fill(bench: Bench) -> None:
@@ -233,10 +258,13 @@ def seconds(bench: Bench, work: Callable[[], object], repeats: int) -> float:
 
 
 def read_rate(bench: Bench) -> float:
-    """Bytes per second that a reduction reads from the slab, which is the memory that experts lie in."""
+    """Bytes per second read from the slab, the memory that experts lie in: the better of two ways to be bound by it."""
     data = bench.executor.tiers[0].slab.data.view(-1)
-    block = data[: min(data.numel(), bench.sizes.probe_nbytes) // 4 * 4].view(torch.int32)
-    return block.nbytes / seconds(bench, lambda: block.max(), 8)
+    block = data[: min(data.numel(), bench.sizes.probe_nbytes) // 8 * 8].view(torch.int32)
+    half = block.numel() // 2
+    reduced = block.nbytes / seconds(bench, lambda: block.max(), 8)
+    copied = block.nbytes / seconds(bench, lambda: block[:half].copy_(block[half:]), 8)  # as many read and written
+    return max(reduced, copied)
 
 
 def link_rate(bench: Bench) -> float:
@@ -278,7 +306,7 @@ def decode(bench: Bench, numbers: dict[str, Any]) -> list[dict[str, float]]:
         bench.choice.hits = hits
         tier = bench.executor.tiers[0]
         bench.step()
-        before = tier.counters()
+        before, below = tier.counters(), bench.executor.ram.counters().ram.misses
         step = statistics.median(bench.step() for _ in range(bench.sizes.steps))
         spent = tier.counters().minus(before)
         copied = spent.misses / bench.sizes.steps * stride / numbers["link"]
@@ -293,6 +321,8 @@ def decode(bench: Bench, numbers: dict[str, Any]) -> list[dict[str, float]]:
                 "device_s": on_device,
                 "bound_s": bound,
                 "step_over_bound": step / bound,
+                "gap_per_layer_s": (step - bound) / bench.config.num_hidden_layers,
+                "ram_misses": bench.executor.ram.counters().ram.misses - below,
             }
         )
     bench.choice.hits = None

@@ -119,9 +119,19 @@ def _raw(dtype: torch.dtype, shape: Sequence[int], cols: int, generator: torch.G
     if dtype.is_floating_point and dtype.itemsize > 1:
         return torch.full(tuple(shape), 0.2 / math.sqrt(cols), dtype=dtype)
     if dtype.is_floating_point:
-        return torch.randn(tuple(shape), generator=generator).to(dtype)
+        return _repeated(torch.randn(_SAMPLE, generator=generator).to(dtype), shape)
     info = torch.iinfo(dtype)
-    return torch.randint(info.min, info.max, tuple(shape), generator=generator, dtype=dtype)
+    return _repeated(torch.randint(info.min, info.max, (_SAMPLE,), generator=generator, dtype=dtype), shape)
+
+
+_SAMPLE = 1_000_003
+"""Random values that are repeated to fill a tensor: drawing all of a layer would take longer than measuring it."""
+
+
+def _repeated(values: Tensor, shape: Sequence[int]) -> Tensor:
+    count = math.prod(shape)
+    raw = values.view(torch.uint8) if values.dtype.itemsize == 1 else values
+    return raw.repeat(-(-count // raw.numel()))[:count].view(values.dtype).view(tuple(shape))
 
 
 class SyntheticWeights:
@@ -161,7 +171,7 @@ class SyntheticWeights:
 
     def _part(self, dtype: torch.dtype, shape: Sequence[int], cols: int) -> Tensor:
         if dtype == torch.bfloat16 and shape[-1] == cols:  # a plain weight, not scales
-            return (torch.randn(tuple(shape), generator=self._generator) / math.sqrt(cols)).to(dtype)
+            return _repeated((torch.randn(_SAMPLE, generator=self._generator) / math.sqrt(cols)).to(dtype), shape)
         tensor = _raw(dtype, shape, cols, self._generator)
         return tensor / 16 if dtype == torch.bfloat16 and self._codec.name.startswith("int8") else tensor
 
@@ -184,12 +194,21 @@ class SyntheticWeights:
 
 
 class PlantedRouting:
-    """`inner`, told other experts than the router chose; weights stay the router's."""
+    """`inner`, told other experts than the router chose; weights stay the router's.
 
-    def __init__(self, inner: RoutedExperts, choose: PlantedChoice) -> None:
+    `prepare` draws them for all layers and puts them onto the device, so that nothing of it falls into a step.
+    """
+
+    def __init__(self, inner: RoutedExperts, choose: PlantedChoice, device: torch.device) -> None:
         self._inner = inner
-        self.choose = choose
-        self._ids: Tensor | None = None
+        self._choose = choose
+        self._device = device
+        self._planted: dict[int, Tensor] = {}
+
+    def prepare(self, tokens: int, k: int) -> None:
+        """The next step has so many tokens, each of which uses `k` experts."""
+        choose = self._choose
+        self._planted = {n: torch.tensor(choose(n, tokens, k)).to(self._device) for n in choose.layers}
 
     def begin_step(self, tokens: Sequence[int]) -> None:
         self._inner.begin_step(tokens)
@@ -204,12 +223,10 @@ class PlantedRouting:
         self._inner.expect(layer, experts)
 
     def hint(self, layer: int, ids: Tensor, weights: Tensor) -> None:
-        self._ids = torch.tensor(self.choose(layer, *ids.shape)).to(ids.device)
-        self._inner.hint(layer, self._ids, weights)
+        self._inner.hint(layer, self._planted[layer], weights)
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        assert self._ids is not None
-        return self._inner(layer, x, self._ids, weights)
+        return self._inner(layer, x, self._planted[layer], weights)
 
 
 class PlantedChoice:
@@ -219,6 +236,7 @@ class PlantedChoice:
         """`slot(layer, expert)` is negative for an expert that VRAM does not hold."""
         self._experts = config.n_routed_experts
         self._slot = slot
+        self.layers = config.moe_layers
         self._rng = np.random.default_rng(0)
         rank = np.arange(1, self._experts + 1) ** -skew
         self._chances = {layer: self._rng.permutation(rank / rank.sum()) for layer in config.moe_layers}
