@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def append(benchmark: str, command: str, numbers: dict[str, Any]) -> None:
     )
     row = {
         "benchmark": benchmark,
-        "command": command,
+        "command": re.sub(r"(?<=\s)/\S*/", "", command),  # folders of this machine by their names alone
         "commit": commit.stdout.strip(),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "ram_bytes": _ram()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

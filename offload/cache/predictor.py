@@ -169,6 +169,10 @@ class Successors:
         self._tables = list(self.weights)
         # A row beyond the last one stands for the last one, which belongs to sources that do not exist.
         self._rows = np.full((layers, self.sources * top_k), self._nowhere, np.intp)
+        # Per layer: all its rows, its own experts, what the layer below hands up, and where that goes.
+        self._views = [
+            (rows, rows[:top_k], self._rows[at - 1, :-top_k], rows[top_k:]) for at, rows in enumerate(self._rows)
+        ]
         self._rows_before = self._rows.copy()
         self._lifts_before = self._lifts.copy()
         self._buffer = np.empty((self.sources * top_k, experts), np.float32)
@@ -189,11 +193,10 @@ class Successors:
 
     def lift(self, layer: int, ids: Sequence[int]) -> Floats:
         """Lift [E] of `layer` at the next token; the one under way uses `ids`, best first. Layers come in order."""
-        top_k = self.shape.top_k
-        rows = self._rows[layer]
+        rows, own, below, passed_on = self._views[layer]
         if layer:
-            np.add(self._rows[layer - 1, :-top_k], self.shape.experts, out=rows[top_k:])
-        rows[:top_k] = ids
+            np.add(below, self.shape.experts, passed_on)
+        own[:] = ids
         self._tables[layer].take(rows, 0, self._buffer, "clip")
         lift: Floats = np.dot(self._scaled_rank[layer], self._buffer, out=self._lifts[layer])
         return lift

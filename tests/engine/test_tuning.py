@@ -117,15 +117,15 @@ def test_noise_is_not_a_gain_and_given_options_stay(tmp_path: Path) -> None:
 
 
 def test_other_tokens_are_a_defect(tmp_path: Path) -> None:
-    run = fake(lambda o: 1.0, lambda o: ((1, 3),) if o.threads else ((1, 2),))
-    with pytest.raises(OffloadError, match="the tokens depend on threads"):
+    run = fake(lambda o: 1.0, lambda o: ((1, 3),) if o.policy == "lru" else ((1, 2),))
+    with pytest.raises(OffloadError, match="the tokens depend on policy"):
         tune("unused", output=tmp_path / "p.toml", run=run)
     assert not (tmp_path / "p.toml").exists()
 
 
 def test_a_candidate_without_room_is_dropped(tmp_path: Path) -> None:
     def run(options: RuntimeOptions, record: bool) -> Trial:
-        if options.threads:
+        if options.policy == "lru":
             raise BudgetError("no room")
         return Trial(options, (1.0,), ((1,),), 16, TRACE)
 
