@@ -43,6 +43,7 @@ from record import append  # noqa: E402
 
 from offload.config import ModelConfig  # noqa: E402
 from offload.kernels import select, select_device  # noqa: E402
+from offload.kernels.device import FEW_TOKENS  # noqa: E402
 from offload.model.kv_cache import KVCache  # noqa: E402
 from offload.model.place import Place  # noqa: E402
 from offload.model.single_token import SingleToken  # noqa: E402
@@ -201,10 +202,13 @@ def load(store: SyntheticStore, vram: int, arguments: argparse.Namespace, sizes:
     weights = SyntheticWeights(config)
     layers = range(config.num_hidden_layers)
     resident = sum(weights.nbytes(layer) for layer in layers) + weights.nbytes(None)
-    demand = DeviceDemand(layers, resident, sizes.context, sizes.chunk)
+    attention = config.num_attention_heads, config.kv_lora_rank, sizes.context
+    scratch = (kernels.scratch_nbytes(tokens, *attention) for tokens in (FEW_TOKENS, 1))
+    demand = DeviceDemand(layers, resident, sizes.context, sizes.chunk, *scratch)
     nbytes = slot_nbytes(store.layout)
     lendable = lent_slots(store.layout, sizes.chunk, config.num_experts_per_tok)
-    rest = {"name": device.name, "slot_nbytes": nbytes, "lendable": lendable, "driver": device.driver_nbytes}
+    rest = {"name": device.name, "slot_nbytes": nbytes, "lendable": lendable}
+    rest |= {"driver": device.driver_nbytes, "rounding": device.rounding_nbytes}
     plan = plan_vram(config, demand, limit=vram, **rest)
     if arguments.tiny:  # slots for half of the experts, whatever everything else takes
         plan = plan_vram(config, demand, limit=plan.fixed + plan.experts // 2 * nbytes, **rest)

@@ -20,7 +20,7 @@ from offload.engine.options import RuntimeOptions
 from offload.engine.usage_file import usage_file
 from offload.errors import BudgetError
 from offload.kernels import Kernels, select, select_device
-from offload.kernels.device import DeviceKernels
+from offload.kernels.device import FEW_TOKENS, DeviceKernels
 from offload.model.kv_cache import KVCache
 from offload.model.place import Place
 from offload.model.single_token import SingleToken
@@ -88,7 +88,7 @@ def load_on_devices(
     ram_demand = _cpu_demand(store, 1) | {"resident": _embedding_nbytes(store)}
     chunk = min(DEVICE_CHUNK, context)
     plan = replace(make_plan(store, options, ram_demand), chunk=chunk)
-    vram_plans = _plan_devices(store, options, context, chunk, devices)
+    vram_plans = _plan_devices(store, options, kernels, context, chunk, devices)
     places = [
         Place(device.torch_device, device.guard, device.record)
         for device, vram in zip(devices, vram_plans, strict=True)
@@ -186,9 +186,16 @@ def _layer_nbytes(store: Store) -> list[int]:
 
 
 def _plan_devices(
-    store: Store, options: RuntimeOptions, context: int, chunk: int, devices: Sequence[Device]
+    store: Store,
+    options: RuntimeOptions,
+    kernels: DeviceKernels,
+    context: int,
+    chunk: int,
+    devices: Sequence[Device],
 ) -> list[VramPlan]:
     config = store.config
+    attention = config.num_attention_heads, config.kv_lora_rank, context
+    few, recorded = (kernels.scratch_nbytes(min(n, chunk), *attention) for n in (FEW_TOKENS, 1))
     limits = [
         parse_size(options.vram) if options.vram is not None else int(device.memory().free * FREE_VRAM_SHARE)
         for device in devices
@@ -200,12 +207,13 @@ def _plan_devices(
     return [
         plan_vram(
             config,
-            DeviceDemand(layers, sum(sizes[layer] for layer in layers), context, chunk),
+            DeviceDemand(layers, sum(sizes[layer] for layer in layers), context, chunk, few, recorded),
             name=device.name,
             limit=limit,
             slot_nbytes=slot_nbytes(store.layout),
             lendable=lent_slots(store.layout, chunk, config.num_experts_per_tok),
             driver=device.driver_nbytes,
+            rounding=device.rounding_nbytes,
         )
         for device, limit, layers in zip(devices, limits, owned, strict=True)
     ]

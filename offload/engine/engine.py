@@ -26,6 +26,7 @@ from offload.engine.summary import RunSummary, Snapshot
 from offload.engine.tokenizer import end_of_sequence_ids, load_tokenizer, need_tokenizer, read_generation_config
 from offload.errors import UsageError
 from offload.kernels import select
+from offload.model.blocks import blocks
 from offload.model.watch import WatchedExperts, Watcher
 from offload.store import Store
 from offload.tiers.device import Device
@@ -102,7 +103,14 @@ class Engine:
         """
         ids = check_prompt(token_ids, vocab_size=self.config.vocab_size)
         self._begin()
-        return torch.cat([self._model.logits(hidden).cpu() for hidden in self._chunks(ids, chunk)])
+        # A block at a time: the vocabulary is far wider than anything else that is set aside for a chunk.
+        return torch.cat(
+            [
+                self._model.logits(hidden[rows]).cpu()
+                for hidden in self._chunks(ids, chunk)
+                for rows in blocks(hidden.shape[0])
+            ]
+        )
 
     def observe(self, token_ids: Sequence[int], watcher: Watcher) -> None:
         """Run `token_ids` as a conversation of its own, showing `watcher` every call of the routed experts."""

@@ -21,6 +21,9 @@ from offload.errors import KernelError
 from offload.kernels.api import Expert, Kernels
 from offload.quant import Codec
 
+FEW_TOKENS = 4
+"""A step of so many tokens is decoding (one token, or a short draft to verify): backends may treat it otherwise."""
+
 
 class SlabLayout(Protocol):
     """The bytes of one routed expert; `offload.store.layout.ExpertLayout` is one."""
@@ -100,6 +103,10 @@ class DeviceKernels(Kernels, Protocol):
         x [T, H]; slots int32 [T * K], -1 where the expert is not in this slab: that row of `partial`
         [T * K, H] is left as it is. Many tokens or one, the call is the same.
         """
+        ...
+
+    def scratch_nbytes(self, tokens: int, heads: int, rank: int, limit: int) -> int:
+        """Device memory in bytes that `mla_at` and `mla_absorbed` take besides their result."""
         ...
 
     def mla_at(

@@ -23,6 +23,9 @@ class ReferenceDeviceKernels(ReferenceKernels):
         used = [slot for slot in slots.unique().tolist() if slot >= 0]
         self.experts(x, [(slab.expert(slot), (slots == slot).nonzero().flatten()) for slot in used], k, partial)
 
+    def scratch_nbytes(self, tokens: int, heads: int, rank: int, limit: int) -> int:
+        return 3 * 4 * tokens * heads * limit  # scores, masked, and their softmax
+
     def mla_at(
         self, q_latent: Tensor, q_rope: Tensor, cache: Tensor, start: Tensor, limit: int, scale: float
     ) -> Tensor:

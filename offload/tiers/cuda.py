@@ -94,6 +94,11 @@ class CudaDevice:
         with self.guard():
             return Memory(*torch.cuda.mem_get_info(self.torch_device))
 
+    def rounding_nbytes(self, nbytes: int) -> int:
+        # torch hands out tensors from 1 to 10 MiB in blocks of 20 MiB, larger ones in multiples of 2 MiB, and graphs
+        # have blocks of their own. An estimate from these sizes, not measured on any GPU yet.
+        return (64 << 20) + nbytes // 64
+
     def limit(self, nbytes: int) -> None:
         with self.guard():
             total = self._properties.total_memory

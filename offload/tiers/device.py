@@ -76,6 +76,10 @@ class Device(Protocol):
         """Device memory that driver and libraries take besides what is allocated."""
         ...
 
+    def rounding_nbytes(self, nbytes: int) -> int:
+        """What its allocator may lose, of `nbytes` in many tensors, to rounding and to blocks that were split."""
+        ...
+
     @property
     def compute(self) -> Stream:
         """The stream on which plain torch calls for this device happen, in order with what is launched."""

@@ -173,6 +173,9 @@ class SimulatedDevice:
     def memory(self) -> Memory:
         return Memory(self._total - self._counts.used, self._total)
 
+    def rounding_nbytes(self, nbytes: int) -> int:
+        return 0
+
     def limit(self, nbytes: int) -> None:
         self._limit = min(nbytes, self._total)
 

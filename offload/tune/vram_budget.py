@@ -6,10 +6,14 @@ asks no device. Slots get what is left after everything else has its share.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from offload.config import ModelConfig
 from offload.errors import BudgetError
+from offload.model.blocks import BLOCK
+from offload.tiers.staging import BUFFERS as LISTS
+from offload.tiers.vram import SHORT
 from offload.tune.budget import working_nbytes
 from offload.types import format_size
 
@@ -78,11 +82,31 @@ class DeviceDemand:
     """Tokens of the KV cache."""
     chunk: int
     """Tokens computed at once."""
+    few: int = 0
+    """Bytes that latent attention takes for the longest pass it splits over the context (`scratch_nbytes`)."""
+    recorded: int = 0
+    """The same for one token. Recorded steps keep it: their memory is nobody else's."""
 
 
 def device_kv_nbytes(config: ModelConfig, layers: range, context: int) -> int:
     """Bytes of the fp32 latent cache of `layers` for `context` tokens."""
     return len(layers) * context * config.latent_dim * 4
+
+
+def device_working_nbytes(config: ModelConfig, demand: DeviceDemand, own_tokens: int) -> int:
+    """Bytes besides weights, cache and slots: what stays, and the largest of what takes turns.
+
+    `own_tokens`: tokens of a pass whose expert outputs have memory of their own.
+    """
+    outputs = 4 * config.num_experts_per_tok * config.hidden_size  # per token
+    turns = max(
+        working_nbytes(config, demand.chunk, demand.context) - demand.chunk * outputs,
+        demand.few + working_nbytes(config, min(demand.chunk, SHORT), 1),
+        4 * min(demand.chunk, BLOCK) * (config.vocab_size + 2 * config.hidden_size),  # logits of a block
+    )
+    moe_layers = sum(layer in config.moe_layers for layer in demand.layers)
+    lists = 4 * LISTS * demand.chunk * config.num_experts_per_tok + 4 * moe_layers * config.n_routed_experts
+    return turns + own_tokens * outputs + lists + demand.recorded + working_nbytes(config, 1, 1)
 
 
 def plan_vram(
@@ -94,8 +118,10 @@ def plan_vram(
     slot_nbytes: int,
     lendable: int,
     driver: int,
+    rounding: Callable[[int], int] = lambda nbytes: 0,
 ) -> VramPlan:
-    """Split `limit` bytes of the device `name`; `driver` of them go to driver and libraries.
+    """Split `limit` bytes of the device `name`; `driver` of them go to driver and libraries, `rounding(n)` are lost
+    where n bytes are allocated in many tensors.
 
     `lendable`: slots that hold the expert outputs of a chunk. Where not all experts fit but enough of them, these
     outputs get no memory of their own: decoding has it as slots, and a long prompt borrows them. Raises BudgetError,
@@ -104,11 +130,13 @@ def plan_vram(
     moe = [layer for layer in demand.layers if layer in config.moe_layers]
     experts = config.n_routed_experts * len(moe)
     kv_cache = device_kv_nbytes(config, demand.layers, demand.context)
-    working = working_nbytes(config, demand.chunk, demand.context)
-    outputs = 4 * demand.chunk * config.num_experts_per_tok * config.hidden_size
-    spare, lent = limit - driver - demand.resident - kv_cache - working, 0
-    if spare // slot_nbytes < experts and (spare + outputs) // slot_nbytes >= lendable + LEAST_WITH_LENDING:
-        lent, working = lendable, working - outputs
+    working, short = (
+        nbytes + rounding(demand.resident + kv_cache + nbytes)
+        for nbytes in (device_working_nbytes(config, demand, n) for n in (demand.chunk, min(SHORT, demand.chunk)))
+    )
+    room, lent = limit - driver - demand.resident - kv_cache, 0
+    if (room - working) // slot_nbytes < experts and (room - short) // slot_nbytes >= lendable + LEAST_WITH_LENDING:
+        lent, working = lendable, short
     fixed = VramPlan(name, demand.layers, driver, demand.resident, kv_cache, working, slot_nbytes, 0, lent, experts)
     slots = min(experts, max(0, limit - fixed.fixed) // slot_nbytes)
     least = min(MIN_SLOTS, experts)

@@ -63,3 +63,20 @@ def test_too_little_is_refused_with_what_would_do():
 
 def test_a_longer_context_takes_slots():
     assert plan(24, replace(DEMAND, context=16384))[1].slots < plan(24)[1].slots
+
+
+def test_a_long_context_sets_aside_what_its_attention_takes():
+    short, long = DEMAND, replace(DEMAND, few=4 << 30, recorded=1 << 30)
+    _, without = plan(80, short)
+    _, found = plan(80, long)
+    assert found.working >= 5 << 30
+    assert without.working < 2 << 30
+    assert found.total <= 80 << 30
+
+
+def test_what_the_allocator_loses_is_counted():
+    rest = {"name": "card", "limit": 32 << 30, "slot_nbytes": SLOT, "lendable": LENDABLE, "driver": 640 << 20}
+    exact, found = plan(32)[1], plan_vram(CONFIG, DEMAND, **rest, rounding=lambda nbytes: nbytes // 64)
+    lost = (DEMAND.resident + exact.kv_cache + exact.working) // 64
+    assert found.working == exact.working + lost
+    assert found.slots <= exact.slots - lost // SLOT

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offload.errors import KernelError
 from offload.kernels.api import RouterShape, Wave
-from offload.kernels.device import ExpertSlab, SlabLayout, check_alignment
+from offload.kernels.device import FEW_TOKENS, ExpertSlab, SlabLayout, check_alignment
 from offload.kernels.triton import attend, experts, linear, mla, route, small
 from offload.kernels.triton.formats import Packed
 from offload.kernels.triton.launch import Launcher, start
@@ -40,7 +40,7 @@ class TritonKernels:
     def swiglu_mlp(self, x: Tensor, gate: QuantizedTensor, up: QuantizedTensor, down: QuantizedTensor) -> Tensor:
         _check(x, gate.cols)
         g, u = self._packed(gate), self._packed(up)
-        if x.shape[0] <= linear.FEW_TOKENS and g.format == u.format and g.cols == x.shape[1]:
+        if x.shape[0] <= FEW_TOKENS and g.format == u.format and g.cols == x.shape[1]:
             return linear.product(self._launch, linear.mlp_hidden(self._launch, x, g, u), self._packed(down))
         h = torch.nn.functional.silu(linear.product(self._launch, x, g)) * linear.product(self._launch, x, u)
         return linear.product(self._launch, h, self._packed(down))
@@ -74,7 +74,7 @@ class TritonKernels:
         _check(bias, count)
         splits = ceil_div(hidden, route.SPLIT)
         parts = torch.empty((splits, tokens, count), dtype=torch.float32, device=x.device)
-        if tokens <= linear.FEW_TOKENS:
+        if tokens <= FEW_TOKENS:
             self._launch(
                 route.logits_kernel, (tokens, ceil_div(count, 8), splits), x, weight, parts, tokens, count, hidden,
                 SPLIT=route.SPLIT, E=8, K=512, num_warps=4,
@@ -110,6 +110,10 @@ class TritonKernels:
         at = torch.full((1,), start, dtype=torch.int32, device=cache.device)
         return self.mla_at(q_latent, q_rope, cache, at, start + q_latent.shape[0], scale)
 
+    def scratch_nbytes(self, tokens: int, heads: int, rank: int, limit: int) -> int:
+        splits = ceil_div(limit, SPLIT)
+        return 4 * tokens * heads * splits * (rank + 2) if tokens <= FEW_TOKENS and splits > 1 else 0
+
     def mla_at(
         self, q_latent: Tensor, q_rope: Tensor, cache: Tensor, start: Tensor, limit: int, scale: float
     ) -> Tensor:
@@ -122,7 +126,7 @@ class TritonKernels:
                 f"the latent cache has shape {tuple(cache.shape)}, this call needs {(limit, rank + rope)}, contiguous"
             )
         out = torch.empty_like(q_latent)
-        few = tokens <= linear.FEW_TOKENS
+        few = tokens <= FEW_TOKENS
         splits = ceil_div(limit, SPLIT) if few else 1
         acc, top, total = out, out, out  # one split writes its result at once
         if splits > 1:
@@ -199,12 +203,6 @@ class TritonKernels:
             forget = weakref.ref(weight, lambda _: self._weights.pop(key, None))
             known = self._weights[key] = (forget, form)
         return known[1]
-
-
-def scratch_nbytes(tokens: int, heads: int, rank: int, limit: int) -> int:
-    """Device memory in bytes that latent attention takes for a step, besides its result."""
-    splits = ceil_div(limit, SPLIT)
-    return 4 * tokens * heads * splits * (rank + 2) if tokens <= linear.FEW_TOKENS and splits > 1 else 0
 
 
 def _check(x: Tensor, width: int) -> None:

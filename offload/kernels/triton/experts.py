@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from offload.errors import KernelError
-from offload.kernels.device import ExpertSlab, SlabLayout
+from offload.kernels.device import FEW_TOKENS, ExpertSlab, SlabLayout
 from offload.kernels.triton import groups, slots
 from offload.kernels.triton.formats import Format, PackedExperts, pack_experts
 from offload.kernels.triton.launch import Launcher
-from offload.kernels.triton.linear import FEW_TOKENS, activations
+from offload.kernels.triton.linear import activations
 from offload.kernels.triton.rows import NF4
 from offload.types import ceil_div
 

@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from offload.errors import KernelError
+from offload.kernels.device import FEW_TOKENS
 from offload.kernels.triton import absorb, rows, tiles
 from offload.kernels.triton.formats import Format, Packed, pack
 from offload.kernels.triton.launch import Launcher
+from offload.kernels.triton.rows import INT8
 from offload.quant import QuantizedTensor, get_codec
 from offload.types import ceil_div
-
-FEW_TOKENS = 4
-"""A step of so many tokens is decoding (one token, or a short draft to verify)."""
 
 
 def row_blocks(row_count: int) -> dict[str, int]:
@@ -79,6 +78,8 @@ def product(
     scale_cols = form.scale_cols(cols)
     if tokens <= FEW_TOKENS:
         blocks = row_blocks(count * heads)
+        if form.kind == INT8.value and blocks["N"] == 16:
+            blocks["maxnreg"] = 80  # for sm_80 the compiler would rather spill eight bytes than use more than 72
         grid = (tokens * heads, ceil_div(count, blocks["N"]))
         launch(
             rows.rows_kernel, grid, weight.words, weight.scale, x, out,

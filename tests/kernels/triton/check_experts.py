@@ -9,8 +9,8 @@ from torch import Tensor
 
 from offload.errors import KernelError
 from offload.kernels import ExpertSlab
+from offload.kernels.device import FEW_TOKENS
 from offload.kernels.triton.groups import group_positions
-from offload.kernels.triton.linear import FEW_TOKENS
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout
 

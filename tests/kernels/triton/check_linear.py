@@ -7,7 +7,7 @@ import torch
 from on_device import DEVICE, KERNELS, close, draw, same, weight
 from torch import Tensor
 
-from offload.kernels.triton.linear import FEW_TOKENS
+from offload.kernels.device import FEW_TOKENS
 from offload.quant import QuantizedTensor
 
 CODECS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "fp8-b32x32", "bf16", "nf4-b64", "int3-g32", "int2-g32")
