@@ -370,13 +370,14 @@ def plan(
 @click.option("-o", "--output", type=click.Path(dir_okay=False), default="machine.toml", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per core.")
 @click.option("--kernels", type=click.Choice(["auto", "native", "reference"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @json_option
 def probe(as_json: bool, **arguments: Any) -> None:
-    """Measure this machine and the drive at LOCATION (a store, or a folder) for `plan` and `bench`.
+    """Measure this machine, its first GPU and the drive at LOCATION (a store, or a folder) for `plan` and `bench`.
 
     Takes less than a minute. A file of 1 GiB is written and deleted where LOCATION is no store.
     """
-    from offload.tune.probe import probe as run
+    from offload.engine.probing import probe as run
 
     report = run(tell=lambda what: click.echo(f"measuring: {what}", err=True), **arguments)
     _report(report.lines(), report.to_dict(), as_json)

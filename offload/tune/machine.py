@@ -64,6 +64,16 @@ class Gpu:
     """Bytes per second of its memory."""
     h2d: float
     """Bytes per second from pinned RAM."""
+    free: int | None = None
+    """Bytes that were free when it was measured. This and what follows is measured by `probe`."""
+    h2d_pageable: float | None = None
+    """Bytes per second from RAM that is not pinned."""
+    h2d_with_reads: float | None = None
+    """Bytes per second from pinned RAM while the processor reads RAM with all threads."""
+    ram_with_copies: float | None = None
+    """Bytes per second that the processor reads meanwhile."""
+    kernels: float | None = None
+    """Weight bytes per second of resident routed experts of one token in int4-g32."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +225,13 @@ _KEYS: dict[str, dict[str, Parser]] = {
     "ram": {"total": _size, "available": _size, "read": _size},
     "drive": {"read": _size, "latency_us": _number, "free": _size},
     "cpu": {"threads": _count, "gflops": _number, "encode": _size},
-    "gpu": {"name": _text, "vram": _size, "read": _size, "h2d": _size},
+    "gpu": {
+        "name": _text,
+        "vram": _size,
+        "read": _size,
+        "h2d": _size,
+        **dict.fromkeys(("free", "h2d_pageable", "h2d_with_reads", "ram_with_copies", "kernels"), _size),
+    },
     "network": {"download": _size},
     "engine": {"layer_us": _number},
 }
@@ -311,10 +327,11 @@ class _Reader:
         gpu = found.get("gpu")
         if gpu is None:
             return None
-        for key in _KEYS["gpu"]:
+        for key in ("name", "vram", "read", "h2d"):
             if key not in gpu:
                 raise self._fault("", "gpu", f"lacks the key {key}")
-        return Gpu(gpu["name"], gpu["vram"], float(gpu["read"]), float(gpu["h2d"]))
+        rates = {key: float(value) for key, value in gpu.items() if key not in ("name", "vram", "free")}
+        return Gpu(gpu["name"], gpu["vram"], rates.pop("read"), rates.pop("h2d"), gpu.get("free"), **rates)
 
     def _value(self, section: str, key: str, value: Any, parser: Parser) -> Any:
         try:

@@ -25,14 +25,17 @@ import torch
 
 from offload.errors import BudgetError, UsageError
 from offload.kernels import Kernels, native, select
+from offload.kernels.device import DeviceKernels
 from offload.kernels.native import NativeKernels, usable_cpus
 from offload.quant import get_codec
 from offload.store import Store
 from offload.store.layout import ExpertLayout, ExpertWeights
+from offload.tiers.device import Device
 from offload.tiers.disk import READERS, DiskReader, Read
 from offload.tiers.host import SlotPool
-from offload.tune.machine import ROWS, FormatRate, MachineSpec, save_machine
+from offload.tune.machine import ROWS, FormatRate, Gpu, MachineSpec, save_machine
 from offload.tune.overhead import layer_seconds
+from offload.tune.probe_gpu import measure_gpu
 from offload.tune.surroundings import warnings
 from offload.types import PAGE, ExpertId, Extent, align_up, format_size
 
@@ -76,6 +79,8 @@ class ProbeReport:
             share = rate.read / machine.ram_read
             one = f"{rate.read / 1e9:>6.2f} GB/s ({share:.0%} of RAM) with one row"
             yield f"{codec:<10} {one}, {rate.gflops:.0f} GFLOP/s with {ROWS}"
+        if machine.gpu is not None:
+            yield from _gpu_lines(machine.gpu)
         yield f"layer  {1e6 * machine.layer_s:.0f} us besides matrix products"
         for text in machine.warnings:
             yield f"warning: {text}"
@@ -94,8 +99,17 @@ class ProbeReport:
             "ram_threads": dict(machine.ram_threads),
             "formats": {name: {"read": r.read, "gflops": r.gflops} for name, r in machine.formats.items()},
             "layer_s": machine.layer_s,
+            "gpu": vars(machine.gpu) if machine.gpu else None,
             "warnings": list(machine.warnings),
         }
+
+
+def _gpu_lines(gpu: Gpu) -> Iterator[str]:
+    yield f"GPU    {gpu.name}: {format_size(gpu.vram)}, {format_size(gpu.free or 0)} of it free"
+    yield f"       memory {gpu.read / 1e9:.0f} GB/s, resident int4-g32 experts {(gpu.kernels or 0) / 1e9:.0f} GB/s"
+    yield f"       from pinned RAM {gpu.h2d / 1e9:.1f} GB/s, not pinned {(gpu.h2d_pageable or 0) / 1e9:.1f} GB/s"
+    together = (gpu.h2d_with_reads or 0) / 1e9, (gpu.ram_with_copies or 0) / 1e9
+    yield f"       {together[0]:.1f} GB/s while the processor reads {together[1]:.1f} GB/s"
 
 
 def probe(
@@ -106,8 +120,10 @@ def probe(
     kernels: str = "auto",
     effort: Effort | None = None,
     tell: Tell | None = None,
+    gpu: tuple[Device, DeviceKernels] | None = None,
 ) -> ProbeReport:
     """Measure this machine, the drive at `location` (a store, or a folder that may be written), and write `output`.
+    `gpu`: a device to measure as well, and its kernels.
 
     Raises UsageError when there is no such folder, BudgetError when it has no room for a test file.
     """
@@ -128,6 +144,10 @@ def probe(
     for codec in FORMATS:
         tell(f"kernels, {codec}")
         formats[codec] = measure_format(backend, codec, effort)
+    card = None
+    if gpu is not None:
+        tell(gpu[0].name)
+        card = _measure_gpu(*gpu, count, effort)
     tell("overhead")
     overhead = layer_seconds(backend, effort.seconds)
     read = depths[str(READERS)]
@@ -145,6 +165,7 @@ def probe(
         threads=count,
         gflops=formats["int4-g32"].gflops,
         formats=formats,
+        gpu=card,
         layer_s=overhead,
         warnings=warnings(folder, kernels=backend.name, drive_read=read, buffered=buffered),
     )
@@ -293,6 +314,20 @@ def measure_format(kernels: Kernels, codec: str, effort: Effort) -> FormatRate:
     many = _median_time(wave(ROWS, 2), effort.seconds)
     parameters = 3 * effort.hidden_size * effort.moe_intermediate_size
     return FormatRate(k * layout.stride / one, max(1e-3, 2 * ROWS * 2 * parameters / many / 1e9))
+
+
+def _measure_gpu(device: Device, kernels: DeviceKernels, threads: int, effort: Effort) -> Gpu:
+    layout = ExpertLayout(get_codec("int4-g32"), effort.hidden_size, effort.moe_intermediate_size)
+    data = torch.ones(effort.buffer_nbytes, dtype=torch.uint8)
+    return measure_gpu(
+        device,
+        kernels,
+        _random_expert(layout, 0).buffer,
+        layout,
+        buffer_nbytes=effort.buffer_nbytes,
+        seconds=effort.seconds,
+        ram_rate=lambda seconds: _ram_rate(data, threads, seconds),
+    )
 
 
 def _random_expert(layout: ExpertLayout, seed: int) -> ExpertWeights:

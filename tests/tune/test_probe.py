@@ -12,8 +12,10 @@ from click.testing import CliRunner
 import cli
 from offload.errors import BudgetError, UsageError
 from offload.kernels import select
+from offload.kernels.reference_device import ReferenceDeviceKernels
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout
+from offload.tiers.simulated import SimulatedDevice
 from offload.tune import probe as probe_module
 from offload.tune.machine import FormatRate, Gpu, MachineSpec, load_machine, parse_machine, to_toml
 from offload.tune.overhead import layer_seconds
@@ -60,6 +62,33 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
     assert sorted(path.name for path in store.iterdir()) == before
     planned = CliRunner().invoke(cli.cli, ["plan", str(store), "--machine", str(tmp_path / "m.toml")])
     assert planned.exit_code == 0, planned.output
+
+
+def test_a_device_is_measured_through_its_interface(tmp_path: Path) -> None:
+    device = SimulatedDevice(16 << 20, seed=1)
+    report = probe(
+        tmp_path / "m.toml",
+        location=tmp_path,
+        threads=1,
+        kernels="reference",
+        effort=QUICK,
+        gpu=(device, ReferenceDeviceKernels()),
+    )
+    gpu = load_machine(tmp_path / "m.toml").gpu
+    assert gpu is not None and gpu.name == device.name and gpu.vram == gpu.free == 16 << 20
+    for name in ("read", "h2d", "h2d_pageable", "h2d_with_reads", "ram_with_copies", "kernels"):
+        assert getattr(gpu, name) == pytest.approx(getattr(report.machine.gpu, name), abs=1)
+        assert getattr(gpu, name) > 0
+    assert any("of it free" in line for line in report.lines())
+    assert report.to_dict()["gpu"]["h2d_pageable"] > 0
+    with pytest.raises(BudgetError, match=r"has 64\.0 KiB free; measuring it takes .*--device cpu"):
+        probe(
+            tmp_path / "m.toml",
+            location=tmp_path,
+            kernels="reference",
+            effort=QUICK,
+            gpu=(SimulatedDevice(64 << 10), ReferenceDeviceKernels()),
+        )
 
 
 def test_wrong_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
