@@ -77,11 +77,27 @@ def _convert() -> Iterator[tuple[str, str, str]]:
         for row in found[-1:]:
             n = row["numbers"]
             yield (
-                f"conversion of a layer of DeepSeek-V3's shapes, `{scales}`",
+                f"conversion of {n['experts']} experts of DeepSeek-V3's shapes, `{scales}`",
                 f"{n['source_MB_per_core_s']:.0f} MB of FP8 per second of a core; "
                 f"peak {n['peak_rss_bytes'] / 1e9:.2f} GB",
                 _load(row),
             )
+    found = [row for row in rows("convert") if "times_faster" in row["numbers"]]
+    for row in found[-1:]:
+        n = row["numbers"]
+        yield (
+            f"conversion of the 10B model's first {n['layers']} layers in RAM, beside llama.cpp's two steps",
+            f"{n['times_faster']:.1f} times as fast with `ls`, {n['times_faster_rtn']:.1f} times with `rtn`",
+            _load(row),
+        )
+    for row in [row for row in rows("convert") if "1 at a time" in row["numbers"]][-1:]:
+        alone, shared = row["numbers"]["1 at a time"], row["numbers"]["3 at a time"]
+        same = "the files of an undisturbed run" if alone["identical"] and shared["identical"] else "other files"
+        yield (
+            "conversions ended by SIGKILL at random instants and begun again",
+            f"{alone['kills']} kills alone, {shared['kills']} with three processes at one store: {same}",
+            "-",
+        )
 
 
 def _policies() -> Iterator[tuple[str, str, str]]:
