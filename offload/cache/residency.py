@@ -549,6 +549,8 @@ class Residency:
 
     def _rank_all(self) -> None:
         """Rank the layers that were left for when somebody asks."""
+        if self._revision != self.policy.revision:
+            self.refresh()
         for layer in self._unranked:
             self._rank(layer)
         self._unranked.clear()

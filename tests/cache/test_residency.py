@@ -316,3 +316,26 @@ def demand(residency, experts):
 
     residency.serve(0, [experts], lambda _: None, finish)
     return loads
+
+
+def test_values_that_another_tier_changed_count_for_the_next_victim():
+    """Two tiers follow one policy; what it learns through the first one may change values of any layer."""
+    residency = make("ema", 4, [], shape=CacheShape(2, 8, 2))
+    for layer in (0, 1):
+        residency.serve(layer, [[0, 1]], lambda decision: None, lambda decision: _loaded(residency, decision))
+    values = residency.policy.values
+    values[:] = 0.0
+    values[0, 0] = -1.0
+    values[1, 5] = 9.0
+    residency.policy.revision += 1
+    load = residency.prefetch(1, 5)
+    assert load is not None and divmod(load.victim, 8) == (0, 0)
+    residency.loaded(load.slot)
+    values[0, 1] = 7.0
+    residency.policy.revision += 1
+    residency.check()
+
+
+def _loaded(residency: Residency, decision: Decision) -> None:
+    for load in decision.loads:
+        residency.loaded(load.slot)
