@@ -493,6 +493,9 @@ class Residency:
                     self.events.prefetch_wasted += 1
                 if self._tell is not None:
                     self._tell(*divmod(victim, self.shape.experts))
+                    # A follower may still hold it; here it is no candidate, and every other one has just been ranked.
+                    self.policy.revision += 1
+                    self._revision = self.policy.revision
             else:
                 break
             slot_of[base + expert] = slot
