@@ -65,14 +65,15 @@ def load(store: Path, share: float, margin: float | None) -> Engine:
     """
     opened = Store.open(store)
     wanted = round(share * opened.config.n_routed_experts * len(opened.config.moe_layers))
-    ram = ram_for_share(store, share, context=CONTEXT)
+    correction = 0
     for _ in range(ATTEMPTS):
+        ram = ram_for_share(store, share, context=CONTEXT) + correction
         engine = offload.load(store, ram=ram, context=CONTEXT, prefer_resident=margin, usage="off", prefetch=False)
         if engine.plan.slots == wanted:
             return engine
-        ram += (wanted - engine.plan.slots) * opened.layout.stride
+        correction += (wanted - engine.plan.slots) * opened.layout.stride
         engine.close()
-    raise SystemExit(f"no budget gave {wanted} slots; the last one, {ram} bytes, came nearest")
+    raise SystemExit(f"none of {ATTEMPTS} budgets gave {wanted} slots; the last one was {ram} bytes")
 
 
 def point(margin: float | None, this: Run, exact: Run) -> dict[str, Any]:
