@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from offload.errors import CheckpointError
-from offload.store.direct import open_direct, page_buffer
+from offload.store.direct import PageArrays, open_direct
 from offload.store.safetensors import Header, header_length, parse_header
 from offload.types import PAGE
 
@@ -130,6 +130,7 @@ class LocalSource(Source):
             self.files = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file()}
         except OSError as error:
             raise CheckpointError(f"cannot read the folder {folder}: {error.strerror}") from None
+        self._arrays = PageArrays()
         self._open: dict[str, int] = {}
         self._direct: dict[str, int | None] = {}
         self._lock = threading.Lock()
@@ -173,7 +174,8 @@ class LocalSource(Source):
         if fd is None:
             return super().read_array(file, offset, nbytes)
         begin, end = offset // PAGE * PAGE, offset + nbytes
-        pages, done = page_buffer(end - begin), 0
+        array, done = self._arrays.take(end - begin), 0
+        pages = memoryview(array.data)
         while begin + done < end:
             try:
                 count = os.preadv(fd, [pages[done:]], begin + done)
@@ -185,7 +187,7 @@ class LocalSource(Source):
                 break  # the end of the file
         if begin + done < end:
             raise self._truncated(file, begin + done, end)
-        return np.frombuffer(pages, dtype=np.uint8)[offset - begin : end - begin]
+        return array[offset - begin : end - begin]
 
     def _truncated(self, file: str, size: int, end: int) -> CheckpointError:
         return CheckpointError(

@@ -14,7 +14,7 @@ import torch
 from convert.checksums import RangeReader
 from convert.source import LocalSource
 from offload.quant import get_codec
-from offload.store.direct import page_buffer
+from offload.store.direct import PageArrays, page_buffer
 from offload.store.layout import ExpertLayout, LayerFile
 from offload.store.manifest import checksum
 from offload.store.writer import LayerFileWriter
@@ -101,3 +101,27 @@ def test_buffers_are_whole_pages() -> None:
         buffer = page_buffer(nbytes)
         assert len(buffer) % PAGE == 0 and len(buffer) >= max(nbytes, 1)
         assert np.frombuffer(buffer, dtype=np.uint8).ctypes.data % PAGE == 0
+
+
+def test_memory_is_used_again_only_when_nothing_looks_into_it() -> None:
+    arrays = PageArrays(keep=2)
+    first = arrays.take(3 * PAGE + 1)
+    assert first.nbytes == 4 * PAGE and first.ctypes.data % PAGE == 0
+    address, part = first.ctypes.data, torch.from_numpy(first[100:200])
+    part.fill_(7)
+    del first
+    others = [arrays.take(4 * PAGE) for _ in range(3)]
+    assert address not in {other.ctypes.data for other in others}  # a view of a view still lives
+    for other in others:
+        other[:] = 1
+    assert part.unique().tolist() == [7]
+    del part
+    assert arrays.take(4 * PAGE).ctypes.data == address
+
+
+def test_memory_of_another_size_is_not_taken() -> None:
+    arrays = PageArrays()
+    address = arrays.take(8 * PAGE).ctypes.data
+    small, large = arrays.take(PAGE), arrays.take(9 * PAGE)
+    assert address not in (small.ctypes.data, large.ctypes.data)
+    assert arrays.take(5 * PAGE).ctypes.data == address and arrays.take(5 * PAGE).nbytes == 5 * PAGE
