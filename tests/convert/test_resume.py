@@ -166,7 +166,7 @@ def test_killed_at_steps_that_make_something_durable(checkpoint: Path, tmp_path:
     done = subprocess.run([*command, str(stride)], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     killed = json.loads(done.stdout)
-    assert killed["pwrite"] > 100 // stride and killed["replace"] > 30 // stride and killed["unlink"] > 5 // stride
+    assert killed["pwrite"] > 100 // stride and killed["replace"] >= 30 // stride and killed["unlink"] > 5 // stride
 
 
 @pytest.mark.slow
