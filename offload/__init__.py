@@ -1,9 +1,9 @@
 """Runtime of expertpager: DeepSeek-V3 class models with routed experts paged from disk and RAM.
 
-import offload
-with offload.load("store", ram="24GiB") as engine:
-    for step in engine.generate(engine.encode("Hello"), max_tokens=32):
-        print(step.text, end="")
+    import offload
+    with offload.load("store", ram="24GiB") as engine:
+        for step in engine.generate(engine.encode("Hello"), max_tokens=32):
+            print(step.text, end="")
 """
 
 from __future__ import annotations

@@ -98,7 +98,9 @@ class RunSummary:
             "link_busy": {"disk": round(self.drive_busy, 4)},
             "telemetry": self.telemetry.as_dict(),
             "plan": {**asdict(self.plan), "total": self.plan.total},
-            "vram_plans": [{**asdict(plan), "layers": [*plan.layers], "total": plan.total} for plan in self.vram_plans],
+            "vram_plans": [
+                {**asdict(plan), "layers": [*plan.layers], "total": plan.total} for plan in self.vram_plans
+            ],
             "peak_ram_bytes": self.peak_ram_bytes,
             "peak_vram_bytes": self.peak_vram_bytes,
             "compared": {item.what: item.to_dict() for item in self.comparisons},

@@ -51,7 +51,9 @@ class Codec(ABC):
         """The raw tensors of a [rows, cols] weight: payload first, then scales."""
 
     @abstractmethod
-    def encode(self, weight: Tensor, method: str = "rtn", importance: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, weight: Tensor, method: str = "rtn", importance: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Raw tensors by suffix for `weight` (float, [rows, cols]).
 
         `method` chooses how scales are found where a format has a choice (`rtn`, `ls`);
@@ -60,7 +62,9 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def decode(self, parts: Mapping[str, Tensor], rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], rows: int, cols: int, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
         """The weight [rows, cols]: product of code and scale in fp32, rounded once to `dtype`.
 
         This is what transformers and compressed-tensors compute, so both see the same weights.

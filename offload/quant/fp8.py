@@ -40,7 +40,9 @@ class Fp8Codec(Codec):
             TensorSpec("weight_scale", torch.float32, self.grid(rows, cols)),
         )
 
-    def encode(self, weight: Tensor, method: str = "rtn", importance: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, weight: Tensor, method: str = "rtn", importance: Tensor | None = None
+    ) -> dict[str, Tensor]:
         require_finite(weight, self.name)
         w = weight.float()
         rows, cols = w.shape
@@ -49,7 +51,9 @@ class Fp8Codec(Codec):
         codes = (w / self.expand(scale, rows, cols)).clamp(-E4M3_MAX, E4M3_MAX)
         return {"weight": codes.to(torch.float8_e4m3fn), "weight_scale": scale}
 
-    def decode(self, parts: Mapping[str, Tensor], rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], rows: int, cols: int, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
         codes = parts["weight"].float()
         return codes.mul_(self.expand(parts["weight_scale"].float(), rows, cols)).to(dtype)
 

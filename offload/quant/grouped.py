@@ -57,7 +57,9 @@ class GroupedIntCodec(Codec):
         rows, cols = companion("weight_shape").tolist()
         return rows, cols
 
-    def encode(self, weight: Tensor, method: str = "rtn", importance: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, weight: Tensor, method: str = "rtn", importance: Tensor | None = None
+    ) -> dict[str, Tensor]:
         if method not in SCALE_METHODS:
             raise CodecError(f"unknown scale method {method!r}; known: {', '.join(SCALE_METHODS)}")
         require_finite(weight, self.name)
@@ -71,7 +73,9 @@ class GroupedIntCodec(Codec):
         codes = self._round(groups, scale.float()).view(rows, -1)[:, :cols]
         return {"weight_packed": self.pack(codes), "weight_scale": scale.squeeze(2)}
 
-    def decode(self, parts: Mapping[str, Tensor], rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], rows: int, cols: int, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
         codes = pad(self.unpack(parts["weight_packed"], cols), (0, -cols % self.group))
         scale = parts["weight_scale"].float().unsqueeze(2)
         weight = codes.view(rows, -1, self.group).float().mul_(scale)

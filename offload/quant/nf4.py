@@ -60,7 +60,9 @@ class Nf4Codec(Codec):
         rows, cols = json.loads(bytes(companion(STATE).tolist()))["shape"]
         return rows, cols
 
-    def encode(self, weight: Tensor, method: str = "rtn", importance: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, weight: Tensor, method: str = "rtn", importance: Tensor | None = None
+    ) -> dict[str, Tensor]:
         require_finite(weight, self.name)
         from bitsandbytes.functional import quantize_4bit
 
@@ -68,7 +70,9 @@ class Nf4Codec(Codec):
         codes, state = quantize_4bit(flat, blocksize=self.block, quant_type="nf4")
         return {"weight": codes, "weight.absmax": state.absmax}
 
-    def decode(self, parts: Mapping[str, Tensor], rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], rows: int, cols: int, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
         count = rows * cols
         packed, absmax = parts["weight"].flatten(), parts["weight.absmax"]
         codes = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[:count]

@@ -18,9 +18,13 @@ class Bf16Codec(Codec):
     def parts(self, rows: int, cols: int) -> tuple[TensorSpec, ...]:
         return (TensorSpec("weight", torch.bfloat16, (rows, cols)),)
 
-    def encode(self, weight: Tensor, method: str = "rtn", importance: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, weight: Tensor, method: str = "rtn", importance: Tensor | None = None
+    ) -> dict[str, Tensor]:
         require_finite(weight, self.name)
         return {"weight": weight.to(torch.bfloat16)}
 
-    def decode(self, parts: Mapping[str, Tensor], rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], rows: int, cols: int, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
         return parts["weight"].to(dtype)

@@ -72,8 +72,7 @@ def _quantization_config(experts: Codec, resident: Mapping[str, str]) -> dict[st
     everything = {experts.name} | used
     if any(isinstance(get_codec(name), Nf4Codec) for name in everything):
         if everything == {experts.name} and not any(
-            is_embedding(module) and codec != "bf16"
-            for module, codec in resident.items()  # it knows Linear only
+            is_embedding(module) and codec != "bf16" for module, codec in resident.items()  # it knows Linear only
         ):
             return {
                 "quant_method": "bitsandbytes",

@@ -61,7 +61,9 @@ class ExpertLayout:
         for part in range(len(specs[PROJECTIONS[0]])):
             for projection in PROJECTIONS:
                 spec = specs[projection][part]
-                fields.append(Field(projection, spec.suffix, spec.dtype, spec.shape, offset, spec.nbytes))
+                fields.append(
+                    Field(projection, spec.suffix, spec.dtype, spec.shape, offset, spec.nbytes)
+                )
                 offset += spec.nbytes
         return tuple(fields)
 

@@ -67,7 +67,8 @@ def header_length(prefix: bytes, file_size: int, what: str, error: type[OffloadE
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER:
         raise error(
-            f"{what}: corrupt header: it claims {length} bytes, the format allows {MAX_HEADER}; fetch the file again"
+            f"{what}: corrupt header: it claims {length} bytes, the format allows {MAX_HEADER}; "
+            "fetch the file again"
         )
     if 8 + length > file_size:
         raise error(
@@ -92,7 +93,9 @@ def parse_header(raw: bytes, file_size: int, what: str, error: type[OffloadError
     if not isinstance(table, dict):
         raise error(f"{what}: corrupt header: expected a JSON object, got {type(table).__name__}")
     metadata = table.pop("__metadata__", {})
-    entries = [(name, _parse_entry(name, item, data_start, what, error)) for name, item in table.items()]
+    entries = [
+        (name, _parse_entry(name, item, data_start, what, error)) for name, item in table.items()
+    ]
     entries.sort(key=lambda pair: (pair[1].offset, pair[1].nbytes))
     position = data_start
     for name, entry in entries:
@@ -103,7 +106,8 @@ def parse_header(raw: bytes, file_size: int, what: str, error: type[OffloadError
     if position != file_size:
         kind = "truncated" if position > file_size else "has trailing bytes"
         raise error(
-            f"{what}: {kind}: the header describes {position} bytes, the file has {file_size}; fetch the file again"
+            f"{what}: {kind}: the header describes {position} bytes, the file has {file_size}; "
+            "fetch the file again"
         )
     return Header(dict(entries), data_start, metadata if isinstance(metadata, dict) else {})
 
@@ -120,7 +124,9 @@ def read_header(path: Path, error: type[OffloadError] = StoreError) -> Header:
     return parse_header(raw, size, str(path), error)
 
 
-def build_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], alignment: int = PAGE) -> bytes:
+def build_header(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], alignment: int = PAGE
+) -> bytes:
     """Length and JSON for `tensors` laid back to back in the given order.
 
     Padded with spaces so that data starts at a multiple of `alignment`.
@@ -136,7 +142,9 @@ def build_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], al
     return padded.to_bytes(8, "little") + raw.ljust(padded, b" ")
 
 
-def _parse_entry(name: str, item: object, data_start: int, what: str, error: type[OffloadError]) -> TensorEntry:
+def _parse_entry(
+    name: str, item: object, data_start: int, what: str, error: type[OffloadError]
+) -> TensorEntry:
     if not isinstance(item, dict) or set(item) != {"dtype", "shape", "data_offsets"}:
         raise error(f"{what}: corrupt header: {name} must have dtype, shape and data_offsets")
     dtype = DTYPES.get(item["dtype"]) if isinstance(item["dtype"], str) else None

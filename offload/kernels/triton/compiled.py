@@ -59,15 +59,8 @@ class Compiler:
         data = compiled.metadata
         self.launches.append(
             Usage(
-                kernel.__name__,
-                self.architecture,
-                grid,
-                prod(grid),
-                data.num_warps,
-                data.num_stages,
-                registers,
-                local,
-                data.shared,
+                kernel.__name__, self.architecture, grid, prod(grid), data.num_warps, data.num_stages,
+                registers, local, data.shared,
             )
         )
 
