@@ -70,7 +70,7 @@ class CachePolicy(ABC):
         """
 
     def evicted(self, layer: int, expert: int) -> None:  # noqa: B027 - most policies do not care
-        """An expert has lost its slot."""
+        """An expert has lost its slot. If its value changes, `revision` is raised: another tier may hold it."""
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Arrays worth keeping for the next start; nothing by default."""
@@ -110,6 +110,7 @@ class LeastRecentlyUsed(CachePolicy):
 
     def evicted(self, layer: int, expert: int) -> None:
         self.values[layer, expert] = 0.0
+        self.revision += 1
 
 
 class LeastFrequentlyUsed(CachePolicy):

@@ -124,7 +124,7 @@ class Residency:
         self._cheapest = np.full(shape.layers, np.inf)
         self._cheapest_expert = [0] * shape.layers
         self._guard = np.full(shape.layers, np.inf if self.floor else 0.0)
-        self._unranked: set[int] = set()  # layers whose values have changed since their cheapest was found
+        self._unranked: set[int] = set()  # layers where anything has changed since their cheapest was found
         overridden = type(policy).evicted is not CachePolicy.evicted
         self._tell = policy.evicted if overridden and leads else None
 
@@ -172,8 +172,6 @@ class Residency:
         What `open`, `complete` and `release` would do: such a layer needs no decision and no pins, if its slots
         are computed from before the next one is made.
         """
-        if self._revision != self.policy.revision:
-            self.refresh()
         base, slot_of = layer * self.shape.experts, self._slot_of
         slots = [slot_of[base + expert] for expert in experts]
         if min(slots) < 0 or (self._loading and not self._loading.keys().isdisjoint(slots)):
@@ -187,13 +185,10 @@ class Residency:
 
     def open(self, layer: int, wanted: list[int], start: Callable[[Decision], None]) -> Service:
         """The first half of `serve`: decide the first wave of `wanted` (ascending) and begin its reads."""
-        if self._revision != self.policy.revision:
-            self.refresh()
+        self._unranked.add(layer)
         held, waiting = self._decide(layer, wanted, first=True)
         if not held.empty:
             start(held)
-        elif not wanted:  # nothing will be released: what was observed counts at once
-            self._rank(layer)
         return Service(layer, held, waiting)
 
     def complete(
@@ -261,8 +256,6 @@ class Residency:
                 else:
                     events.prefetch_useful += 1
         events.hits += len(wanted) - len(missing)
-        if missing:  # otherwise nobody asks before `release` ranks the layer anew
-            self._rank(decision.layer)
         return missing
 
     def release(self, decision: Decision) -> None:
@@ -272,7 +265,7 @@ class Residency:
             self._pinned.discard(slot)
             if key_of[slot] >= 0 and slot not in loading and slot not in held:
                 closed[key_of[slot]] = 0.0
-        self._rank(decision.layer)
+        self._unranked.add(decision.layer)
 
     def hold(self, slot: int) -> None:
         """Keep `slot` from becoming a victim until `let_go`, released or not: a copy or kernel is on its way.
@@ -284,7 +277,7 @@ class Residency:
         self._held[slot] = self._held.get(slot, 0) + 1
         if self._closed_at[key] == 0.0:
             self._closed_at[key] = np.inf
-            self._rank(key // self.shape.experts)
+            self._unranked.add(key // self.shape.experts)
 
     def let_go(self, slot: int) -> None:
         """The end of one `hold`."""
@@ -337,8 +330,7 @@ class Residency:
             self._closed_at[self._key_of[slot]] = 0.0
         self._pinned.clear()
         self._held.clear()
-        for layer in range(self.shape.layers):
-            self._rank(layer)
+        self._unranked.update(range(self.shape.layers))
 
     def prefetch(self, layer: int, expert: int, *, worth: float = 0.5, margin: float = 1.25) -> Load | None:
         """A slot for an expert that is only expected, or None if nothing worth less is there.
@@ -444,7 +436,7 @@ class Residency:
 
     def check(self) -> None:
         """Assert that the tables agree with each other; for tests and for idle moments."""
-        self._rank_all()
+        self._rank_changed()
         used = {slot: key for key, slot in enumerate(self._slot_of) if slot >= 0}
         assert len(used) == sum(slot >= 0 for slot in self._slot_of), "two experts in one slot"
         assert not used.keys() & set(self._free), "a slot in use is in the free list"
@@ -463,11 +455,9 @@ class Residency:
         assert taken <= used.keys(), "a pinned slot holds nothing"
         open_keys = {key for slot, key in used.items() if slot not in taken | self._loading.keys()}
         assert set(np.flatnonzero(self._closed == 0.0).tolist()) == open_keys, "victims disagree"
-        settled = np.ones(self.shape.layers, bool)  # a layer with pins is ranked when it is released
-        settled[[self._key_of[slot] // self.shape.experts for slot in self._pinned]] = False
         worth = self._values + self._closed
-        assert np.array_equal(self._worth[settled], worth[settled]), "worth is out of date"
-        assert np.array_equal(worth.min(axis=1)[settled], self._cheapest[settled]), "cheapest is out of date"
+        assert np.array_equal(self._worth, worth), "worth is out of date"
+        assert np.array_equal(worth.min(axis=1), self._cheapest), "cheapest is out of date"
         assert set(self._loading) <= used.keys(), "a loading slot belongs to nobody"
         assert self._prefetched <= used.keys(), "a prefetched slot holds nothing"
 
@@ -494,7 +484,6 @@ class Residency:
                 if self._tell is not None:
                     self._tell(*divmod(victim, self.shape.experts))
                     # A follower may still hold it; here it is no candidate, and every other one has just been ranked.
-                    self.policy.revision += 1
                     self._revision = self.policy.revision
             else:
                 break
@@ -509,7 +498,7 @@ class Residency:
 
     def _victims(self, layer: int, count: int) -> list[int]:
         """Keys of up to `count` evictable experts of lowest value, the lowest last; now closed."""
-        self._rank_all()
+        self._rank_changed()
         offer = self._cheapest + self._guard
         offer[layer] = self._cheapest[layer]
         chosen: list[int] = []
@@ -541,17 +530,15 @@ class Residency:
         chosen.reverse()
         return chosen
 
-    def _rank(self, layer: int) -> float:
-        """Find the cheapest evictable expert of `layer`; its worth, infinite if there is none."""
+    def _rank(self, layer: int) -> None:
+        """Find the cheapest evictable expert of `layer`; its worth is infinite if there is none."""
         values, closed, row = self._rows[layer]
         np.add(values, closed, row)
         expert = self._cheapest_expert[layer] = int(row.argmin())
-        worth = float(row[expert])
-        self._cheapest[layer] = worth
-        return worth
+        self._cheapest[layer] = row[expert]
 
-    def _rank_all(self) -> None:
-        """Rank the layers that were left for when somebody asks."""
+    def _rank_changed(self) -> None:
+        """Rank every layer where anything has changed."""
         if self._revision != self.policy.revision:
             self.refresh()
         for layer in self._unranked:
@@ -560,7 +547,7 @@ class Residency:
 
     def _open(self, key: int) -> None:
         self._closed_at[key] = 0.0
-        self._rank(key // self.shape.experts)
+        self._unranked.add(key // self.shape.experts)
 
     def _occupy(self, slot: int, key: int) -> None:
         self._slot_of[key] = slot
