@@ -53,10 +53,13 @@ from offload.tiers.device import Device  # noqa: E402
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare  # noqa: E402
 from offload.tiers.simulated import SimulatedDevice  # noqa: E402
 from offload.tiers.vram import lent_slots, slot_nbytes  # noqa: E402
+from offload.tune.probe_gpu import read_rate  # noqa: E402
 from offload.tune.vram_budget import DeviceDemand, VramPlan, plan_vram  # noqa: E402
 from offload.types import parse_size  # noqa: E402
 
 HITS = (0.0, 0.25, 0.5, 0.75, 1.0)
+PROBE_S = 0.5
+"""Seconds for the bandwidth of device memory."""
 V3_LAYERS = 61
 
 
@@ -171,7 +174,7 @@ def one_budget(store: SyntheticStore, vram: int, arguments: argparse.Namespace, 
             "plan": {**asdict(bench.plan), "layers": len(bench.plan.layers), "total": bench.plan.total},
             "ram_slots": bench.executor.ram.residency.slots,
             "split": arguments.split,
-            "read": read_rate(bench),
+            "read": memory_rate(bench),
             "link": link_rate(bench),
         }
         fill(bench)
@@ -261,14 +264,11 @@ def seconds(bench: Bench, work: Callable[[], object], repeats: int) -> float:
     return statistics.median(times[2:])
 
 
-def read_rate(bench: Bench) -> float:
-    """Bytes per second read from the slab, the memory that experts lie in: the better of two ways to be bound by it."""
+def memory_rate(bench: Bench) -> float:
+    """Bytes per second of the slab, the memory that experts lie in."""
     data = bench.executor.tiers[0].slab.data.view(-1)
-    block = data[: min(data.numel(), bench.sizes.probe_nbytes) // 8 * 8].view(torch.int32)
-    half = block.numel() // 2
-    reduced = block.nbytes / seconds(bench, lambda: block.max(), 8)
-    copied = block.nbytes / seconds(bench, lambda: block[:half].copy_(block[half:]), 8)  # as many read and written
-    return max(reduced, copied)
+    with bench.device.guard():
+        return read_rate(bench.device, data[: min(data.numel(), bench.sizes.probe_nbytes) // 8 * 8], PROBE_S)
 
 
 def link_rate(bench: Bench) -> float:

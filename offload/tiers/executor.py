@@ -63,11 +63,11 @@ class Executor:
 
     def hint(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         """`layer` will be called with these ids [T, K]: decide now and begin to read what is missing."""
-        index = layer - self.ram.layers[0]
-        routing = ids.tolist()
-        wanted = self.ram.begin_layer(index, routing)
-        job = _LayerJob(self, ids, routing)
-        self._open = job, self.ram.open(index, wanted)
+        index, routing = layer - self.ram.layers[0], ids.tolist()
+        self._begin(index, ids, routing, self.ram.begin_layer(index, routing))
+
+    def _begin(self, index: int, ids: Tensor, routing: Routing, wanted: list[int]) -> None:
+        self._open = _LayerJob(self, ids, routing), self.ram.open(index, wanted)
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [T, H], ids [T, K], weights [T, K] -> [T, H]; `layer` is the decoder layer's index.
@@ -99,7 +99,7 @@ class Executor:
             out = kernels.finish_moe(block, hidden, start, ids, weights, [self.ram.weights(slot) for slot in slots])
             self.ram.end_layer()
             return out
-        self._open = _LayerJob(self, ids, routing), self.ram.open(index, wanted)
+        self._begin(index, ids, routing, wanted)
         return kernels.end_moe(block, hidden, start, self(layer, start.x, ids, weights))
 
     def lookahead(self) -> int:

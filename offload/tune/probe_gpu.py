@@ -73,7 +73,7 @@ def measure_gpu(
             name=device.name,
             vram=total,
             free=free,
-            read=_read_rate(device, data, seconds),
+            read=read_rate(device, data, seconds),
             h2d=h2d,
             h2d_pageable=h2d_pageable,
             h2d_with_reads=h2d_busy,
@@ -109,7 +109,7 @@ def _together(
         return nbytes * times / (time.perf_counter() - begun), reading.result()
 
 
-def _read_rate(device: Device, data: Tensor, seconds: float) -> float:
+def read_rate(device: Device, data: Tensor, seconds: float) -> float:
     """Bytes per second of device memory: the better of a reduction and of copies within it."""
     words = data.view(-1).view(torch.int32)
     half = words.numel() // 2

@@ -135,6 +135,7 @@ void int_rows(const RowsCall& call);
 // streams, which the prefetchers of the hardware follow; asking for lines as well slows it down. Rows that lie side by
 // side are short streams, lost at every end.
 constexpr int kStreams = 4;
+constexpr int64_t kAhead = 1024;  // bytes, where asking ahead does pay
 
 // NR rows, `apart` rows between them, against up to four tokens; every row is read once, front to back.
 template <int BITS, int G, int MT, int NR>
@@ -509,7 +510,7 @@ inline void dot_fp8_rows(const ep_weight& w, int64_t row, const float* x, int64_
     F scale[4];
     for (int r = 0; r < 4; ++r) {
       scale[r] = f_set1(element<float>(scales, (row + r) / w.block_rows * per_row + c / w.block_cols));
-      for (int64_t i = c; i < end; i += 64) __builtin_prefetch(codes + r * w.cols + i + 1024);
+      for (int64_t i = c; i < end; i += 64) __builtin_prefetch(codes + r * w.cols + i + kAhead);
     }
     for (; c < end; c += 16) {
       const F xv = f_load(x + c);
@@ -872,7 +873,7 @@ uint64_t read_bytes(const uint8_t* p, int64_t n) {
 #pragma GCC unroll 4
     for (int s = 0; s < kStreams; ++s) {
       const uint8_t* from = p + s * part + i;
-      __builtin_prefetch(from + 1024);  // with nothing to compute, asking ahead is faster
+      __builtin_prefetch(from + kAhead);  // with nothing to compute, asking ahead is faster
 #pragma GCC unroll 8
       for (int j = 0; j < kWords; ++j) lanes[s][j] ^= element<uint64_t>(from, j);
     }
