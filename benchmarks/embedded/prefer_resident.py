@@ -57,7 +57,7 @@ def run(store: Path, texts: Path, margin: float | None, share: float, tokens: in
         return Run(sum(map(len, targets)), logits, targets, engine.counters(), engine.plan.slots)
 
 
-def load(store: Path, share: float, margin: float | None) -> Engine:
+def load(store: Path, share: float, margin: float | None, context: int = CONTEXT, **options: Any) -> Engine:
     """The store with slots for exactly `share` of its experts, without anything learned before.
 
     A budget is for the whole process, and what the process takes differs by more than a small expert from one load to
@@ -67,8 +67,9 @@ def load(store: Path, share: float, margin: float | None) -> Engine:
     wanted = round(share * opened.config.n_routed_experts * len(opened.config.moe_layers))
     correction = 0
     for _ in range(ATTEMPTS):
-        ram = ram_for_share(store, share, context=CONTEXT) + correction
-        engine = offload.load(store, ram=ram, context=CONTEXT, prefer_resident=margin, usage="off", prefetch=False)
+        ram = ram_for_share(store, share, context=context) + correction
+        options |= {"context": context, "prefer_resident": margin, "usage": "off", "prefetch": False}
+        engine = offload.load(store, ram=ram, **options)
         if engine.plan.slots == wanted:
             return engine
         correction += (wanted - engine.plan.slots) * opened.layout.stride

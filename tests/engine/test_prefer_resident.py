@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import cli
 import offload
+from benchmarks.embedded.prefer_resident import load
 from offload.cache.trace import Trace
 from offload.engine.engine import ram_for_share
 from offload.engine.routing import explain
@@ -20,10 +21,8 @@ PROMPT = [0, 17, 301, 5]
 
 
 def generate(store: Path, margin: float | None, share: float = 0.4, **options: object):  # type: ignore[no-untyped-def]
-    """Without prefetch, whose reads depend on timing, and without what other tests taught: misses are compared."""
-    ram = ram_for_share(store, share, context=64)
-    options |= {"prefetch": False, "usage": "off"}
-    with offload.load(store, context=64, ram=ram, prefer_resident=margin, **options) as engine:
+    """With the same slots every time, nothing learned, no reads ahead, which depend on timing: misses are compared."""
+    with load(store, share, margin, context=64, **options) as engine:
         ids = [step.token_id for step in engine.generate(PROMPT, max_tokens=24, temperature=0.0, ignore_eos=True)]
         return ids, engine.summary()
 
