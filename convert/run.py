@@ -13,7 +13,8 @@ which are larger.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import ThreadPoolExecutor as _Pool
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ class Run:
             for future in [future for future in flight if future in done]:
                 yield flight.pop(future), future.result()
 
-        for item in items:
+        for item in self._interleaved(items, flight):
             while self._full(item, flight.values()):
                 yield from landed()
             if item.expert is None:
@@ -166,11 +167,29 @@ class Run:
         while flight:
             yield from landed()
 
+    def _interleaved(self, items: Iterator[_Item], flight: Mapping[Future[Records], _Item]) -> Iterator[_Item]:
+        """`items`, but resident tensors that would have to wait are put off: experts go on beside them.
+
+        `flight` is what is being done whenever the next item is asked for.
+        """
+        put_off: deque[_Item] = deque()
+        for item in items:
+            while put_off and not self._residents_full(flight.values()):
+                yield put_off.popleft()
+            if item.expert is None and self._residents_full(flight.values()):
+                put_off.append(item)
+            else:
+                yield item
+        yield from put_off
+
+    def _residents_full(self, flight: Collection[_Item]) -> bool:
+        """Whether as many workers as may be are busy with resident tensors."""
+        return sum(item.expert is None for item in flight) >= max(1, self.workers // 4)
+
     def _full(self, item: _Item, flight: Collection[_Item]) -> bool:
         """Whether `item` has to wait until something in flight is done."""
-        residents = sum(other.expert is None for other in flight)
         many = len(flight) >= self.ahead + self.workers + _WRITERS
-        return many or (item.expert is None and residents >= max(1, self.workers // 4))
+        return many or (item.expert is None and self._residents_full(flight))
 
     def _advance(self, item: _Item) -> None:
         self.nbytes += item.nbytes
