@@ -8,6 +8,7 @@ is never handed on.
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import threading
@@ -21,9 +22,14 @@ from typing import Any, TypeVar
 from convert.source import Source
 from offload.errors import CheckpointError
 
+log = logging.getLogger("expertpager")
+
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+", re.ASCII)
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+_TOLD_ATTEMPT = 3
+"""The fault in a row from which on a user should know what is waited for; single ones are everyday."""
 
 T = TypeVar("T")
 
@@ -101,6 +107,8 @@ class HubSource(Source):
                     ) from None
                 # Jitter keeps several connections from coming back all at once.
                 wanted = delay * random.uniform(0.5, 1.0) if fault.delay is None else fault.delay
+                if attempt == _TOLD_ATTEMPT:
+                    log.warning("cannot read %s: %s; asking again, up to %d times", what, fault, self.retry.attempts)
                 if self._cancelled.wait(min(wanted, self.retry.longest_delay)):
                     raise CheckpointError(f"reading {what} was given up") from None
                 delay *= 2

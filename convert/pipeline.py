@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def convert(
             progress.note(line)
         if (directory / MANIFEST_NAME).exists():
             return _already_done(plan, directory, begun)
-        journal = Journal(directory, _identity(plan), alone=only_layers is None)
+        with _told_in_full(plan, directory, None):
+            journal = Journal(directory, _identity(plan), alone=only_layers is None)
         try:
             if journal.ended:  # by another run, since the look above
                 return _already_done(plan, directory, begun)
@@ -243,9 +245,8 @@ def _converted(
             "are there"
         )
     try:
-        run.convert(remover.finished if remover else None)
-    except BudgetError as fault:
-        raise BudgetError(f"{fault}; {_missing_nbytes(plan, directory, remover)} bytes are missing in all") from None
+        with _told_in_full(plan, directory, remover):
+            run.convert(remover.finished if remover else None)
     except KeyboardInterrupt:
         done = sum(len(recorded(directory, unit).experts) for unit in units)
         progress.note(
@@ -253,6 +254,15 @@ def _converted(
         )
         raise
     return run
+
+
+@contextmanager
+def _told_in_full(plan: ConversionPlan, directory: Path, remover: SourceRemover | None) -> Iterator[None]:
+    """Adds to the news of a full disk what is missing in all, not for the file at hand only."""
+    try:
+        yield
+    except BudgetError as fault:
+        raise BudgetError(f"{fault}; {_missing_nbytes(plan, directory, remover)} bytes are missing in all") from None
 
 
 def _missing_nbytes(plan: ConversionPlan, directory: Path, remover: SourceRemover | None) -> int:

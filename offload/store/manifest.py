@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import xxhash
@@ -88,16 +89,14 @@ class Manifest:
     def load(cls, directory: Path, name: str = MANIFEST_NAME) -> Manifest:
         """The manifest in the file `name` of a store. Raises StoreError when it is absent, newer or damaged."""
         path = directory / name
+        convert = f"`expertpager convert SOURCE -o {quote(str(directory))}`"
         if not directory.is_dir():
-            raise StoreError(
-                f"{directory}: no such directory; create a store with `expertpager convert SOURCE -o {directory}`"
-            )
+            raise StoreError(f"{directory}: no such directory; create a store with {convert}")
         try:
             raw = path.read_bytes()
         except FileNotFoundError:
             raise StoreError(
-                f"{directory}: not a finished store (no {MANIFEST_NAME}); create or finish it with "
-                f"`expertpager convert SOURCE -o {directory}`"
+                f"{directory}: not a finished store (no {MANIFEST_NAME}); create or finish it with {convert}"
             ) from None
         except OSError as fault:
             raise StoreError(f"{path}: cannot be read: {fault.strerror}") from None

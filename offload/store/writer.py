@@ -222,9 +222,10 @@ class disk_faults:
             return
         if fault.errno in (errno.ENOSPC, errno.EDQUOT):
             stat = os.statvfs(self.path.parent)
+            size = f"{format_size(self.nbytes)}; " if self.nbytes else ""
             raise BudgetError(
-                f"{self.path.parent}: disk full while writing {self.path.name} ({format_size(self.nbytes)}; "
-                f"{format_size(stat.f_bavail * stat.f_frsize)} free); make room and run the same command again, "
+                f"{self.path.parent}: disk full while writing {self.path.name} "
+                f"({size}{format_size(stat.f_bavail * stat.f_frsize)} free); make room and run the same command again, "
                 "finished work is kept"
             ) from None
         raise DiskError(f"{self.path}: cannot be written: {fault.strerror}") from None

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from shlex import quote
 from typing import Any, Protocol
 
 from offload.errors import DiskError
@@ -344,9 +345,10 @@ class DiskReader:
                     self.counters.retries += 1
                 time.sleep(self._backoff_s * 2**attempt)
         extent = part.read.extent
+        store = quote(str(extent.path.parent))
         return DiskError(
             f"{extent.path}: {part.read.what} ({extent.nbytes} bytes at offset {extent.offset}) cannot be read at "
-            f"offset {part.offset}: {fault}; check the drive, then run `expertpager verify {extent.path.parent}`"
+            f"offset {part.offset}: {fault}; check the drive, then run `expertpager verify {store}`"
         )
 
     def _choose(self, avoid: _Copy | None) -> _Copy:
