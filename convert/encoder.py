@@ -91,7 +91,7 @@ class NativeEncoder:
         parts = {spec.suffix: torch.empty(spec.shape, dtype=spec.dtype) for spec in codec.parts(rows, cols)}
         work = torch.empty(2, rows * ceil_div(cols, _GROUP), dtype=torch.float64)
         sums = torch.empty(2, dtype=torch.float64)
-        status = self._library.ep_requantize(
+        status = self._library.ep_requantize_groups(
             self.isa,
             weight.data_ptr(),
             _SOURCES[weight.dtype],
@@ -99,7 +99,6 @@ class NativeEncoder:
             cols,
             None if scale is None else scale.data_ptr(),
             *block,
-            None,
             codec.bits,
             codec.group,
             method == "ls",
@@ -138,9 +137,9 @@ def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         pointer, count, number = c_void_p, c_int64, c_int32
-        library.ep_requantize.restype = number
-        library.ep_requantize.argtypes = (
-            c_char_p, pointer, number, count, count, pointer, count, count, pointer,
+        library.ep_requantize_groups.restype = number
+        library.ep_requantize_groups.argtypes = (
+            c_char_p, pointer, number, count, count, pointer, count, count,
             number, number, number, pointer, pointer, pointer, pointer,
         )  # fmt: skip
         library.ep_requantize_supports.restype = number

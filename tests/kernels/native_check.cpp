@@ -11,6 +11,11 @@
 
 #include "../../offload/kernels/csrc/expertpager_kernels.h"
 
+extern "C" int32_t ep_requantize_groups(const char* isa, const void* weight, int32_t source, int64_t rows,
+                                        int64_t cols, const float* scale, int64_t block_rows, int64_t block_cols,
+                                        int32_t bits, int32_t group, int32_t search, uint32_t* packed,
+                                        uint16_t* out_scale, double* work, double* sums);
+
 namespace {
 
 uint64_t state = 1;
@@ -261,6 +266,37 @@ void contention(const char* isa) {
   ep_destroy(c);
 }
 
+// Every format of the encoder from every source, rows that end within a group, block scales small and large.
+std::vector<std::vector<double>> encoded(const char* isa) {
+  std::vector<std::vector<double>> out;
+  const int64_t rows = 5;
+  for (const int64_t cols : {1, 37, 128, 333}) {
+    for (const int source : {EP_FP8, EP_BF16, EP_F32}) {
+      state = static_cast<uint64_t>(cols);
+      const int kind = source == EP_FP8 ? 0 : source == EP_BF16 ? 1 : 2;
+      std::vector<uint8_t> weight(static_cast<size_t>(rows * cols * (kind == 0 ? 1 : 2 * kind)));
+      for (uint8_t& b : weight) b = static_cast<uint8_t>(random_bits() % 0x3f);  // finite in every type
+      std::vector<float> scale = floats(up(rows, 4) * up(cols, 16));
+      scale.back() = 1e30f;
+      for (const int bits : {2, 3, 4, 8}) {
+        for (const int group : {32, 64, 128}) {
+          for (const int search : {0, 1}) {
+            std::vector<uint32_t> packed(static_cast<size_t>(rows * up(cols * bits, 32)));
+            std::vector<uint16_t> scales(static_cast<size_t>(rows * up(cols, group)));
+            std::vector<double> work(static_cast<size_t>(2 * rows * up(cols, 32))), sums(2);
+            failures += ep_requantize_groups(isa, weight.data(), kind, rows, cols, scale.data(), 4, 16, bits, group,
+                                             search, packed.data(), scales.data(), work.data(), sums.data()) != 0;
+            sums.insert(sums.end(), packed.begin(), packed.end());
+            sums.insert(sums.end(), scales.begin(), scales.end());
+            out.push_back(sums);
+          }
+        }
+      }
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 int main() {
@@ -281,6 +317,9 @@ int main() {
     contention(isa);
     std::printf("%s: %zu outputs checked\n", isa, expected.size());
   }
+  const auto encodings = encoded("portable");
+  failures += encoded("auto") != encodings;
+  std::printf("encoder: %zu encodings checked\n", encodings.size());
   if (ep_create("mmx", 1) != nullptr || ep_create("portable", 0) != nullptr) ++failures;
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;

@@ -36,10 +36,10 @@ double fold(double* x, int64_t count) {
 // Encodes a weight; `sums` gets the sums of squared differences and of squared weights. `work` holds
 // 2 * rows * ceil(cols / 32) doubles. Returns 0, 1 for a weight that is NaN or infinite, -1 for arguments it does not
 // know.
-EP_EXPORT int32_t ep_requantize(const char* isa, const void* weight, int32_t source, int64_t rows, int64_t cols,
-                                const float* scale, int64_t block_rows, int64_t block_cols, const float* importance,
-                                int32_t bits, int32_t group, int32_t search, uint32_t* packed, uint16_t* out_scale,
-                                double* work, double* sums) {
+EP_EXPORT int32_t ep_requantize_groups(const char* isa, const void* weight, int32_t source, int64_t rows, int64_t cols,
+                                       const float* scale, int64_t block_rows, int64_t block_cols, int32_t bits,
+                                       int32_t group, int32_t search, uint32_t* packed, uint16_t* out_scale,
+                                       double* work, double* sums) {
   const ep::RequantizeFn encode = find(isa);
   const bool known = ((bits >= 2 && bits <= 4) || bits == 8) && (group == 32 || group == 64 || group == 128) && source >= 0 && source <= 2;
   if (!encode || !known) return -1;
@@ -47,10 +47,9 @@ EP_EXPORT int32_t ep_requantize(const char* isa, const void* weight, int32_t sou
   const ep::RequantizeCall call = {weight,     static_cast<ep::RequantizeSource>(source),
                                    rows,       cols,
                                    scale,      block_rows,
-                                   block_cols, importance,
-                                   search != 0, packed,
-                                   out_scale,  work,
-                                   work + count};
+                                   block_cols, search != 0,
+                                   packed,     out_scale,
+                                   work,       work + count};
   if (!encode(call, bits, group)) return 1;
   sums[0] = fold(work, count);
   sums[1] = fold(work + count, count);

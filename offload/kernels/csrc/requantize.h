@@ -13,11 +13,10 @@ struct RequantizeCall {
   int64_t rows, cols;
   const float* scale;  // fp8: [ceil(rows / block_rows), ceil(cols / block_cols)], else nullptr
   int64_t block_rows, block_cols;
-  const float* importance;  // [cols] weights of the columns' squared errors, or nullptr
   bool search;              // least-squares search for scales instead of rounding to the largest magnitude
   uint32_t* packed;         // [rows, ceil(cols * bits / 32)]
   uint16_t* out_scale;      // bf16 [rows, ceil(cols / group)]
-  double* error;            // [rows, ceil(cols / 32)] sums of squared differences, or nullptr
+  double* error;            // [rows, ceil(cols / 32)] sums of squared differences
   double* power;            // [rows, ceil(cols / 32)] sums of squared weights
 };
 

@@ -16,7 +16,7 @@ typedef float vf __attribute__((vector_size(4 * EP_LANES), aligned(4 * EP_LANES)
 typedef int32_t vi __attribute__((vector_size(4 * EP_LANES), aligned(4 * EP_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * EP_LANES), aligned(4 * EP_LANES)));
 typedef float vf_any __attribute__((vector_size(4 * EP_LANES), aligned(4)));
-typedef uint8_t vb __attribute__((vector_size(EP_LANES), aligned(1)));
+typedef int8_t vb __attribute__((vector_size(EP_LANES), aligned(1)));
 typedef uint16_t vh __attribute__((vector_size(2 * EP_LANES), aligned(2)));
 
 #define EP_INLINE inline __attribute__((always_inline))
@@ -26,13 +26,20 @@ EP_INLINE vf splat(float x) { return x - vf{}; }
 EP_INLINE vf bits_to_float(vu x) { return (vf)x; }
 EP_INLINE vu float_to_bits(vf x) { return (vu)x; }
 EP_INLINE vf abs(vf x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }
-// The second operand where one is NaN, as x86's instructions have it; GCC does not find them by itself.
+// The second operand where one is NaN, as x86's instructions have it; GCC does not find them by itself, nor those that
+// widen bytes.
 #ifdef EP_MAX
 EP_INLINE vf max(vf a, vf b) { return (vf)EP_MAX(a, b); }
-EP_INLINE vf min(vf a, vf b) { return (vf)EP_MIN(a, b); }
+EP_INLINE vi max(vi a, vi b) { return (vi)EP_MAX_INT(a, b); }
+EP_INLINE vi min(vi a, vi b) { return (vi)EP_MIN_INT(a, b); }
+EP_INLINE vi widen(const int8_t* x) { return (vi)EP_WIDEN_8(x); }
+EP_INLINE vi widen(const uint16_t* x) { return (vi)EP_WIDEN_16(x); }
 #else
 EP_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
-EP_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+EP_INLINE vi max(vi a, vi b) { return a > b ? a : b; }
+EP_INLINE vi min(vi a, vi b) { return a < b ? a : b; }
+EP_INLINE vi widen(const int8_t* x) { return __builtin_convertvector(*reinterpret_cast<const vb*>(x), vi); }
+EP_INLINE vi widen(const uint16_t* x) { return __builtin_convertvector(*reinterpret_cast<const vh*>(x), vi); }
 #endif
 
 // To the nearest bf16, ties to even, kept as fp32. For finite numbers.
@@ -49,14 +56,20 @@ EP_INLINE vf inverse(vf scale) {
   return scale > zero ? finite : zero;
 }
 
-// The integer code of x as a float: nearest, ties to even, clamped. Clamping to integers first changes nothing and
-// makes the rounding below exact: adding 1.5 * 2^23 leaves no fraction bits.
+// Adding 1.5 * 2^23 leaves no fraction bits: the sum's last bits are the nearest integer, ties to even.
+constexpr float kMagic = 12582912.0f;
+constexpr int32_t kMagicBits = 0x4b400000;
+
+// The integer code of x, nearest and clamped, as kMagicBits + code. Floats of one sign are in the order of their bits,
+// and a negative sum has the sign bit: whatever the product, even an infinite one, the integer clamp does what a clamp
+// before the rounding would.
 template <int kBits>
-EP_INLINE vf code_of(vf x, vf inv) {
-  const vf magic = splat(12582912.0f);
-  const vf y = min(max(x * inv, splat(-float(1 << (kBits - 1)))), splat(float((1 << (kBits - 1)) - 1)));
-  return (y + magic) - magic;
+EP_INLINE vi code_of(vf x, vf inv) {
+  constexpr int32_t kHalf = 1 << (kBits - 1);
+  return min(max((vi)(x * inv + splat(kMagic)), vi{} + (kMagicBits - kHalf)), vi{} + (kMagicBits + kHalf - 1));
 }
+
+EP_INLINE vf code_value(vi code) { return (vf)code - splat(kMagic); }
 
 // Sum of term(first), term(first + step), ... below kCount, halves first.
 template <int kFirst, int kStep, int kCount, class Term>
@@ -68,43 +81,37 @@ EP_INLINE vf fold(const Term& term) {
   }
 }
 
-// The two sums of a least-squares fit, taken in the same order as fold: both terms of a weight come from one code, and
-// nothing but the partial sums of the tree is kept, in registers.
-struct Fit {
-  vf num, den;
-};
-
-template <int kFirst, int kStep, int kCount, class Term>
-EP_INLINE Fit fold_fit(const Term& term) {
-  if constexpr (kStep >= kCount) {
-    return term(kFirst);
-  } else {
-    const Fit a = fold_fit<kFirst, 2 * kStep, kCount>(term);
-    const Fit b = fold_fit<kFirst + kStep, 2 * kStep, kCount>(term);
-    return {a.num + b.num, a.den + b.den};
+// Least-squares search: several starting scales, each refined for its own codes; the best one wins. All fits are made
+// before all errors: only so are there always independent instructions while a sum's last additions and the divisions
+// that follow are waited for.
+template <int kBits, int kGroup>
+EP_INLINE vf search(const vf* x, vf start) {
+  constexpr int kTrials = 5;
+  const float shrink[kTrials] = {1.0f, 0.93f, 0.86f, 0.79f, 0.72f};
+  vf scale[kTrials], error[kTrials];
+  for (int trial = 0; trial < kTrials; ++trial) scale[trial] = inverse(start * splat(shrink[trial]));
+  for (int trial = 0; trial < kTrials; ++trial) {
+    const vf inv = scale[trial];
+    vf squares[4] = {};  // integers below 2^24: exact in any order
+    const vf num = fold<0, 1, kGroup>([&](int k) EP_INLINE_LAMBDA {
+      const vf code = code_value(code_of<kBits>(x[k], inv));
+      squares[k & 3] += code * code;
+      return code * x[k];
+    });
+    const vf den = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    scale[trial] = round_bf16(num / max(den, splat(1e-30f)));
   }
-}
-
-// Least-squares search: several starting scales, each refined for its own codes; the best one wins.
-template <int kBits, int kGroup, bool kWeighted>
-EP_INLINE vf search(const vf* x, const vf* h, vf start) {
-  const float shrink[] = {1.0f, 0.93f, 0.86f, 0.79f, 0.72f};
+  for (int trial = 0; trial < kTrials; ++trial) {
+    const vf inv = inverse(scale[trial]), s = scale[trial];
+    error[trial] = fold<0, 1, kGroup>([&](int k) EP_INLINE_LAMBDA {
+      const vf d = x[k] - code_value(code_of<kBits>(x[k], inv)) * s;
+      return d * d;
+    });
+  }
   vf best_scale = start, best_error = splat(__builtin_inff());
-  for (float factor : shrink) {
-    const vf trial = inverse(start * splat(factor));
-    const Fit fit = fold_fit<0, 1, kGroup>([&](int k) EP_INLINE_LAMBDA {
-      const vf code = code_of<kBits>(x[k], trial);
-      const vf weighted = kWeighted ? code * h[k] : code;
-      return Fit{weighted * x[k], weighted * code};
-    });
-    const vf scale = round_bf16(fit.num / max(fit.den, splat(1e-30f)));
-    const vf inv = inverse(scale);
-    const vf error = fold<0, 1, kGroup>([&](int k) EP_INLINE_LAMBDA {
-      const vf d = x[k] - code_of<kBits>(x[k], inv) * scale;
-      return kWeighted ? d * d * h[k] : d * d;
-    });
-    best_scale = error < best_error ? scale : best_scale;
-    best_error = error < best_error ? error : best_error;
+  for (int trial = 0; trial < kTrials; ++trial) {
+    best_scale = error[trial] < best_error ? scale[trial] : best_scale;
+    best_error = error[trial] < best_error ? error[trial] : best_error;
   }
   return best_scale;
 }
@@ -116,33 +123,41 @@ EP_INLINE bool decode_row(const RequantizeCall& call, int64_t row, float* out) {
   int64_t j = 0;
   bool ok = true;
   if (call.source == RequantizeSource::kFp8) {
-    const uint8_t* w = static_cast<const uint8_t*>(call.weight) + row * cols;
+    const int8_t* w = static_cast<const int8_t*>(call.weight) + row * cols;
     const int64_t blocks = (cols + call.block_cols - 1) / call.block_cols;
-    const float* scale = call.scale + row / call.block_rows * blocks;
-    const vf lift = splat(0x1p120f);  // from the exponent bias of fp32 to that of e4m3
+    const float* scales = call.scale + row / call.block_rows * blocks;
+    uint8_t top = 0;
+    for (int64_t k = 0; k < cols; ++k) {
+      const uint8_t magnitude = w[k] & 0x7f;
+      top = magnitude > top ? magnitude : top;
+    }
+    ok = top < 0x7f;
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t end = (block + 1) * call.block_cols < cols ? (block + 1) * call.block_cols : cols;
-      const vf s = splat(scale[block]);
+      const int64_t end = (block + 1) * call.block_cols < cols ? (block + 1) * call.block_cols : cols, begin = j;
+      // 2^120 leads from the exponent bias of fp32 to that of e4m3. Exact, so with the scale it is one product.
+      const bool once = __builtin_fabsf(scales[block]) < 0x1p7f;
+      const float lift = once ? scales[block] * 0x1p120f : 0x1p120f, scale = once ? 1.0f : scales[block];
+      const vf lifts = splat(lift);
       for (; j + kLanes <= end; j += kLanes) {
-        const vu u = __builtin_convertvector(*reinterpret_cast<const vb*>(w + j), vu);
-        const vf q = bits_to_float(((u & 0x80u) << 24) | ((u & 0x7fu) << 20)) * lift;
-        const vf x = q * s;
-        bad |= (vi)((u & 0x7fu) == 0x7fu) | ~(vi)(abs(x) <= splat(FLT_MAX));
-        *reinterpret_cast<vf_any*>(out + j) = x;
+        *reinterpret_cast<vf_any*>(out + j) = (vf)(((vu)widen(w + j) << 20) & 0x87f00000u) * lifts;
       }
       for (; j < end; ++j) {
-        const uint32_t u = w[j];
-        const uint32_t bits = ((u & 0x80u) << 24) | ((u & 0x7fu) << 20);
+        const uint32_t bits = (static_cast<uint32_t>(static_cast<int32_t>(w[j])) << 20) & 0x87f00000u;
         float q;
         std::memcpy(&q, &bits, 4);
-        out[j] = q * 0x1p120f * scale[block];
-        ok &= (u & 0x7fu) != 0x7fu && __builtin_fabsf(out[j]) <= FLT_MAX;
+        out[j] = q * lift;
+      }
+      if (!once) {
+        for (int64_t k = begin; k < end; ++k) {
+          out[k] *= scale;
+          ok &= __builtin_fabsf(out[k]) <= FLT_MAX;
+        }
       }
     }
   } else if (call.source == RequantizeSource::kBf16) {
     const uint16_t* w = static_cast<const uint16_t*>(call.weight) + row * cols;
     for (; j + kLanes <= cols; j += kLanes) {
-      const vf x = bits_to_float(__builtin_convertvector(*reinterpret_cast<const vh*>(w + j), vu) << 16);
+      const vf x = (vf)((vu)widen(w + j) << 16);
       bad |= ~(vi)(abs(x) <= splat(FLT_MAX));
       *reinterpret_cast<vf_any*>(out + j) = x;
     }
@@ -164,6 +179,17 @@ EP_INLINE void transpose(const float* in, int64_t stride, int count, vf* x) {
   EP_TRANSPOSE(in, stride, count, x)
 }
 
+// What is too much in a word when codes as `code_of` gives them are added up in their places; none where codes may lie
+// across two words.
+template <int kBits>
+constexpr uint32_t base_of() {
+  uint32_t base = 0;
+  for (int shift = 0; 32 % kBits == 0 && shift < 32; shift += kBits) base += uint32_t(kMagicBits - (1 << (kBits - 1))) << shift;
+  return base;
+}
+template <int kBits>
+constexpr uint32_t kBase = base_of<kBits>();
+
 template <int kBits, int kGroup>
 bool encode(const RequantizeCall& call) {
   constexpr int kWords = kGroup * kBits / 32, kOffset = 1 << (kBits - 1);
@@ -171,56 +197,41 @@ bool encode(const RequantizeCall& call) {
   const int64_t groups = (call.cols + kGroup - 1) / kGroup;
   const int64_t batches = (groups + kLanes - 1) / kLanes;
   const int64_t words = (call.cols * kBits + 31) / 32, sums = (call.cols + 31) / 32;
-  const int64_t padded = batches * kLanes * kGroup;
-  float* row_values = static_cast<float*>(std::calloc(padded * (call.importance ? 2 : 1), sizeof(float)));
+  float* row_values = static_cast<float*>(std::calloc(batches * kLanes * kGroup, sizeof(float)));
   if (!row_values) return false;
-  float* weights = call.importance ? row_values + padded : nullptr;
-  if (weights) std::memcpy(weights, call.importance, call.cols * sizeof(float));
   bool ok = true;
-  vf x[kGroup], h[kGroup];
+  vf x[kGroup];
   for (int64_t row = 0; row < call.rows && ok; ++row) {
     ok = decode_row(call, row, row_values);
     for (int64_t batch = 0; batch < batches; ++batch) {
       const int64_t first = batch * kLanes;
       transpose(row_values + first * kGroup, kGroup, kGroup, x);
-      if (weights) transpose(weights + first * kGroup, kGroup, kGroup, h);
       vf amax = abs(x[0]);
       for (int k = 1; k < kGroup; ++k) amax = max(amax, abs(x[k]));
       vf scale = amax / splat(float(kOffset) - 0.5f);
-      if (call.search) scale = weights ? search<kBits, kGroup, true>(x, h, scale) : search<kBits, kGroup, false>(x, h, scale);
+      if (call.search) scale = search<kBits, kGroup>(x, scale);
       scale = round_bf16(scale);
       const vf inv = inverse(scale);
 
       vu word[kWords];
-      vf error[kGroup];
-      const auto take = [&](int k) EP_INLINE_LAMBDA {
-        const vf code = code_of<kBits>(x[k], inv);
-        const vf d = code * scale - x[k];
-        error[k] = d * d;
-        return (vu)(__builtin_convertvector(code, vi) + kOffset);
-      };
-      if constexpr (32 % kBits == 0) {
-        constexpr int kPerWord = 32 / kBits;
-        for (int w = 0; w < kWords; ++w) {
-          word[w] = vu{};
-          for (int i = 0; i < kPerWord; ++i) word[w] |= take(w * kPerWord + i) << (kBits * i);
-        }
-      } else {  // codes may lie across two words
-        for (int w = 0; w < kWords; ++w) word[w] = vu{};
-        for (int k = 0; k < kGroup; ++k) {
-          const vu code = take(k);
-          const int w = k * kBits / 32, shift = k * kBits % 32;
-          word[w] |= code << shift;
-          if (shift + kBits > 32) word[w + 1] |= code >> (32 - shift);
-        }
-      }
       vf lost[kSums], power[kSums];
-      if (call.error) {
-        for (int s = 0; s < kSums; ++s) {
-          const vf *e = error + 32 * s, *v = x + 32 * s;
-          lost[s] = fold<0, 1, 32>([&](int k) EP_INLINE_LAMBDA { return e[k]; });
-          power[s] = fold<0, 1, 32>([&](int k) EP_INLINE_LAMBDA { return v[k] * v[k]; });
-        }
+      for (int w = 0; w < kWords; ++w) word[w] = vu{} - kBase<kBits>;
+      for (int s = 0; s < kSums; ++s) {
+        vu* into = word + s * kBits;
+        lost[s] = fold<0, 1, 32>([&](int k) EP_INLINE_LAMBDA {
+          const vi code = code_of<kBits>(x[32 * s + k], inv);
+          const int w = k * kBits / 32, shift = k * kBits % 32;
+          if constexpr (32 % kBits == 0) {
+            into[w] += (vu)code << shift;
+          } else {  // codes may lie across two words
+            const vu positive = (vu)(code - (kMagicBits - kOffset));
+            into[w] |= positive << shift;
+            if (shift + kBits > 32) into[w + 1] |= positive >> (32 - shift);
+          }
+          const vf d = code_value(code) * scale - x[32 * s + k];
+          return d * d;
+        });
+        power[s] = fold<0, 1, 32>([&](int k) EP_INLINE_LAMBDA { return x[32 * s + k] * x[32 * s + k]; });
       }
       const int lanes = groups - first < kLanes ? static_cast<int>(groups - first) : kLanes;
       for (int lane = 0; lane < lanes; ++lane) {
@@ -237,11 +248,9 @@ bool encode(const RequantizeCall& call) {
         }
         const vu bits = float_to_bits(scale);
         call.out_scale[row * groups + group] = static_cast<uint16_t>(bits[lane] >> 16);
-        if (call.error) {
-          for (int s = 0; s < kSums && group * kSums + s < sums; ++s) {
-            call.error[row * sums + group * kSums + s] = lost[s][lane];
-            call.power[row * sums + group * kSums + s] = power[s][lane];
-          }
+        for (int s = 0; s < kSums && group * kSums + s < sums; ++s) {
+          call.error[row * sums + group * kSums + s] = lost[s][lane];
+          call.power[row * sums + group * kSums + s] = power[s][lane];
         }
       }
     }
