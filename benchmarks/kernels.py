@@ -3,9 +3,9 @@
     python benchmarks/kernels.py [--threads 1,2] [--tokens 1,2,8,64] [--codecs int4-g32,int8-g128] [--record]
 
 The ceiling is a kernel that does nothing but read: vector loads in several streams, asked for ahead of time, from
-huge pages, on as many threads; the better of two reads. Every round measures it and each contender once, in turn
-(A B A B), so a busy moment hits all of them; the medians of the rounds and of the per-round ratios are reported.
-Weights cycle through 512 MB, far beyond any last-level cache. `--record` appends one JSON row to
+huge pages, on as many threads. Reads and contenders take turns of 64 MB each (A B A C A), so a busy moment hits all of
+them; the medians of the speeds and of the ratios to the reads around a turn are reported. Weights cycle through
+512 MB, far beyond any last-level cache. `--record` appends one JSON row to
 benchmarks/results/kernels.jsonl.
 """
 
@@ -37,6 +37,7 @@ from offload.quant import QuantizedTensor, get_codec
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
 CYCLE = 512 << 20
+WINDOW = 64 << 20
 SHAPES = ((2048, 7168), (7168, 2048), (1024, 2048))
 Call = Callable[[int], object]
 """Runs a contender on its i-th copy of the weight."""
@@ -79,13 +80,10 @@ def huge_memory(nbytes: int) -> Tensor:
 
 
 def read_speed(kernels: NativeKernels, memory: Tensor) -> float:
-    """Bytes per second of the better of two reads of `memory`."""
-    best = float("inf")
-    for _ in range(2):
-        start = time.perf_counter()
-        kernels.read(memory)
-        best = min(best, time.perf_counter() - start)
-    return memory.nbytes / best
+    """Bytes per second of one read of `memory`."""
+    start = time.perf_counter()
+    kernels.read(memory)
+    return memory.nbytes / (time.perf_counter() - start)
 
 
 def native_copies(codec: str, rows: int, cols: int, memory: Tensor) -> list[QuantizedTensor]:
@@ -161,30 +159,43 @@ def add_bitsandbytes(add: Callable[..., None], rows: int, cols: int, x: Tensor) 
     add("bitsandbytes nf4", copies, nbytes, lambda w: linear(x, dequantize_4bit(w, state)))
 
 
-def seconds(call: Call, copies: int, first: int, budget: float) -> tuple[float, int]:
-    """Seconds per call over consecutive copies, at least one and as many as fit into `budget`."""
+def seconds(call: Call, first: int, count: int, copies: int) -> float:
+    """Seconds per call over `count` consecutive copies."""
+    turns = [(first + i) % copies for i in range(count)]
     start = time.perf_counter()
-    done = 0
-    while done == 0 or (done < copies and time.perf_counter() - start < budget):
-        call((first + done) % copies)
-        done += 1
-    return (time.perf_counter() - start) / done, done
+    for turn in turns:
+        call(turn)
+    return (time.perf_counter() - start) / count
 
 
 def measure(
-    kernels: NativeKernels, contenders: dict[str, tuple[Call, int, int]], memory: Tensor, rounds: int, budget: float
+    kernels: NativeKernels, contenders: dict[str, tuple[Call, int, int]], memory: Tensor, rounds: int
 ) -> list[dict[str, Any]]:
-    """Medians per contender; `share` is its bytes per second over the read bandwidth of the same round."""
+    """Medians per contender; `share` is its bytes per second over those of the reads right before and after it.
+
+    A turn moves about `WINDOW` bytes, as a read does: both meet the same moments of a machine that others use too.
+    """
     speed: dict[str, list[float]] = {name: [] for name in contenders}
     share: dict[str, list[float]] = {name: [] for name in contenders}
     position = dict.fromkeys(contenders, 0)
+    windows = memory.numel() // WINDOW
+    turn = 0
+
+    def read() -> float:
+        nonlocal turn
+        start, turn = turn % windows * WINDOW, turn + 1
+        return read_speed(kernels, memory[start : start + WINDOW])
+
+    before = read()
     for _ in range(rounds):
-        bandwidth = read_speed(kernels, memory)
         for name, (call, copies, nbytes) in contenders.items():
-            taken, done = seconds(call, copies, position[name], budget)
-            position[name] = (position[name] + done) % copies
+            count = max(1, WINDOW // nbytes)
+            taken = seconds(call, position[name], count, copies)
+            after = read()
+            position[name] = (position[name] + count) % copies
             speed[name].append(nbytes / taken)
-            share[name].append(nbytes / taken / bandwidth)
+            share[name].append(2 * nbytes / taken / (before + after))
+            before = after
     return [
         {
             "kernel": name,
@@ -202,8 +213,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,2,8,64")
     parser.add_argument("--codecs", default="int4-g32,int4-g128,int8-g128,fp8,bf16")
     parser.add_argument("--isa", default="auto")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--budget", type=float, default=0.25, help="seconds per contender and round")
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--native-only", action="store_true")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
@@ -228,7 +238,7 @@ def main() -> None:
                     call: Call = lambda i, w=copies, x=x, k=kernels: k.linear(x, w[i])  # type: ignore[misc]  # noqa: E731
                     group = {f"native {codec}": (call, len(copies), copies[0].nbytes), **others}
                     others = {}
-                    for row in measure(kernels, group, memory, options.rounds, options.budget):
+                    for row in measure(kernels, group, memory, options.rounds):
                         row = {"shape": f"{rows}x{cols}", "tokens": tokens, "threads": threads, **row}
                         results.append(row)
                         print(
