@@ -59,16 +59,17 @@ class ExpectedUse(CachePolicy):
         """`tokens`: ids the token table has room for; `memory`: tokens whose routing is remembered,
         16384 unless given, half as many for a large model."""
         super().__init__(shape)
+        self.values = self.values.astype(np.float32)  # half the memory of every step's passes over all experts
         self.weights = weights
         self.table = TokenTable(shape, tokens)
         large = is_large(shape)
         likeness = replace(Likeness(), neighbours=16) if large else Likeness()
         self.recall = Recall(shape, memory or (8192 if large else 16384), likeness)
         # Weight of a use in the step under way, by layer; in the next step it is `per_token` times as much.
-        self._near = weights.per_token ** (np.arange(shape.layers) / shape.layers)[:, None]
-        self._far = weights.per_token * self._near
+        self._near = (weights.per_token ** (np.arange(shape.layers) / shape.layers)[:, None]).astype(np.float32)
+        self._far = np.float32(weights.per_token) * self._near
         self._per_far = 1.0 / self._far
-        self.successors = Successors(shape, (weights.successors * self._far[:, 0]).astype(np.float32))
+        self.successors = Successors(shape, np.float32(weights.successors) * self._far[:, 0])
         # Decayed frequencies, one after another: [H, L, E].
         self._keep = np.array([0.5 ** (1.0 / h) for h in weights.half_lives], np.float32)
         self._gain = (1.0 - self._keep)[:, None]
@@ -77,10 +78,10 @@ class ExpectedUse(CachePolicy):
         bump = float(np.dot(self._frequency, 1.0 - self._keep))
         self._bump: list[float] = (bump * self._far[:, 0]).tolist()
         # Per layer, all but what the experts used in this step say: of its value once it has run, ...
-        self._after = np.zeros(self.values.shape)
+        self._after = np.zeros_like(self.values)
         # ... of that what memory says, and its value before it has run without what memory says.
-        self._rest = np.zeros(self.values.shape)
-        self._base = np.zeros(self.values.shape)
+        self._rest = np.zeros_like(self.values)
+        self._base = np.zeros_like(self.values)
         self._offset = (np.arange(shape.layers) * shape.experts)[:, None]
         self._values_at: Any = self.values.reshape(-1).data  # item assignment without numpy's overhead
         self._refine_at = -1 if large else int(REFINE * shape.layers)

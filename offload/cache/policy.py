@@ -40,13 +40,13 @@ class CacheShape:
 
 
 class CachePolicy(ABC):
-    """Keeps `values` [layers, experts], all finite: the higher, the longer an expert stays."""
+    """Keeps `values` [layers, experts], floats and all finite: the higher, the longer an expert stays."""
 
     name: ClassVar[str]
     floor_share: ClassVar[float] = 1.0
     """Share of the slots that the floors of layers may take up. Values that compare uses of different layers
     need a small one only: where slots are scarce, a floor keeps what another layer needs sooner."""
-    values: NDArray[np.float64]
+    values: NDArray[Any]
     revision: int = 0
     """Counts how often, within steps, values of other layers than the one observed have changed."""
 

@@ -60,9 +60,10 @@ class TokenTable:
         """`token` used experts `ids` [L, K]."""
         row = self._row(token)
         table, counts = self._ids[row], self._counts[row]
-        equal = table[:, :, None] == ids[:, None, :]
-        counts += equal.any(2)
-        new = ~equal.any(1)
+        ids = ids.astype(table.dtype)
+        # Compared twice: to reduce the first axis costs a tenth of reducing the last.
+        counts += (table == ids.T[:, :, None]).any(0)
+        new = ~(ids == table.T[:, :, None]).any(0)
         # As many new experts of a layer as it has places of the least count, if that is at most 1, take those.
         least = counts.min(1, keepdims=True)
         cheap = (counts == least) & (least <= 1)
@@ -216,7 +217,7 @@ class Successors:
             flat += self._offset[part]
             error *= step
             self.weights.reshape(-1, self.shape.experts)[flat] += self._rank[:, None] * error[:, None, :]
-            self.weights[:, self._nowhere] = 0.0
+            self.weights[part, self._nowhere] = 0.0
             self._seen += 1
         self._rows_before[:] = self._rows
         self._lifts_before[:] = self._lifts

@@ -129,22 +129,22 @@ class Recall:
         weights = np.exp((likeness - likeness.max(initial=0.0)) * self.likeness.sharpness)
         return places, weights / max(float(weights.sum()), 1e-30)
 
-    def present(self, places: NDArray[np.intp], weights: NDArray[np.float64], first: int = 0) -> NDArray[np.float64]:
+    def present(self, places: NDArray[np.intp], weights: NDArray[np.float64], first: int = 0) -> Floats:
         """Probability of use [L - first, E] by the token under way, in layers from `first` on."""
         return self._uses(places, weights, first)
 
-    def future(self, places: NDArray[np.intp], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    def future(self, places: NDArray[np.intp], weights: NDArray[np.float64]) -> Floats:
         """Discounted uses [L, E] by the tokens after the one under way."""
         age = (self._head - 1 - places) % self.capacity  # tokens that have followed
         share = weights[:, None] * self._discounts * (age[:, None] >= self._steps)
         after = (places[:, None] + self._steps) % self.capacity
         return self._uses(after.reshape(-1), share.reshape(-1), 0)
 
-    def _uses(self, places: NDArray[np.intp], weights: NDArray[np.float64], first: int) -> NDArray[np.float64]:
+    def _uses(self, places: NDArray[np.intp], weights: NDArray[np.float64], first: int) -> Floats:
         shape = self.shape
         keys = self._keys[places, first:].reshape(-1)
         repeated = np.repeat(weights, (shape.layers - first) * shape.top_k)
-        sums: NDArray[np.float64] = np.bincount(keys, repeated, shape.keys).astype(np.float64, copy=False)
+        sums: Floats = np.bincount(keys, repeated, shape.keys).astype(np.float32)
         return sums.reshape(shape.layers, shape.experts)[first:]
 
     def _equal_marks(self, marks: NDArray[Any], first: int, last: int) -> NDArray[np.uint8]:

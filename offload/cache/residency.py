@@ -117,8 +117,8 @@ class Residency:
         # infinite for layers at their floor.
         self._values = policy.values
         self._revision = policy.revision
-        self._closed = np.full((shape.layers, shape.experts), np.inf)
-        self._worth = np.full((shape.layers, shape.experts), np.inf)
+        self._closed = np.full_like(self._values, np.inf)
+        self._worth = np.full_like(self._values, np.inf)
         self._rows = list(zip(self._values, self._closed, self._worth, strict=True))
         self._closed_at: Any = self._closed.reshape(-1).data  # item assignment without numpy's overhead
         self._cheapest = np.full(shape.layers, np.inf)
@@ -239,16 +239,17 @@ class Residency:
         slot_of, loading, events = self._slot_of, self._loading, self.events
         base = decision.layer * self.shape.experts
         closed, pinned, prefetched = self._closed_at, self._pinned, self._prefetched
-        missing = []
+        hits, joins = decision.hits, decision.joins
+        missing, infinity = [], np.inf
         for expert in wanted:
             slot = slot_of[base + expert]
             if slot < 0:
                 missing.append(expert)
                 continue
-            closed[base + expert] = np.inf
+            closed[base + expert] = infinity
             pinned.add(slot)
             late = slot in loading
-            (decision.joins if late else decision.hits).append((expert, slot))
+            (joins if late else hits).append((expert, slot))
             if slot in prefetched:
                 prefetched.discard(slot)
                 if late:
