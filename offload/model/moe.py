@@ -60,6 +60,27 @@ class ExpertsAtHand(RoutedExperts, Protocol):
         ...
 
 
+@runtime_checkable
+class Foresight(RoutedExperts, Protocol):
+    """Routed experts on a device, which learns there what routers applied early choose."""
+
+    @property
+    def early_routers(self) -> int:
+        """How many later routers may ever be worth applying after a layer; 0 if every expert stays on the device."""
+        ...
+
+    def foresight(self) -> int:
+        """How many of them are worth it in the step under way."""
+        ...
+
+    def foresee(self, layers: Sequence[int], ids: Tensor) -> None:
+        """The routers of `layers`, applied early, choose ids [len(layers), K] on the device, best first.
+
+        Asked between `hint` and the call. Nobody waits for them: what comes too late is not used.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class MlpWeights:
     """A SwiGLU block: shared expert or dense layer."""

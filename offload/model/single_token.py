@@ -17,6 +17,7 @@ from offload.config import ModelConfig
 from offload.kernels.device import DeviceKernels
 from offload.model.attention import mla_at_position
 from offload.model.kv_cache import KVCache
+from offload.model.moe import Foresight
 from offload.model.preference import reroute
 from offload.model.transformer import DeepseekV3
 
@@ -24,13 +25,14 @@ from offload.model.transformer import DeepseekV3
 class _Buffers:
     """What the recordings on one device read and write."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, early: int) -> None:
         hidden, k = config.hidden_size, config.num_experts_per_tok
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.hidden = torch.zeros(1, hidden, device=device)
         self.x = torch.zeros(1, hidden, device=device)
         self.shared = torch.zeros(1, hidden, device=device)
         self.ids = torch.zeros(1, k, dtype=torch.int64, device=device)
+        self.early = torch.zeros(early, k, dtype=torch.int64, device=device)
         self.scores = torch.zeros(1, k, device=device)
 
 
@@ -42,19 +44,25 @@ class SingleToken:
         self._model = model
         self._kernels = kernels
         self._cache = cache
-        self._buffers = {place.device: _Buffers(model.config, place.device) for place in model.places}
+        self._foresight = model.routed if isinstance(model.routed, Foresight) else None
+        early = self._foresight.early_routers if self._foresight else 0
+        self._buffers = {place.device: _Buffers(model.config, place.device, early) for place in model.places}
+        self._later = [self._layers_behind(index, early) for index in range(len(model.places))]
         self._before: list[Callable[[], None]] = []
         self._beside: list[Callable[[], None] | None] = []
+        self._early: list[Callable[[], None] | None] = []
         for index, (layer, place) in enumerate(zip(model.weights.layers, model.places, strict=True)):
             with place.scope():
                 self._before.append(place.record(partial(self._attend_and_route, index)))
                 has_shared = layer.moe is not None and layer.moe.shared is not None
                 self._beside.append(place.record(partial(self._shared_expert, index)) if has_shared else None)
+                self._early.append(place.record(partial(self._route_early, index)) if self._later[index] else None)
 
     def __call__(self, token: int) -> Tensor:
         """Hidden state [1, H] after the final norm for `token` at position cache.length; appends it to the cache."""
         model, cache = self._model, self._cache
         model.routed.begin_step([token])
+        foresight = self._foresight if self._foresight is model.routed and self._foresight.foresight() else None
         for place in dict.fromkeys(model.places):
             with place.scope():
                 self._buffers[place.device].position.fill_(cache.length)
@@ -67,12 +75,12 @@ class SingleToken:
                     hidden = buffers.hidden
                 self._before[index]()
                 if model.weights.layers[index].moe is not None:
-                    self._routed_experts(index, buffers)
+                    self._routed_experts(index, buffers, foresight)
         cache.advance(1)
         with model.places[-1].scope():
             return self._kernels.rms_norm(hidden, model.weights.norm, model.config.rms_norm_eps)
 
-    def _routed_experts(self, index: int, buffers: _Buffers) -> None:
+    def _routed_experts(self, index: int, buffers: _Buffers, foresight: Foresight | None) -> None:
         routed, moe = self._model.routed, self._model.weights.layers[index].moe
         assert moe is not None
         ids, scores = buffers.ids, buffers.scores
@@ -84,6 +92,11 @@ class SingleToken:
         beside = self._beside[index]
         if beside is not None:
             beside()
+        early = self._early[index]
+        if foresight is not None and early is not None:
+            early()
+            later = self._later[index]
+            foresight.foresee(later, buffers.early[: len(later)])
         out = routed(index, buffers.x, ids, scores)
         buffers.hidden.add_(out if beside is None else out + buffers.shared)
 
@@ -113,3 +126,24 @@ class SingleToken:
         assert moe is not None and moe.shared is not None
         buffers, shared = self._buffers[self._model.places[index].device], moe.shared
         buffers.shared.copy_(self._kernels.swiglu_mlp(buffers.x, shared.gate, shared.up, shared.down))
+
+    def _route_early(self, index: int) -> None:
+        """Apply later routers to the state after the shared expert: the routed experts' part is not there yet."""
+        model, kernels = self._model, self._kernels
+        buffers, moe = self._buffers[model.places[index].device], model.weights.layers[index].moe
+        state = buffers.hidden if moe is None or moe.shared is None else buffers.hidden + buffers.shared
+        for row, later in enumerate(self._later[index]):
+            layer = model.weights.layers[later]
+            assert layer.moe is not None
+            x = kernels.rms_norm(state, layer.post_attention_norm, model.config.rms_norm_eps)
+            ids, _ = kernels.router(x, layer.moe.router, layer.moe.bias, model.router_shape)
+            buffers.early[row].copy_(ids[0])
+
+    def _layers_behind(self, index: int, count: int) -> list[int]:
+        """Up to `count` MoE layers right behind an MoE layer on the same device."""
+        model = self._model
+        if model.weights.layers[index].moe is None:
+            return []
+        after = range(index + 1, min(index + 1 + count, len(model.places)))
+        same = [later for later in after if model.places[later].device == model.places[index].device]
+        return [later for later in same if model.weights.layers[later].moe is not None]

@@ -7,7 +7,8 @@ are summed in a fixed order: which experts were resident, and when the others ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from offload.kernels import Kernels
 from offload.kernels.device import DeviceKernels
 from offload.telemetry import Telemetry, TierCounters
 from offload.tiers.device import Device, Event
-from offload.tiers.ram import ExpertStore, RamTier
+from offload.tiers.ram import EARLY_ROUTERS, ExpertStore, RamTier
 from offload.tiers.vram import LayerJob, VramTier
 
 
@@ -37,18 +38,38 @@ class DeviceShare:
 
 
 class _Desk:
-    """Where the ids of a layer arrive on the host."""
+    """Where the ids of a layer arrive on the host, and behind them what later routers chose that were applied early."""
 
-    def __init__(self, tier: VramTier, positions: int) -> None:
+    def __init__(self, tier: VramTier, positions: int, top_k: int) -> None:
         self.tier = tier
         self.ids = tier.device.pinned((positions,), torch.int64)
         self._arrived: Event | None = None
+        # Two: the host may be a layer ahead of the device.
+        self._early = [tier.device.pinned((EARLY_ROUTERS, top_k), torch.int64) for _ in range(2)]
+        self._coming: deque[tuple[Event, Sequence[int], Tensor]] = deque(maxlen=2)
 
     def send(self, ids: Tensor) -> None:
         """Queue the way of ids [T, K] to the host."""
         stream = self.tier.device.compute
         stream.copy(self.ids[: ids.numel()], ids.reshape(-1))
         self._arrived = stream.record()
+
+    def send_early(self, layers: Sequence[int], ids: Tensor) -> None:
+        """Queue the way of ids [len(layers), K], which later routers chose early, to the host."""
+        self._early.reverse()
+        there, stream = self._early[0][: len(layers)], self.tier.device.compute
+        stream.copy(there, ids)
+        self._coming.append((stream.record(), layers, there))
+
+    def early(self) -> Iterator[tuple[int, list[int]]]:
+        """(layer, experts) of what was sent early and has arrived."""
+        while self._coming and self._coming[0][0].done():
+            _, layers, ids = self._coming.popleft()
+            yield from zip(layers, ids.tolist(), strict=True)
+
+    def forget_early(self) -> None:
+        """A new step, or one that broke off: what is still under way is of no use."""
+        self._coming.clear()
 
     def receive(self, shape: Sequence[int]) -> Routing:
         """Wait for what was sent last, of this shape [T, K]."""
@@ -101,7 +122,7 @@ class DeviceExecutor:
                     prefetch=prefetch,
                     below=below,
                 )
-                desk = _Desk(tier, max_tokens * self._top_k)
+                desk = _Desk(tier, max_tokens * self._top_k, self._top_k)
             self.tiers.append(tier)
             self._desks += [desk] * len(share.layers)
         assert len(self._desks) == self.ram.shape.layers, "every layer has one device"
@@ -118,6 +139,8 @@ class DeviceExecutor:
         """A forward pass over `tokens` begins; `upcoming` are tokens already known to follow them."""
         assert len(tokens) <= self._max_tokens, "a forward pass is as long as what was set aside for it"
         self._hinted = None
+        for desk in self._desks:
+            desk.forget_early()
         for tier in self.tiers:
             with tier.device.guard():
                 tier.settle()
@@ -176,8 +199,25 @@ class DeviceExecutor:
             raise
 
     def lookahead(self) -> int:
-        """None: ids of routers applied early would have to be waited for, as those of `preference` are."""
+        """None: ids of routers applied early come by `foresee`; to `expect` them they would have to be waited for."""
         return 0
+
+    @property
+    def early_routers(self) -> int:
+        """How many later routers may ever be worth applying after a layer; 0 if every expert stays on the device."""
+        return EARLY_ROUTERS if any(tier.foreseeing for tier in self.tiers) else 0
+
+    def foresight(self) -> int:
+        """How many of them are worth it in the step under way: where RAM or VRAM lacks experts and reads ahead pay."""
+        if self._resident:
+            return 0
+        return max(self.ram.lookahead(), *(tier.lookahead() for tier in self.tiers))
+
+    def foresee(self, layers: Sequence[int], ids: Tensor) -> None:
+        """The routers of `layers`, applied early, choose ids [len(layers), K] on the device, best first."""
+        desk = self._desks[layers[0] - self.ram.layers[0]]
+        with desk.tier.device.guard():
+            desk.send_early(layers, ids)
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """A router applied early chose `experts` (best first) for `layer`: bring them nearer if links idle."""
@@ -221,12 +261,22 @@ class DeviceExecutor:
     # -- inside ------------------------------------------------------------------------------
 
     def _serve(self, index: int, desk: _Desk, x: Tensor, partial: Tensor, shape: Sequence[int]) -> None:
-        wanted = self.ram.begin_layer(index, desk.receive(shape))
+        routing = desk.receive(shape)
+        self._take_early(index, desk)  # that of the layer before has come with these ids, at the latest
+        wanted = self.ram.begin_layer(index, routing)
         desk.tier.serve(LayerJob(index, x, desk.ids[: partial.shape[0]].numpy(), partial), wanted)
+        self._take_early(index, desk)
         self.ram.end_layer()
+
+    def _take_early(self, index: int, desk: _Desk) -> None:
+        for layer, experts in desk.early():
+            if layer - self.ram.layers[0] > index:
+                self.expect(layer, experts)
 
     def _abandon(self) -> None:
         self._hinted = None
+        for desk in self._desks:
+            desk.forget_early()
         for tier in self.tiers:
             with tier.device.guard():
                 tier.abandon()

@@ -69,6 +69,31 @@ def test_tokens_do_not_depend_on_the_number_of_devices(store, expected, limits):
     assert tokens(engine) == expected
 
 
+def test_later_routers_are_applied_behind_the_shared_expert(store, monkeypatch):
+    """What `expect` gets is what the router of that layer says to the state with attention and shared expert in it."""
+    fixed, slot = fixed_nbytes(store)
+    ram = ram_for_share(Store.open(store), 0.5, 64)
+    engine = load(store, [SimulatedDevice(seed=3)], vram=fixed + 7 * slot, ram=ram)
+    with engine:
+        model, kernels = engine._backend.model, engine._backend.kernels
+        moe_layers = [index for index, layer in enumerate(model.weights.layers) if layer.moe is not None]
+        executor, route = model.routed, kernels.router
+        applied, expected = {}, []
+
+        def router(x, weight, bias, shape):
+            ids, scores = route(x, weight, bias, shape)
+            layer = next(at for at in moe_layers if model.weights.layers[at].moe.router is weight)
+            applied.setdefault(layer, []).append((x.clone(), ids.clone()))
+            return ids, scores
+
+        monkeypatch.setattr(kernels, "router", router)
+        monkeypatch.setattr(executor, "expect", lambda layer, experts: expected.append((layer, experts)))
+        list(engine.generate(PROMPT, max_tokens=6, temperature=0.0, ignore_eos=True))
+    early = [(layer, ids[0].tolist()) for layer, calls in applied.items() for _, ids in calls]
+    assert expected and all(found in early for found in expected)
+    assert {layer for layer, _ in expected} == set(moe_layers[1:])
+
+
 def test_logits_on_a_device_are_those_of_the_processor(store):
     with load(store, []) as cpu, load(store, [SimulatedDevice(seed=1)]) as gpu:
         assert torch.equal(cpu.logits(PROMPT), gpu.logits(PROMPT))

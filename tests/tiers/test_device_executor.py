@@ -15,6 +15,7 @@ from offload.kernels import select
 from offload.kernels.reference_device import ReferenceDeviceKernels
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare
 from offload.tiers.disk import DiskReader
+from offload.tiers.ram import EARLY_ROUTERS
 from offload.tiers.simulated import SimulatedDevice
 from offload.tiers.vram import lent_slots
 
@@ -149,6 +150,48 @@ def test_promotion_changes_no_bits_and_raises_hits(store, kernels, policy, seed)
         executor.close()
     if policy == "ema+tokens":
         assert hits[1] > hits[0]
+
+
+@pytest.mark.parametrize(
+    ("vram", "ram", "seed"),
+    # A device that does nothing before it is waited for leaves the link no idle moment.
+    [(6, 12, None), (6, 12, 7), (6, 12, 8), (12, ALL, 7), (12, ALL, 8)],
+)
+def test_routers_applied_early_change_no_bits_and_save_demands(store, kernels, vram, ram, seed):
+    steps = random_steps(store, [1] * 30)
+    expected = reference(store, kernels, steps)
+    misses = []
+    for foreseen in (False, True):
+        executor = make(store, kernels, vram, ram, seeds=[seed], prefetch=True)
+        outputs = []
+        for number, step in enumerate(steps):
+            executor.begin_step([number])
+            for layer, (x, ids, weights) in enumerate(step):
+                executor.hint(FIRST + layer, ids, weights)
+                if foreseen and layer + 1 < LAYERS and executor.foresight():
+                    later = range(layer + 1, LAYERS)
+                    executor.foresee([FIRST + at for at in later], torch.cat([step[at][1] for at in later]))
+                outputs.append(executor(FIRST + layer, x, ids, weights).clone())
+                check(executor)
+        assert_same(outputs, expected)
+        executor.begin_step([0])
+        counters = executor.counters()
+        missed = counters.vram.misses if ram == ALL else counters.ram.misses
+        misses.append(missed)
+        executor.close()
+    assert misses[1] < misses[0]
+
+
+def test_nothing_is_foreseen_where_nothing_is_missing(store, kernels):
+    executor = make(store, kernels, ALL, ALL, prefetch=True)
+    assert executor.early_routers == executor.foresight() == 0
+    executor.close()
+    executor = make(store, kernels, 4, ALL, prefetch=True)
+    assert executor.early_routers == EARLY_ROUTERS
+    for tokens, count in (([1], EARLY_ROUTERS), ([1, 2, 3], 0)):
+        executor.begin_step(tokens)
+        assert executor.foresight() == count
+    executor.close()
 
 
 @pytest.mark.parametrize("seed", [None, 3])
