@@ -20,8 +20,9 @@ Row = dict[str, Any]
 
 
 def rows(name: str) -> list[Row]:
-    """All rows of one results file, oldest first."""
-    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    """All rows of one results file, oldest first; none of one that does not exist."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def newest(name: str, fits: Callable[[Row], bool] = lambda row: True) -> Row:
@@ -41,6 +42,7 @@ def _lines() -> Iterator[tuple[str, str, str]]:
     yield from _paging()
     yield from _convert()
     yield from _policies()
+    yield from _tuning()
     yield from _routing()
 
 
@@ -82,12 +84,16 @@ def _convert() -> Iterator[tuple[str, str, str]]:
                 f"peak {n['peak_rss_bytes'] / 1e9:.2f} GB",
                 _load(row),
             )
-    found = [row for row in rows("convert") if "times_faster" in row["numbers"]]
-    for row in found[-1:]:
+    beside = [row for row in rows("convert") if "times_faster" in row["numbers"]]
+    whole = [row for row in beside if row["numbers"]["layers"] is None]
+    for row in [row for row in beside if row not in whole][-1:] + whole[-1:]:
         n = row["numbers"]
+        part = f"'s first {n['layers']} layers in RAM" if n["layers"] else " from and to the drive"
+        share = f" ({n['ours_rtn']['share_of_read_plus_write_limit']:.0%} of what the drive allows)"
         yield (
-            f"conversion of the 10B model's first {n['layers']} layers in RAM, beside llama.cpp's two steps",
-            f"{n['times_faster']:.1f} times as fast with `ls`, {n['times_faster_rtn']:.1f} times with `rtn`",
+            f"conversion of the 10B model{part}, beside llama.cpp's two steps",
+            f"{n['times_faster']:.1f} times as fast with `ls`, {n['times_faster_rtn']:.1f} times with `rtn`"
+            + ("" if n["layers"] else share),
             _load(row),
         )
     for row in [row for row in rows("convert") if "1 at a time" in row["numbers"]][-1:]:
@@ -111,6 +117,33 @@ def _policies() -> Iterator[tuple[str, str, str]]:
         ", ".join(f"{mean:.0%} at {share:.0%} of slots" for share, mean in zip(shares, means, strict=True)),
         "-",
     )
+
+
+def _tuning() -> Iterator[tuple[str, str, str]]:
+    for row in [row for row in rows("plan_grid") if "cells" in row["numbers"]][-1:]:
+        n = row["numbers"]
+        figures = (
+            f"{what} {n[f'{what} median']} ({n[f'{what} range'][0]} to {n[f'{what} range'][1]}; "
+            f"within 15%: {n[f'{what} within 15%']})"
+            for what in ("decode", "prefill")
+        )
+        yield "speed foretold over speed measured, 10B stores, RAM budgets and policies", ", ".join(figures), _load(row)
+    for row in rows("tune")[-1:]:
+        n = row["numbers"]
+        yield (
+            "tuned from a wrong profile, beside the best of an exhaustive sweep",
+            f"{n['before tok/s']} before, {n['tuned again tok/s']} : {n['best of sweep tok/s']} tok/s = "
+            f"{n['tuned / best']}",
+            _load(row),
+        )
+    for row in rows("probe_reference")[-1:]:
+        ratios = {link: [item["ratio"] for item in found.values()] for link, found in _parts(row["numbers"])}
+        text = ", ".join(f"{link} {min(found)} to {max(found)}" for link, found in ratios.items())
+        yield "figures of `probe` over those of fio and a read loop in C", text, _load(row)
+
+
+def _parts(numbers: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((name, part) for name, part in numbers.items() if isinstance(part, dict))
 
 
 def _routing() -> Iterator[tuple[str, str, str]]:

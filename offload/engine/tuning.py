@@ -1,8 +1,8 @@
 """Choosing runtime options for this machine: candidates from a replay, a decision by real runs.
 
 Owns the search and the profile it writes. A change is kept only if it is measurably faster and the tokens are the
-same. Candidates are tried one option at a time, from the one with the largest expected effect: memory, policy,
-threads, reads ahead, readers; then all over again while something was kept, since options depend on each other.
+same. Candidates are tried one option at a time, from the one with the largest expected effect: memory, split,
+policy, threads, reads ahead, readers; then all over again while something was kept, since options depend on each other.
 """
 
 from __future__ import annotations
@@ -158,6 +158,9 @@ def _search(before: Trial, fixed: set[str], run: Run, tell: Tell) -> tuple[Trial
                 except BudgetError as fault:
                     steps.append(Step(what, 0.0, False, str(fault)))
                     continue
+                if trial.tokens != before.tokens and "split" in changes:
+                    steps.append(Step(what, trial.tok_s, False, "other tokens, by rounding"))
+                    continue
                 if trial.tokens != before.tokens:
                     raise OffloadError(
                         f"the tokens depend on {what}: {trial.tokens} instead of {before.tokens}; report this"
@@ -221,11 +224,26 @@ def reader_candidates(best: Trial, fixed: set[str]) -> Changes:
     return [(f"readers {count}", {"readers": count}) for count in READER_COUNTS if count != best.options.readers]
 
 
+def split_candidates(best: Trial, fixed: set[str]) -> Changes:
+    """With a VRAM tier, the other place for experts that it lacks."""
+    if "split" in fixed or best.options.vram is None:
+        return []
+    other = "gpu" if best.options.split == "hybrid" else "hybrid"
+    return [(f"split {other}", {"split": other})]
+
+
 def _reads(best: Trial) -> bool:
     return best.trace is None or best.slots < best.trace.shape.keys
 
 
-STAGES = (memory_candidates, policy_candidates, thread_candidates, prefetch_candidates, reader_candidates)
+STAGES = (
+    memory_candidates,
+    split_candidates,
+    policy_candidates,
+    thread_candidates,
+    prefetch_candidates,
+    reader_candidates,
+)
 
 
 def promising_policies(best: Trial) -> list[str]:

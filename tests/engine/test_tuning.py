@@ -123,6 +123,25 @@ def test_other_tokens_are_a_defect(tmp_path: Path) -> None:
     assert not (tmp_path / "p.toml").exists()
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_wrong_split_is_mended_where_that_changes_no_token(tmp_path: Path, rounded: bool) -> None:
+    """Processor and device may round differently: then the split stays, which is no defect."""
+
+    def tokens(o: RuntimeOptions) -> tuple[tuple[int, ...], ...]:
+        return ((1, 3 if rounded and o.split == "hybrid" else 2),)
+
+    def speed(o: RuntimeOptions) -> float:
+        return 2 if o.split == "hybrid" else 1
+
+    report = tune("unused", output=tmp_path / "p.toml", vram="8GiB", run=fake(speed, tokens))
+    assert resolve_options({}, tmp_path / "p.toml").split == ("gpu" if rounded else "hybrid")
+    assert any("other tokens, by rounding" in line for line in report.lines()) == rounded
+    fixed = tune("unused", output=tmp_path / "q.toml", vram="8GiB", split="gpu", run=fake(speed, tokens))
+    assert not any("split" in step.what for step in fixed.steps)
+    report = tune("unused", output=tmp_path / "r.toml", run=fake(speed, tokens))
+    assert not any("split" in step.what for step in report.steps)
+
+
 def test_a_candidate_without_room_is_dropped(tmp_path: Path) -> None:
     def run(options: RuntimeOptions, record: bool) -> Trial:
         if options.policy == "lru":
