@@ -4,11 +4,11 @@
     python benchmarks/plan_grid.py --store STORE --shares 0.5 1.0
 
 SCRATCH takes the 10B checkpoint of bench_model.py and its stores; with --store the grid is over that store alone, for
-instance the embedded model's (`expertpager demo --keep FOLDER`). The machine is probed once. For every store the
-routing of other prompts than the benchmark's is recorded, as a user would before asking `plan`. Then `expertpager
-bench` runs in a process of its own for every cell and predicts with that machine file and that trace. A row per cell
-holds predicted and measured speed of warm decoding and of a cold prompt, and their ratios; the last row, the spread.
-About 40 seconds a cell on two cores, besides a minute for the probe and a recording for every store.
+instance the embedded model's (`expertpager demo --keep FOLDER`). For every store the routing of other prompts than the
+benchmark's is recorded, as a user would before asking `plan`. For every cell the machine is probed, since a shared one
+is not the same for long; then `expertpager bench` runs in a process of its own and predicts with that machine file and
+that trace. A row per cell holds predicted and measured speed of warm decoding and of a cold prompt, and their ratios;
+the last row, the spread. About two minutes a cell on two cores, besides a recording for every store.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(prefix="expertpager-grid-") as folder:
         machine = arguments.machine or Path(folder) / "machine.toml"
-        if arguments.machine is None:
-            program("probe", str(stores[0]), "-o", str(machine))
         traces = {store: recorded(store, Path(folder) / f"{store.name}.npz", arguments) for store, *_ in cells}
         for store, share, policy in cells:
+            if arguments.machine is None:
+                program("probe", str(store), "-o", str(machine))
             rows.append(cell(store, share, policy, machine, traces[store], arguments))
             append("plan_grid", f"python benchmarks/plan_grid.py {options(arguments)}", rows[-1])
             print(json.dumps(rows[-1]), flush=True)

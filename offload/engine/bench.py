@@ -197,8 +197,9 @@ def bench(
     compared: list[Comparison] = []
     expected = None
     if spec is not None:
-        expected = hit_curve(hits, model.config, resolved.policy).at(share)
-        compared = predictions(model, spec, samples["cold"], samples["warm"], expected, plan.chunk)
+        curve = hit_curve(hits, model.config, resolved.policy)
+        expected = curve.at(share)
+        compared = predictions(model, spec, samples["cold"], samples["warm"], expected, plan.chunk, curve.alike)
     return BenchReport(
         str(store),
         described,
@@ -258,11 +259,18 @@ def _phase(tokens: int, seconds: float, before: dict[str, Any], after: dict[str,
 
 
 def predictions(
-    model: ModelCost, machine: MachineSpec, cold: Sequence[Sample], warm: Sequence[Sample], expected: float, chunk: int
+    model: ModelCost,
+    machine: MachineSpec,
+    cold: Sequence[Sample],
+    warm: Sequence[Sample],
+    expected: float,
+    chunk: int,
+    alike: float,
 ) -> list[Comparison]:
     """Warm decode and cold prefill against the cost model.
 
-    `expected` is the hit rate assumed for decoding, `chunk` the number of tokens that share one sweep of the experts.
+    `expected` is the hit rate assumed for decoding, `chunk` the number of tokens that share one sweep of the experts,
+    `alike` how alike they are.
     """
     decode = [sample.decode for sample in warm]
     context = warm[0].prefill.tokens + warm[0].decode.tokens // 2
@@ -282,10 +290,10 @@ def predictions(
     ]
     prefill = [sample.prefill for sample in cold]
     tokens = prefill[0].tokens
-    sweep = prefill_cost(model, machine, tokens, chunk, share=0.0)
+    sweep = prefill_cost(model, machine, tokens, chunk, 0.0, alike)
     read = median(phase.bytes_read for phase in prefill)
-    # Fewer bytes than a sweep: the prompt used fewer experts than if all were equally likely.
-    actual = prefill_cost(model, machine, tokens, chunk, share=max(0.0, 1 - read / sweep.read_nbytes))
+    # Fewer bytes than a sweep: the prompt used fewer experts than foretold.
+    actual = prefill_cost(model, machine, tokens, chunk, max(0.0, 1 - read / sweep.read_nbytes), alike)
     whole = Measured(median(p.seconds for p in prefill), median(p.stall_s for p in prefill), read)
     return [*found, compare(f"cold prefill of {tokens} tokens", whole, sweep, actual)]
 

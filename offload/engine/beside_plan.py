@@ -93,13 +93,14 @@ def beside_plan(
     `cold`: no expert was resident when the prompt began.
     """
     prompt, decode = phases
-    share = plan.slots / plan.experts
+    share, curve = plan.slots / plan.experts, CURVES["local"]
     found = []
     if prompt.tokens >= LEAST_PROMPT and prompt.seconds:
-        assumed = prefill_cost(model, machine, prompt.tokens, plan.chunk, 0.0 if cold else share)
-        sweep = prefill_cost(model, machine, prompt.tokens, plan.chunk, 0.0)
+        alike = curve.alike
+        assumed = prefill_cost(model, machine, prompt.tokens, plan.chunk, 0.0 if cold else share, alike)
+        sweep = prefill_cost(model, machine, prompt.tokens, plan.chunk, 0.0, alike)
         resident = max(0.0, 1 - prompt.read_nbytes / sweep.read_nbytes)
-        actual = prefill_cost(model, machine, prompt.tokens, plan.chunk, resident)
+        actual = prefill_cost(model, machine, prompt.tokens, plan.chunk, resident, alike)
         measured = Measured(prompt.seconds, prompt.stall_s, prompt.read_nbytes)
         found.append(compare(f"prompt of {prompt.tokens} tokens", measured, assumed, actual))
     if decode.tokens >= LEAST_DECODED and decode.seconds:
@@ -108,6 +109,6 @@ def beside_plan(
         measured = Measured(
             decode.seconds / decode.tokens, decode.stall_s / decode.tokens, decode.read_nbytes / decode.tokens
         )
-        expected = decode_cost(model, machine, CURVES["local"].at(share), context)
+        expected = decode_cost(model, machine, curve.at(share), context)
         found.append(compare("decode, per token", measured, expected, decode_cost(model, machine, hit, context)))
     return tuple(found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, inf
 from typing import Protocol
 
 from offload.config import ModelConfig
@@ -279,19 +279,26 @@ def rows_seconds(rate: FormatRate, nbytes: float, parameters: float, rows: float
     return max(one, one + (many - one) * max(0.0, rows - 1) / (ROWS - 1))
 
 
-def distinct_experts(config: ModelConfig, tokens: int) -> float:
-    """Experts of one layer that at least one of `tokens` tokens uses, if all are equally likely."""
+def distinct_experts(config: ModelConfig, tokens: int, alike: float = inf) -> float:
+    """Experts of one layer that at least one of `tokens` consecutive tokens uses.
+
+    Those of one text are alike: n of them use as many experts as n / (1 + (n - 1) / alike) that have nothing to do with
+    each other, for which every expert is equally likely.
+    """
     e = config.n_routed_experts
-    return float(e * (1 - (1 - config.num_experts_per_tok / e) ** tokens))
+    independent = tokens / (1 + (tokens - 1) / alike)
+    return float(e * (1 - (1 - config.num_experts_per_tok / e) ** independent))
 
 
-def chunk_cost(model: ModelCost, machine: MachineSpec, tokens: int, start: int, share: float) -> Cost:
+def chunk_cost(
+    model: ModelCost, machine: MachineSpec, tokens: int, start: int, share: float, alike: float = inf
+) -> Cost:
     """One prefill chunk of `tokens` tokens after `start` others, when `share` of the experts are resident.
 
-    Everything the chunk uses is swept once; what is resident stays and is not read.
+    `alike`: see `distinct_experts`. Everything the chunk uses is swept once; what is resident stays and is not read.
     """
     config = model.config
-    layers, used = len(config.moe_layers), distinct_experts(config, tokens)
+    layers, used = len(config.moe_layers), distinct_experts(config, tokens, alike)
     missing = used * (1 - share)
     rate, own = machine.format_rate(model.experts), machine.format_rate(model.resident)
     rows = tokens * config.num_experts_per_tok / used
@@ -327,10 +334,12 @@ def _attention_flops(config: ModelConfig, tokens: int, start: int) -> float:
     return 2.0 * heads * (first * (start + first / 2) * expanded + later * (start + first + later / 2) * absorbed)
 
 
-def prefill_cost(model: ModelCost, machine: MachineSpec, prompt: int, chunk: int, share: float) -> Cost:
+def prefill_cost(
+    model: ModelCost, machine: MachineSpec, prompt: int, chunk: int, share: float, alike: float = inf
+) -> Cost:
     """A whole prompt, cut into chunks; the head is applied to its last token only."""
     starts = range(0, prompt, chunk)
-    parts = [chunk_cost(model, machine, min(chunk, prompt - start), start, share) for start in starts]
+    parts = [chunk_cost(model, machine, min(chunk, prompt - start), start, share, alike) for start in starts]
     return Cost(
         sum(part.experts_s for part in parts),
         sum(part.resident_s for part in parts) + model.head_nbytes / machine.format_rate(model.head).read,

@@ -11,6 +11,7 @@ plan shows both and your own trace is better than either. `uniform` is routing w
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,13 @@ from offload.errors import UsageError
 _SHARES = (0.03125, 0.055, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50, 0.70, 0.85)
 
 
+ALIKE = 42.0
+"""How alike the tokens of a text are, for the presets: as in DeepSeek-V2-Lite's routing, over passages of 64 tokens."""
+
+PASSAGE = 64
+"""Tokens over which a trace's own is taken."""
+
+
 @dataclass(frozen=True)
 class HitCurve:
     """Hit rate at rising shares of the experts; straight lines between the points, from (0, 0) to (1, 1)."""
@@ -33,6 +41,8 @@ class HitCurve:
     name: str
     shares: tuple[float, ...]
     hits: tuple[float, ...]
+    alike: float = ALIKE
+    """What `cost.distinct_experts` needs to know of a text: infinite where its tokens have nothing in common."""
 
     def at(self, share: float) -> float:
         """The hit rate, 0..1, when `share` (0..1) of the experts have a slot."""
@@ -49,7 +59,7 @@ class HitCurve:
 CURVES = {
     "local": HitCurve("local", _SHARES, (0.332, 0.479, 0.632, 0.737, 0.804, 0.886, 0.929, 0.952, 0.972, 0.980)),
     "flat": HitCurve("flat", _SHARES, (0.223, 0.389, 0.532, 0.638, 0.714, 0.817, 0.881, 0.920, 0.963, 0.976)),
-    "uniform": HitCurve("uniform", (), ()),
+    "uniform": HitCurve("uniform", (), (), math.inf),
 }
 
 
@@ -83,4 +93,16 @@ def measured_curve(trace: Trace, policy: str, name: str, shares: Sequence[float]
         trace = replace(trace, steps=np.ones(len(trace.tokens), np.int32), prefetches=[])
     sizes = [max(trace.shape.top_k, round(share * keys)) for share in shares]
     points = {size / keys: replay(trace, policy, size).decode_hit_rate or 0.0 for size in sizes if size < keys}
-    return HitCurve(f"trace {name}, {policy}", tuple(points), tuple(points.values()))
+    return HitCurve(f"trace {name}, {policy}", tuple(points), tuple(points.values()), likeness(trace))
+
+
+def likeness(trace: Trace, passage: int = PASSAGE) -> float:
+    """How alike the tokens of the trace's passages are; see `cost.distinct_experts`."""
+    shape, length = trace.shape, min(passage, len(trace.tokens))
+    ends = range(length, len(trace.tokens) + 1, length)
+    used = [np.unique(layer).size for end in ends for layer in trace.experts[end - length : end].transpose(1, 0, 2)]
+    share = float(np.mean(used)) / shape.experts
+    if share >= 1 or length == 1:
+        return math.inf
+    independent = math.log(1 - share) / math.log(1 - shape.top_k / shape.experts)
+    return (length - 1) / (length / independent - 1) if independent < length else math.inf

@@ -127,7 +127,7 @@ def plan_recipe(footprint: Footprint, machine: MachineSpec, setting: Setting, cu
     hit = _hit(curve, ram.slots, config)
     decode = decode_cost(model, machine, hit, context // 2)
     prompt = min(setting.prompt, context)
-    prefill = prefill_cost(model, machine, prompt, ram.chunk, share)
+    prefill = prefill_cost(model, machine, prompt, ram.chunk, share, curve.alike)
     return RecipePlan(
         footprint,
         (),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from offload.cache.simulator import replay
 from offload.cache.trace import Trace
 from offload.config import ModelConfig
 from offload.errors import UsageError
-from offload.tune.hits import CURVES, curve_of_trace, measured_curve
+from offload.tune.cost import distinct_experts
+from offload.tune.hits import CURVES, curve_of_trace, likeness, measured_curve
 from offload.tune.synthetic import synthetic_trace
 
 SHAPE = CacheShape(12, 256, 8)
@@ -84,3 +87,21 @@ def test_unknown_preset_and_groups() -> None:
     with pytest.raises(UsageError, match="8 groups"):
         synthetic_trace("flat", CacheShape(1, 10, 2))
     assert measured_curve(synthetic_trace("flat", CacheShape(1, 16, 4), tokens=3), "lru", "x").at(0.0) == 0
+
+
+def test_likeness_is_what_makes_a_passage_use_fewer_experts() -> None:
+    """As many experts as the trace uses over the passage it was taken from; close over others."""
+    config = SimpleNamespace(n_routed_experts=64, num_experts_per_tok=6)
+    trace = synthetic_trace("local", CacheShape(3, 64, 6), sessions=2, tokens=512, groups=(8, 4))
+    alike = likeness(trace)
+    for passage, tolerance in ((1, 0.0), (16, 0.3), (64, 0.0), (256, 0.3)):
+        ends = range(passage, 1025, passage)
+        used = [np.unique(row).size for end in ends for row in trace.experts[end - passage : end].transpose(1, 0, 2)]
+        assert distinct_experts(config, passage, alike) == pytest.approx(np.mean(used), rel=tolerance + 1e-6)  # type: ignore[arg-type]
+    same = replace(trace, experts=np.repeat(trace.experts[:1], len(trace.tokens), axis=0))
+    assert distinct_experts(config, 64, likeness(same)) == pytest.approx(6)  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    unlike = np.array([[rng.permutation(64)[:6] for _ in range(3)] for _ in range(512)], np.uint16)
+    assert likeness(replace(trace, experts=unlike), passage=16) > 200
+    everything = np.arange(512 * 3 * 6).reshape(512, 3, 6) % 64
+    assert likeness(replace(trace, experts=everything.astype(np.uint16))) == math.inf
