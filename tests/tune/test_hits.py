@@ -101,7 +101,7 @@ def test_likeness_is_what_makes_a_passage_use_fewer_experts() -> None:
     same = replace(trace, experts=np.repeat(trace.experts[:1], len(trace.tokens), axis=0))
     assert distinct_experts(config, 64, likeness(same)) == pytest.approx(6)  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
-    unlike = np.array([[rng.permutation(64)[:6] for _ in range(3)] for _ in range(512)], np.uint16)
+    unlike = np.array([[rng.permutation(64)[:6] for _ in range(3)] for _ in range(1024)], np.uint16)
     assert likeness(replace(trace, experts=unlike), passage=16) > 200
-    everything = np.arange(512 * 3 * 6).reshape(512, 3, 6) % 64
+    everything = np.arange(1024 * 18).reshape(1024, 3, 6) % 64
     assert likeness(replace(trace, experts=everything.astype(np.uint16))) == math.inf
