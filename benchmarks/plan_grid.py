@@ -5,10 +5,11 @@
 
 SCRATCH takes the 10B checkpoint of bench_model.py and its stores; with --store the grid is over that store alone, for
 instance the embedded model's (`expertpager demo --keep FOLDER`). For every store the routing of other prompts than the
-benchmark's is recorded, as a user would before asking `plan`. For every cell the machine is probed, since a shared one
-is not the same for long; then `expertpager bench` runs in a process of its own and predicts with that machine file and
-that trace. A row per cell holds predicted and measured speed of warm decoding and of a cold prompt, and their ratios;
-the last row, the spread. About two minutes a cell on two cores, besides a recording for every store.
+benchmark's is recorded, as a user would before asking `plan`. For every cell `expertpager bench` runs in a process of
+its own between two probes of the machine, which does not stay the same for long where others use it, too; the
+prediction is that of the mean of both and of the trace. A row per cell holds predicted and measured speed of warm
+decoding and of a cold prompt, and their ratios; the last row, the spread. About two minutes a cell on two cores, besides
+a recording for every store.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,12 @@ sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
 import bench_model  # noqa: E402
 from record import append  # noqa: E402
 
+from offload.engine.bench import Phase, Sample, predictions  # noqa: E402
+from offload.engine.beside_plan import model_cost  # noqa: E402
 from offload.engine.engine import ram_for_share  # noqa: E402
+from offload.store import Store  # noqa: E402
+from offload.tune.machine import FormatRate, MachineSpec, load_machine  # noqa: E402
+from offload.tune.planner import hit_curve  # noqa: E402
 
 TARGET = 0.15
 """Gap between predicted and measured speed that is aimed at."""
@@ -55,7 +62,6 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=20)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--machine", type=Path, help="A machine file made before, instead of a probe.")
     arguments = parser.parse_args()
     stores = [arguments.store]
     if arguments.folder:
@@ -63,12 +69,13 @@ def main() -> None:
     cells = chosen([(s, share, p) for s in stores for share in arguments.shares for p in arguments.policies], arguments)
     rows = []
     with tempfile.TemporaryDirectory(prefix="expertpager-grid-") as folder:
-        machine = arguments.machine or Path(folder) / "machine.toml"
         traces = {store: recorded(store, Path(folder) / f"{store.name}.npz", arguments) for store, *_ in cells}
+        before = probed(cells[0][0], Path(folder))
         for store, share, policy in cells:
-            if arguments.machine is None:
-                program("probe", str(store), "-o", str(machine))
-            rows.append(cell(store, share, policy, machine, traces[store], arguments))
+            report = measured(store, share, policy, arguments)
+            after = probed(store, Path(folder))
+            rows.append(cell(store, policy, report, between(before, after), traces[store], arguments))
+            before = after
             append("plan_grid", f"python benchmarks/plan_grid.py {options(arguments)}", rows[-1])
             print(json.dumps(rows[-1]), flush=True)
     numbers = spread(rows)
@@ -96,29 +103,72 @@ def recorded(store: Path, trace: Path, arguments: argparse.Namespace) -> Path:
     return trace
 
 
-def cell(
-    store: Path, share: float, policy: str, machine: Path, trace: Path, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """One run of `bench` beside its prediction."""
+def probed(store: Path, folder: Path) -> MachineSpec:
+    """What `probe` says of the machine now."""
+    file = folder / "machine.toml"
+    program("probe", str(store), "-o", str(file))
+    return load_machine(file)
+
+
+def between(one: MachineSpec, other: MachineSpec) -> MachineSpec:
+    """A machine that takes for everything the mean of the times that both take."""
+
+    def rate(a: float, b: float) -> float:
+        return 2 / (1 / a + 1 / b)
+
+    formats = {
+        name: FormatRate(rate(found.read, other.formats[name].read), rate(found.gflops, other.formats[name].gflops))
+        for name, found in one.formats.items()
+    }
+    return replace(
+        one,
+        ram_read=rate(one.ram_read, other.ram_read),
+        drive_read=rate(one.drive_read, other.drive_read),
+        gflops=rate(one.gflops, other.gflops),
+        drive_latency_s=(one.drive_latency_s + other.drive_latency_s) / 2,
+        layer_s=(one.layer_s + other.layer_s) / 2,
+        depths={depth: rate(found, other.depths[depth]) for depth, found in one.depths.items()},
+        formats=formats,
+    )
+
+
+def measured(store: Path, share: float, policy: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `bench` says of a store with slots for `share` of its experts."""
     ram = ram_for_share(store, share, arguments.context)
     sizes = ["--prompt-tokens", str(arguments.prompt_tokens), "-n", str(arguments.max_tokens), "--warm", "2"]
     sizes += ["--context", str(arguments.context), "--ram", str(ram), "--policy", policy, "--profile", "none"]
-    lines = program("bench", str(store), "--machine", str(machine), "--hits", str(trace), "--json", *sizes)
-    report = json.loads(lines[-1])
-    row: dict[str, Any] = {"store": store.name, "share": round(report["share"], 3), "policy": policy, "ram": ram}
-    for what, compared in report["compared"].items():
-        name, tokens = ("decode", 1) if what.startswith("warm decode") else ("prefill", arguments.prompt_tokens)
+    report: dict[str, Any] = json.loads(program("bench", str(store), "--json", *sizes)[-1])
+    return report | {"ram": ram}
+
+
+def cell(
+    store: Path, policy: str, report: dict[str, Any], machine: MachineSpec, trace: Path, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """A run beside its prediction."""
+    opened, curve = Store.open(store), hit_curve(str(trace), Store.open(store).config, policy)
+    cold, warm_samples = ([sample(item) for item in report[kind]] for kind in ("cold", "warm"))
+    expected = curve.at(report["share"])
+    compared = predictions(model_cost(opened), machine, cold, warm_samples, expected, report["chunk"], curve.alike)
+    row: dict[str, Any] = {"store": store.name, "share": round(report["share"], 3), "policy": policy}
+    row["ram"] = report["ram"]
+    for item in compared:
+        name, tokens = ("decode", 1) if item.what.startswith("warm decode") else ("prefill", arguments.prompt_tokens)
         row |= {
-            f"{name} predicted tok/s": round(tokens / compared["predicted_s"], 3),
-            f"{name} measured tok/s": round(tokens / compared["measured_s"], 3),
-            f"{name} predicted / measured": round(compared["measured_s"] / compared["predicted_s"], 3),
-            f"{name} gap by": {part: round(compared[f"{part}_s"], 4) for part in ("hits", "drive", "processor")},
+            f"{name} predicted tok/s": round(tokens / item.predicted_s, 3),
+            f"{name} measured tok/s": round(tokens / item.measured_s, 3),
+            f"{name} predicted / measured": round(item.measured_s / item.predicted_s, 3),
+            f"{name} gap by": {part: round(getattr(item, f"{part}_s"), 4) for part in ("hits", "drive", "processor")},
         }
     warm = report["warm"]
     demands = sum(run["decode"]["hits"] + run["decode"]["misses"] for run in warm)
     row["hit rate measured"] = round(sum(run["decode"]["hits"] for run in warm) / demands, 4)
-    row["hit rate predicted"] = round(report["expected_hit_rate"], 4)
+    row["hit rate predicted"] = round(expected, 4)
     return row
+
+
+def sample(values: dict[str, Any]) -> Sample:
+    """A generation out of the JSON of `bench`."""
+    return Sample(Phase(**values["prefill"]), Phase(**values["decode"]), values["layer_stall_s"])
 
 
 def spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

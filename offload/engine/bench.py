@@ -94,6 +94,8 @@ class BenchReport:
     """Waiting per MoE layer and token of warm decoding."""
     expected_hit_rate: float | None = None
     """Of decoding, as the prediction assumes."""
+    chunk: int = 0
+    """Prompt tokens that share one sweep of the experts."""
 
     def page(self) -> Page:
         """For people, with charts."""
@@ -145,6 +147,7 @@ class BenchReport:
             },
             "compared": {item.what: item.to_dict() for item in self.comparisons},
             "expected_hit_rate": self.expected_hit_rate,
+            "chunk": self.chunk,
             "notes": list(self.notes),
             "peak_ram_bytes": self.peak_ram_bytes,
             "layer_stall_s": list(self.layer_stall_s),
@@ -214,6 +217,7 @@ def bench(
         peak_ram(),
         layer_waiting(samples["warm"]),
         expected,
+        plan.chunk,
     )
 
 
