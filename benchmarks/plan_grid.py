@@ -8,8 +8,8 @@ instance the embedded model's (`expertpager demo --keep FOLDER`). For every stor
 benchmark's is recorded, as a user would before asking `plan`. For every cell `expertpager bench` runs in a process of
 its own between two probes of the machine, which does not stay the same for long where others use it, too; the
 prediction is that of the mean of both and of the trace. A row per cell holds predicted and measured speed of warm
-decoding and of a cold prompt, and their ratios; the last row, the spread. About two minutes a cell on two cores, besides
-a recording for every store.
+decoding and of a cold prompt, and their ratios; the last row, the spread. About two minutes a cell on two cores,
+besides a recording for every store.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from offload.kernels.native import NativeKernels, usable_cpus
 from offload.quant import get_codec
 from offload.store import Store
 from offload.store.layout import ExpertLayout, ExpertWeights
+from offload.store.manifest import MANIFEST_NAME
 from offload.tiers.device import Device
 from offload.tiers.disk import READERS, DiskReader, Read
 from offload.tiers.host import SlotPool
@@ -127,10 +128,10 @@ def probe(
 
     Raises UsageError when there is no such folder, BudgetError when it has no room for a test file.
     """
-    effort, tell = effort or Effort(), tell or _silent
     folder, target = Path(location), Path(output)
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; give the store's or the one it will be made in")
+    effort, tell = effort or _effort_for(folder), tell or _silent
     if not target.absolute().parent.is_dir():
         raise UsageError(f"--output {target}: there is no folder {target.absolute().parent}")
     backend = select(kernels, threads)
@@ -173,13 +174,21 @@ def probe(
     return ProbeReport(machine, target, backend.name)
 
 
+def _effort_for(folder: Path) -> Effort:
+    """Experts of the store's own size: small ones are slower per byte. DeepSeek-V3's where there is no store yet."""
+    if not (folder / MANIFEST_NAME).exists():
+        return Effort()
+    config = Store.open(folder).config
+    return Effort(hidden_size=config.hidden_size, moe_intermediate_size=config.moe_intermediate_size)
+
+
 # -- drive -----------------------------------------------------------------------------------
 
 
 @contextmanager
 def _extents(folder: Path, effort: Effort) -> Iterator[list[Extent]]:
     """Expert-size extents to read: a store's own, or those of a file written for the purpose."""
-    if (folder / "expertpager.json").exists():
+    if (folder / MANIFEST_NAME).exists():
         store = Store.open(folder)
         yield [
             store.locate(ExpertId(layer, expert))

@@ -37,7 +37,7 @@ def random_weight(
 
 
 @needs_library
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 @pytest.mark.parametrize("method", ["rtn", "ls"])
 @pytest.mark.parametrize("codec", CODECS)
 def test_bytes_and_errors_are_those_of_the_reference(isa: str, method: str, codec: str) -> None:

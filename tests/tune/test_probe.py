@@ -14,6 +14,7 @@ from offload.errors import BudgetError, UsageError
 from offload.kernels import select
 from offload.kernels.reference_device import ReferenceDeviceKernels
 from offload.quant import get_codec
+from offload.store import Store
 from offload.store.layout import ExpertLayout
 from offload.tiers.simulated import SimulatedDevice
 from offload.tune import probe as probe_module
@@ -51,7 +52,8 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
         return real(extents, effort)
 
     monkeypatch.setattr(probe_module, "measure_drive", spy)
-    monkeypatch.setattr(probe_module, "Effort", lambda: QUICK)
+    sizes: dict[str, int] = {}
+    monkeypatch.setattr(probe_module, "Effort", lambda **given: (sizes.update(given), replace(QUICK, **given))[1])
     before = sorted(path.name for path in store.iterdir())
     done = CliRunner().invoke(
         cli.cli, ["probe", str(store), "-o", str(tmp_path / "m.toml"), "--kernels", "reference", "--json"]
@@ -59,6 +61,8 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout.splitlines()[-1])["drive_read"] > 0
     assert {path.parent for path in seen} == {store} and len(seen) == 48
+    config = Store.open(store).config
+    assert sizes == {name: getattr(config, name) for name in ("hidden_size", "moe_intermediate_size")}
     assert sorted(path.name for path in store.iterdir()) == before
     planned = CliRunner().invoke(cli.cli, ["plan", str(store), "--machine", str(tmp_path / "m.toml")])
     assert planned.exit_code == 0, planned.output

@@ -27,6 +27,7 @@ bool requantize_portable(const RequantizeCall& call, int bits, int group);
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define EP_REQUANTIZE_X86 1
 bool requantize_avx2(const RequantizeCall& call, int bits, int group);
+bool requantize_avx512(const RequantizeCall& call, int bits, int group);
 #else
 #define EP_REQUANTIZE_X86 0
 #endif
