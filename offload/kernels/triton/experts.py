@@ -40,11 +40,12 @@ def positions_of(layout: SlabLayout) -> PackedExperts:
     return parts
 
 
-def group_tile(tokens: int) -> dict[str, int]:
+def group_tile(form: Format, tokens: int) -> dict[str, int]:
     """Tile of the grouped products. About T * K / experts rows meet in a group."""
+    part = 2 if form.kind == NF4.value else 1  # values that are looked up take registers, more than spill
     if tokens <= 512:
-        return {"M": 16, "N": 64, "K": 128, "num_warps": 4, "num_stages": 3}
-    return {"M": 64, "N": 32, "K": 64, "num_warps": 4, "num_stages": 3}
+        return {"M": 16, "N": 64 // part, "K": 128, "num_warps": 4, "num_stages": 3}
+    return {"M": 64, "N": 32 // part, "K": 64, "num_warps": 4, "num_stages": 3}
 
 
 def position_blocks(form: Format, matrices: int) -> dict[str, int]:
@@ -82,7 +83,7 @@ def _by_slot(
 ) -> None:
     positions, top_k = slot_of.numel(), slot_of.numel() // x.shape[0]
     hidden, width = slab.layout.hidden_size, slab.layout.moe_intermediate_size
-    tile = group_tile(x.shape[0])
+    tile = group_tile(parts.up, x.shape[0])
     table = groups.group_positions(slot_of, slab.slots, tile["M"])
     tables = table.order, table.slot, table.first, table.end
     raw, scales = slab.data.view(parts.up.raw_dtype), slab.data.view(parts.up.scale_dtype)

@@ -16,7 +16,7 @@ from offload.kernels.device import FEW_TOKENS
 from offload.kernels.triton import absorb, rows, tiles
 from offload.kernels.triton.formats import Format, Packed, pack
 from offload.kernels.triton.launch import Launcher
-from offload.kernels.triton.rows import INT8
+from offload.kernels.triton.rows import INT8, NF4
 from offload.quant import QuantizedTensor, get_codec
 from offload.types import ceil_div
 
@@ -129,7 +129,8 @@ def into_latent(launch: Launcher, q: Tensor, weight: Packed) -> Tensor:
             **form.rows_meta, N=depth, W=width, num_warps=4,
         )  # fmt: skip
         return out
-    tile_m, width = (16, 64) if tokens <= 16 else (64, 64)
+    tile_m = 16 if tokens <= 16 else 64
+    width = 32 if form.kind == NF4.value else 64  # values that are looked up take registers
     columns = ceil_div(rank, 2) if form.halves else rank
     launch(
         absorb.absorb_tiles_kernel, (ceil_div(tokens, tile_m), ceil_div(columns, width), heads),
