@@ -15,7 +15,7 @@ from offload.kernels.triton import groups, slots
 from offload.kernels.triton.formats import Format, PackedExperts, pack_experts
 from offload.kernels.triton.launch import Launcher
 from offload.kernels.triton.linear import activations
-from offload.kernels.triton.rows import NF4
+from offload.kernels.triton.rows import INT2, INT3, NF4
 from offload.types import ceil_div
 
 
@@ -42,7 +42,8 @@ def positions_of(layout: SlabLayout) -> PackedExperts:
 
 def group_tile(form: Format, tokens: int) -> dict[str, int]:
     """Tile of the grouped products. About T * K / experts rows meet in a group."""
-    part = 2 if form.kind == NF4.value else 1  # values that are looked up take registers, more than spill
+    # Values that are looked up or shifted out of their bytes one by one take registers, more than spill.
+    part = 2 if form.kind in (NF4.value, INT3.value, INT2.value) else 1
     if tokens <= 512:
         return {"M": 16, "N": 64 // part, "K": 128, "num_warps": 4, "num_stages": 3}
     return {"M": 64, "N": 32 // part, "K": 64, "num_warps": 4, "num_stages": 3}
