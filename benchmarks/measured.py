@@ -137,13 +137,10 @@ def _tuning() -> Iterator[tuple[str, str, str]]:
             _load(row),
         )
     for row in rows("probe_reference")[-1:]:
-        ratios = {link: [item["ratio"] for item in found.values()] for link, found in _parts(row["numbers"])}
+        n = row["numbers"]
+        ratios = {link: [item["ratio"] for item in n[link].values()] for link in ("drive", "RAM")}
         text = ", ".join(f"{link} {min(found)} to {max(found)}" for link, found in ratios.items())
         yield "figures of `probe` over those of fio and a read loop in C", text, _load(row)
-
-
-def _parts(numbers: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    return ((name, part) for name, part in numbers.items() if isinstance(part, dict))
 
 
 def _routing() -> Iterator[tuple[str, str, str]]:

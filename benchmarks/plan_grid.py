@@ -113,8 +113,8 @@ def probed(store: Path, folder: Path) -> MachineSpec:
 def between(one: MachineSpec, other: MachineSpec) -> MachineSpec:
     """A machine that takes for everything the mean of the times that both take."""
 
-    def rate(a: float, b: float) -> float:
-        return 2 / (1 / a + 1 / b)
+    def rate(*found: float) -> float:
+        return statistics.harmonic_mean(found)
 
     formats = {
         name: FormatRate(rate(found.read, other.formats[name].read), rate(found.gflops, other.formats[name].gflops))
@@ -145,7 +145,8 @@ def cell(
     store: Path, policy: str, report: dict[str, Any], machine: MachineSpec, trace: Path, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """A run beside its prediction."""
-    opened, curve = Store.open(store), hit_curve(str(trace), Store.open(store).config, policy)
+    opened = Store.open(store)
+    curve = hit_curve(str(trace), opened.config, policy)
     cold, warm_samples = ([sample(item) for item in report[kind]] for kind in ("cold", "warm"))
     expected = curve.at(report["share"])
     compared = predictions(model_cost(opened), machine, cold, warm_samples, expected, report["chunk"], curve.alike)

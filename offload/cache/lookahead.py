@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from offload.cache.policy import CachePolicy
 from offload.cache.predictor import TokenTable
 
+EARLY_ROUTERS = 2
+"""Layers ahead for which a router is applied early."""
+
 
 @dataclass(frozen=True)
 class LookAheadLimits:
@@ -47,13 +50,20 @@ class LookAhead:
         self._useful = self._wasted = self._reads = 0
         self._likely: list[list[int]] = []
         self._expected: dict[int, list[int]] = {}
+        self._single = False
         self.off_reason: str | None = None
+
+    @property
+    def early_routers(self) -> int:
+        """For how many layers ahead `expect` is of use in this step: none in a prefill, or once switched off."""
+        return EARLY_ROUTERS if self._single and self.off_reason is None else 0
 
     def begin_step(self, tokens: Sequence[int]) -> None:
         """A forward pass begins. Only passes of one token leave the drive idle."""
         self._expected.clear()
         self._likely = []
-        if self._table is not None and self.off_reason is None and len(tokens) == 1:
+        self._single = len(tokens) == 1
+        if self._table is not None and self.off_reason is None and self._single:
             likely = self._table.likely(tokens[0], self._asked)
             self._likely = [[expert for expert, _ in row] for row in likely]
 

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload.cache.lookahead import EARLY_ROUTERS
 from offload.cache.policy import Routing
 from offload.cache.trace import Trace
 from offload.kernels import Kernels
 from offload.kernels.device import DeviceKernels
 from offload.telemetry import Telemetry, TierCounters
 from offload.tiers.device import Device, Event
-from offload.tiers.ram import EARLY_ROUTERS, ExpertStore, RamTier
+from offload.tiers.ram import ExpertStore, RamTier
 from offload.tiers.vram import LayerJob, VramTier
 
 
@@ -126,6 +127,7 @@ class DeviceExecutor:
             self.tiers.append(tier)
             self._desks += [desk] * len(share.layers)
         assert len(self._desks) == self.ram.shape.layers, "every layer has one device"
+        self._each_desk = list(dict.fromkeys(self._desks))
         self._resident = False
         self._hinted: int | None = None
 
@@ -139,7 +141,7 @@ class DeviceExecutor:
         """A forward pass over `tokens` begins; `upcoming` are tokens already known to follow them."""
         assert len(tokens) <= self._max_tokens, "a forward pass is as long as what was set aside for it"
         self._hinted = None
-        for desk in self._desks:
+        for desk in self._each_desk:
             desk.forget_early()
         for tier in self.tiers:
             with tier.device.guard():
@@ -275,7 +277,7 @@ class DeviceExecutor:
 
     def _abandon(self) -> None:
         self._hinted = None
-        for desk in self._desks:
+        for desk in self._each_desk:
             desk.forget_early()
         for tier in self.tiers:
             with tier.device.guard():

@@ -52,9 +52,6 @@ LOOKAHEAD_LAYERS = 3
 LOOKAHEAD_READS = 4
 """How far ahead, and how many experts at a time, are read on speculation."""
 
-EARLY_ROUTERS = 2
-"""Layers whose routers are applied before their turn."""
-
 
 class RamTier:
     """Pages the routed experts of a store through `slots` slots of RAM. Layers are MoE layers, counted from 0.
@@ -110,7 +107,6 @@ class RamTier:
         self._reads: dict[int, Read] = {}
         self._next_layer = 0
         self._broken = False
-        self._decoding = False
         self._holders: list[Callable[[], bool]] = []
 
     def warm(self, trace: Trace) -> int:
@@ -158,7 +154,6 @@ class RamTier:
         changed = self.residency.begin_step(tokens, upcoming)
         if self._recorder:
             self._recorder.begin_step(tokens)
-        self._decoding = len(tokens) == 1
         if self._lookahead:
             self._lookahead.begin_step(tokens)
             self._speculate(0)
@@ -209,9 +204,9 @@ class RamTier:
 
     def lookahead(self) -> int:
         """For how many layers ahead `expect` is of use now: not where nothing is missing, nor in a prefill."""
-        if self._lookahead is None or self._lookahead.off_reason is not None or not self._decoding:
+        if self._lookahead is None or self.residency.slots >= self.shape.keys:
             return 0
-        return EARLY_ROUTERS if self.residency.slots < self.shape.keys else 0
+        return self._lookahead.early_routers
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """A router applied early chose `experts` (best first) for `layer`: read them if the drive idles."""

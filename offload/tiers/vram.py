@@ -32,7 +32,7 @@ from offload.store.layout import ExpertLayout
 from offload.telemetry import TierCounters
 from offload.tiers.device import Device, Event
 from offload.tiers.in_place import MOST_TOKENS, InPlace
-from offload.tiers.ram import EARLY_ROUTERS, RamTier
+from offload.tiers.ram import RamTier
 from offload.tiers.staging import SlotLists
 from offload.types import align_up, ceil_div
 
@@ -206,10 +206,7 @@ class VramTier:
 
     def lookahead(self) -> int:
         """For how many layers ahead `expect` is of use now, as `RamTier.lookahead` has it."""
-        lookahead = self._lookahead
-        if lookahead is None or lookahead.off_reason is not None or not self._decoding:
-            return 0
-        return EARLY_ROUTERS if self.foreseeing else 0
+        return self._lookahead.early_routers if self._lookahead is not None and self.foreseeing else 0
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """A router applied early chose `experts` (best first) for `layer`."""

@@ -131,12 +131,13 @@ def probe(
     folder, target = Path(location), Path(output)
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; give the store's or the one it will be made in")
-    effort, tell = effort or _effort_for(folder), tell or _silent
+    store = Store.open(folder) if (folder / MANIFEST_NAME).exists() else None
+    effort, tell = effort or _effort_for(store), tell or _silent
     if not target.absolute().parent.is_dir():
         raise UsageError(f"--output {target}: there is no folder {target.absolute().parent}")
     backend = select(kernels, threads)
     count = threads or usable_cpus()
-    with _extents(folder, effort) as extents:
+    with _extents(folder, store, effort) as extents:
         tell("drive")
         depths, latency, buffered = measure_drive(extents, effort)
     tell("RAM")
@@ -174,11 +175,11 @@ def probe(
     return ProbeReport(machine, target, backend.name)
 
 
-def _effort_for(folder: Path) -> Effort:
+def _effort_for(store: Store | None) -> Effort:
     """Experts of the store's own size: small ones are slower per byte. DeepSeek-V3's where there is no store yet."""
-    if not (folder / MANIFEST_NAME).exists():
+    if store is None:
         return Effort()
-    config = Store.open(folder).config
+    config = store.config
     return Effort(hidden_size=config.hidden_size, moe_intermediate_size=config.moe_intermediate_size)
 
 
@@ -186,10 +187,9 @@ def _effort_for(folder: Path) -> Effort:
 
 
 @contextmanager
-def _extents(folder: Path, effort: Effort) -> Iterator[list[Extent]]:
+def _extents(folder: Path, store: Store | None, effort: Effort) -> Iterator[list[Extent]]:
     """Expert-size extents to read: a store's own, or those of a file written for the purpose."""
-    if (folder / MANIFEST_NAME).exists():
-        store = Store.open(folder)
+    if store is not None:
         yield [
             store.locate(ExpertId(layer, expert))
             for layer in store.config.moe_layers

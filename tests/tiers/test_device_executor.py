@@ -9,13 +9,13 @@ import torch
 from paging_samples import EXPERTS, FIRST, LAYERS, TOP_K, Unruly, make_store, random_steps
 from test_executor import reference, repeating
 
+from offload.cache.lookahead import EARLY_ROUTERS
 from offload.cache.split import Rates, SplitModel
 from offload.errors import DeviceError, DiskError
 from offload.kernels import select
 from offload.kernels.reference_device import ReferenceDeviceKernels
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare
 from offload.tiers.disk import DiskReader
-from offload.tiers.ram import EARLY_ROUTERS
 from offload.tiers.simulated import SimulatedDevice
 from offload.tiers.vram import lent_slots
 

@@ -12,9 +12,9 @@
 #define EP_WIDEN_8(x) _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)))
 #define EP_WIDEN_16(x) _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))
 #define EP_TRANSPOSE(in, stride, count, x) \
-  for (int k = 0; k < (count); k += 8) transpose8((in) + k, (stride), reinterpret_cast<__m256*>((x) + k));
+  for (int k = 0; k < (count); k += 8) columns_8x8((in) + k, (stride), reinterpret_cast<__m256i*>((x) + k));
 
-#include "transpose_f32.h"
+#include "transpose_x86.h"
 #include "requantize_body.h"
 
 namespace ep {

@@ -12,19 +12,19 @@
 #define EP_WIDEN_8(x) _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))
 #define EP_WIDEN_16(x) _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))
 #define EP_TRANSPOSE(in, stride, count, x) \
-  for (int k = 0; k < (count); k += 8) transpose16((in) + k, (stride), reinterpret_cast<__m512*>((x) + k));
+  for (int k = 0; k < (count); k += 8) columns_8x16((in) + k, (stride), reinterpret_cast<__m512i*>((x) + k));
 
-#include "transpose_f32.h"
+#include "transpose_x86.h"
 
 namespace {
 
-// Eight columns of sixteen rows: out[k] holds column k.
-inline __attribute__((always_inline)) void transpose16(const float* in, int64_t stride, __m512* out) {
-  __m256 low[8], high[8];
-  transpose8(in, stride, low);
-  transpose8(in + 8 * stride, stride, high);
+// out[k] = column k of sixteen rows.
+inline __attribute__((always_inline)) void columns_8x16(const float* in, int64_t stride, __m512i* out) {
+  __m256i low[8], high[8];
+  columns_8x8(in, stride, low);
+  columns_8x8(in + 8 * stride, stride, high);
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) out[i] = _mm512_insertf32x8(_mm512_castps256_ps512(low[i]), high[i], 1);
+  for (int i = 0; i < 8; ++i) out[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low[i]), high[i], 1);
 }
 
 }  // namespace
