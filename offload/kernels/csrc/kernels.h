@@ -137,6 +137,30 @@ void int_rows(const RowsCall& call);
 constexpr int kStreams = 4;
 constexpr int64_t kAhead = 1024;  // bytes, where asking ahead does pay
 
+// The last, partial step of NR rows. Whole groups are read where they lie; a group cut short, from a padded copy.
+template <int BITS, int G, int MT, int NR>
+inline void int_rows_tail(typename IntFormat<BITS, G>::Accumulator (*acc)[MT], const Geometry<IntFormat<BITS, G>, BITS, G>& geometry,
+                          int64_t n, int64_t apart, const uint8_t* codes, const uint8_t* const* rec) {
+  using Format = IntFormat<BITS, G>;
+  alignas(64) uint16_t last_scales[Format::kGroups] = {};
+  const int64_t left = geometry.groups - geometry.whole * Format::kGroups;
+  if constexpr (Format::kParts) {
+    if (geometry.row_bytes == geometry.groups * G * BITS / 8) {
+      for (int r = 0; r < NR; ++r) {
+        const uint16_t* scales = geometry.row(n + r * apart).scales + geometry.whole * Format::kGroups;
+        for (int64_t g = 0; g < left; ++g) last_scales[g] = scales[g];
+        Format::template part<MT>(acc[r], codes + r * apart * geometry.row_bytes, last_scales, rec, static_cast<int>(left));
+      }
+      return;
+    }
+  }
+  alignas(64) uint8_t last_codes[Format::kWeightBytes];
+  for (int r = 0; r < NR; ++r) {
+    geometry.copy_tail(n + r * apart, last_codes, last_scales);
+    Format::template step<MT>(acc[r], last_codes, last_scales, rec);
+  }
+}
+
 // NR rows, `apart` rows between them, against up to four tokens; every row is read once, front to back.
 template <int BITS, int G, int MT, int NR>
 inline void int_rows_block(const RowsCall& call, const Geometry<IntFormat<BITS, G>, BITS, G>& geometry, int64_t n, int64_t apart) {
@@ -173,17 +197,11 @@ inline void int_rows_block(const RowsCall& call, const Geometry<IntFormat<BITS, 
       ++s;
     }
   }
-  if (s < geometry.steps) {
-    alignas(64) uint8_t last_codes[Format::kWeightBytes];
-    alignas(64) uint16_t last_scales[Format::kGroups];
-#pragma GCC unroll 4
-    for (int r = 0; r < NR; ++r) {
-      geometry.copy_tail(n + r * apart, last_codes, last_scales);
-      if (kPhases == 1 || s % kPhases == 0) {
-        Format::template step<MT>(acc[0][r], last_codes, last_scales, rec);
-      } else {
-        Format::template step<MT>(acc[kPhases - 1][r], last_codes, last_scales, rec);
-      }
+  if (s < geometry.steps) {  // one call each: a computed index would keep the sums out of the registers
+    if (kPhases == 1 || s % kPhases == 0) {
+      int_rows_tail<BITS, G, MT, NR>(acc[0], geometry, n, apart, codes, rec);
+    } else {
+      int_rows_tail<BITS, G, MT, NR>(acc[kPhases - 1], geometry, n, apart, codes, rec);
     }
   }
 #pragma GCC unroll 4

@@ -174,18 +174,30 @@ struct IntFormat {
     if constexpr (kPaired) {
       step_paired<MT>(acc, w, ws, rec);
     } else {
-      __m256i v[MT][kGroups];
-      if constexpr (BITS == 4) {
-#pragma GCC unroll 8
-        for (int g = 0; g < kGroups; ++g) group_nibbles<MT>(v, w, rec, g);
-      } else {
-#pragma GCC unroll 1  // unrolled, the compiler runs out of registers
-        for (int g = 0; g < kGroups; ++g) group_bytes<MT>(v, w, rec, g);
-      }
-      const __m256 scale = bf16_lanes(load128(ws));
-#pragma GCC unroll 4
-      for (int m = 0; m < MT; ++m) accumulate(acc[m], totals(v[m]), scale, rec[m] + kCodeBytes);
+      part<MT>(acc, w, ws, rec, kGroups);
     }
+  }
+
+  // The first `groups` groups of a step; the scales of the others must be zero.
+  static constexpr bool kParts = !kPaired;
+  template <int MT>
+  static inline __attribute__((always_inline)) void part(Acc* acc, const uint8_t* w, const uint16_t* ws,
+                                                         const uint8_t* const* rec, int groups) {
+    __m256i v[MT][kGroups];
+    if constexpr (BITS == 4) {
+#pragma GCC unroll 8
+      for (int g = 0; g < groups; ++g) group_nibbles<MT>(v, w, rec, g);
+    } else {
+#pragma GCC unroll 1  // unrolled, the compiler runs out of registers
+      for (int g = 0; g < groups; ++g) group_bytes<MT>(v, w, rec, g);
+    }
+    for (int g = groups; g < kGroups; ++g) {
+#pragma GCC unroll 4
+      for (int m = 0; m < MT; ++m) v[m][g] = _mm256_setzero_si256();
+    }
+    const __m256 scale = bf16_lanes(load128(ws));
+#pragma GCC unroll 4
+    for (int m = 0; m < MT; ++m) accumulate(acc[m], totals(v[m]), scale, rec[m] + kCodeBytes);
   }
 
   static float finish(const Acc* acc) {

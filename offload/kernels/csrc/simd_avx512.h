@@ -107,6 +107,7 @@ struct Int4G32 {
   static constexpr int kWeightBytes = 256;
   static constexpr int kCodeBytes = 512;
   static constexpr int kRecordBytes = kCodeBytes + kGroups * 8;
+  static constexpr bool kParts = false;
   using Accumulator = __m512;
 
   static __m512 zero() { return _mm512_setzero_ps(); }
@@ -161,9 +162,21 @@ struct WideFormat {
 
   template <int MT>
   static inline void step(__m256* acc, const uint8_t* w, const uint16_t* ws, const uint8_t* const* rec) {
+    part<MT>(acc, w, ws, rec, kGroups);
+  }
+
+  // The first `groups` groups of a step; the scales of the others must be zero.
+  static constexpr bool kParts = true;
+  template <int MT>
+  static inline __attribute__((always_inline)) void part(__m256* acc, const uint8_t* w, const uint16_t* ws,
+                                                         const uint8_t* const* rec, int groups) {
     __m512i v[MT][kGroups];
+    for (int g = groups; g < kGroups; ++g) {
+#pragma GCC unroll 4
+      for (int m = 0; m < MT; ++m) v[m][g] = _mm512_setzero_si512();
+    }
 #pragma GCC unroll 8
-    for (int g = 0; g < kGroups; ++g) {
+    for (int g = 0; g < groups; ++g) {
 #pragma GCC unroll 4
       for (int m = 0; m < MT; ++m) v[m][g] = _mm512_setzero_si512();
       constexpr int kBytes = G * BITS / 8;

@@ -89,11 +89,18 @@ struct IntFormat {
 
   template <int MT>
   static inline void step(Acc* acc, const uint8_t* w, const uint16_t* ws, const uint8_t* const* rec) {
+    part<MT>(acc, w, ws, rec, kGroups);
+  }
+
+  // The first `groups` groups of a step.
+  static constexpr bool kParts = true;
+  template <int MT>
+  static inline void part(Acc* acc, const uint8_t* w, const uint16_t* ws, const uint8_t* const* rec, int groups) {
     for (int m = 0; m < MT; ++m) {
       const int8_t* q = reinterpret_cast<const int8_t*>(rec[m]);
       const float* as = reinterpret_cast<const float*>(rec[m] + kCodeBytes);
       const int32_t* corr = reinterpret_cast<const int32_t*>(rec[m] + kCodeBytes + kGroups * 4);
-      for (int g = 0; g < kGroups; ++g) {
+      for (int g = 0; g < groups; ++g) {
         const int32_t d = dot(w, q, g) + corr[g];
         acc[m].v[g] = std::fma(static_cast<float>(d), bf16_to_float(ws[g]) * as[g], acc[m].v[g]);
       }
