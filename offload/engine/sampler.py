@@ -73,17 +73,16 @@ def candidates(row: NDArray[np.float32], params: SamplingParams) -> tuple[NDArra
     size = row.size
     k = min(params.top_k or size, size)
     if params.top_p < 1.0:
-        ids = _nucleus(row, k, params)
+        ids = np.sort(_nucleus(row, k, params))
     elif k < size:
-        ids = _ranked(row, k)
+        ids = np.sort(_ranked(row, k))
     else:
         ids = np.arange(size)
     weights = _weights(row[ids], row.max(), params.temperature)
     if params.min_p > 0.0:
         keep = weights >= np.float32(params.min_p)  # the largest weight is 1
         ids, weights = ids[keep], weights[keep]
-    order = np.argsort(ids)
-    return ids[order], weights[order]
+    return ids, weights
 
 
 def _nucleus(row: NDArray[np.float32], k: int, params: SamplingParams) -> NDArray[np.int64]:
@@ -99,7 +98,9 @@ def _nucleus(row: NDArray[np.float32], k: int, params: SamplingParams) -> NDArra
         edges = np.cumsum(_weights(row[ranked], row.max(), params.temperature), dtype=np.float64)
         if edges[-1] >= params.top_p * total or looked == row.size:
             return ranked[: _reach(edges, params.top_p * total)]
-        looked = min(looked * 8, row.size)
+        # What follows weighs less, so it takes this many at least.
+        needed = looked * params.top_p * total / max(float(edges[-1]), 1e-30)
+        looked = int(min(row.size, max(8 * looked, 2 * needed)))
 
 
 def _reach(edges: NDArray[np.float64], mass: float) -> int:
@@ -114,7 +115,11 @@ def _ranked(row: NDArray[np.float32], count: int) -> NDArray[np.int64]:
         ids = np.flatnonzero(row >= threshold)
     else:
         ids = np.arange(row.size)
-    return ids[np.argsort(-row[ids], kind="stable")][:count]
+    # Rank and id in one number each: those sort several times as fast as a stable argsort of the logits.
+    bits = (row[ids] + np.float32(0.0)).view(np.uint32)  # no negative zero: it equals the positive one
+    descending = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF))
+    packed = np.sort(descending.astype(np.uint64) << np.uint64(32) | ids.astype(np.uint64))
+    return (packed[:count] & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def _weights(logits: NDArray[np.float32], highest: np.float32, temperature: float) -> NDArray[np.float32]:
