@@ -155,7 +155,9 @@ class RamTier:
         if self._recorder:
             self._recorder.begin_step(tokens)
         if self._lookahead:
-            self._lookahead.begin_step(tokens)
+            events = self.residency.events
+            absent = events.misses + events.prefetch_useful + events.prefetch_late
+            self._lookahead.begin_step(tokens, absent)
             self._speculate(0)
         return changed
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from offload.cache.expected_use import ExpectedUse
-from offload.cache.lookahead import LookAhead, LookAheadLimits
+from offload.cache.lookahead import EARLY_ROUTERS, LookAhead, LookAheadLimits
 from offload.cache.policy import CacheShape, create_policy
 from offload.cache.usage import load_usage, save_usage
 
@@ -84,6 +84,29 @@ def test_a_place_that_cannot_be_written_is_reported(tmp_path, caplog):
         assert not save_usage(trained(), tmp_path / "none" / "u", "m")
     assert "cannot be kept" in caplog.text
     assert not save_usage(create_policy("lru", SHAPE), tmp_path / "u", "m")
+
+
+def test_routers_are_applied_early_only_while_experts_are_missing():
+    ahead = LookAhead(trained())
+    absent = 0
+
+    def steps(count, missing, tokens=(1,)):
+        nonlocal absent
+        for _ in range(count):
+            ahead.begin_step(tokens, absent)
+            absent += missing
+        ahead.begin_step([1], absent)
+        return ahead.early_routers
+
+    assert steps(1, 0) == EARLY_ROUTERS  # one step says little
+    assert steps(30, 0) == 0
+    assert steps(30, SHAPE.layers) == EARLY_ROUTERS
+    assert steps(30, 0) == 0
+    assert steps(3, 100 * SHAPE.layers, tokens=(1, 2)) == 0  # what a prefill misses says nothing about decoding
+    unknown = LookAhead(trained())
+    for _ in range(30):
+        unknown.begin_step([1])
+    assert unknown.early_routers == EARLY_ROUTERS
 
 
 def test_speculation_asks_for_more_and_gives_up_when_wasted():
