@@ -70,36 +70,37 @@ def candidates(row: NDArray[np.float32], params: SamplingParams) -> tuple[NDArra
     Temperature first, then top-k, top-p within what top-k kept, then min-p. Equal logits are ranked
     by id. At least the most probable token stays.
     """
-    size = row.size
-    k = min(params.top_k or size, size)
-    if params.top_p < 1.0:
-        ids = np.sort(_nucleus(row, k, params))
-    elif k < size:
-        ids = np.sort(_ranked(row, k))
+    best, top_p = row.max(), params.top_p
+    if params.top_k and params.top_k < row.size:
+        ids = _ranked(row, params.top_k)
+        weights = _weights(row[ids], best, params.temperature)
+        if top_p < 1.0:
+            edges = np.cumsum(weights, dtype=np.float64)
+            ids = ids[: _reach(edges, top_p * edges[-1])]
+        ids = np.sort(ids)
+        weights = _weights(row[ids], best, params.temperature)
     else:
-        ids = np.arange(size)
-    weights = _weights(row[ids], row.max(), params.temperature)
+        ids, weights = np.arange(row.size), _weights(row, best, params.temperature)
+        if top_p < 1.0:
+            ids = np.sort(_nucleus(row, weights, top_p))
+            weights = weights[ids]
     if params.min_p > 0.0:
         keep = weights >= np.float32(params.min_p)  # the largest weight is 1
         ids, weights = ids[keep], weights[keep]
     return ids, weights
 
 
-def _nucleus(row: NDArray[np.float32], k: int, params: SamplingParams) -> NDArray[np.int64]:
-    """The shortest beginning of the k best ids that holds `top_p` of their probability."""
-    if k < row.size:
-        ranked = _ranked(row, k)
-        edges = np.cumsum(_weights(row[ranked], row.max(), params.temperature), dtype=np.float64)
-        return ranked[: _reach(edges, params.top_p * edges[-1])]
-    total = float(np.cumsum(_weights(row, row.max(), params.temperature), dtype=np.float64)[-1])
+def _nucleus(row: NDArray[np.float32], weights: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
+    """The fewest ids of `row` [vocab], best first, that hold `top_p` of all `weights` [vocab]."""
+    mass = top_p * float(np.cumsum(weights, dtype=np.float64)[-1])
     looked = min(_FIRST_CANDIDATES, row.size)
     while True:
         ranked = _ranked(row, looked)
-        edges = np.cumsum(_weights(row[ranked], row.max(), params.temperature), dtype=np.float64)
-        if edges[-1] >= params.top_p * total or looked == row.size:
-            return ranked[: _reach(edges, params.top_p * total)]
-        # What follows weighs less, so it takes this many at least.
-        needed = looked * params.top_p * total / max(float(edges[-1]), 1e-30)
+        edges = np.cumsum(weights[ranked], dtype=np.float64)
+        if edges[-1] >= mass or looked == row.size:
+            return ranked[: _reach(edges, mass)]
+        # What follows weighs less, so this many are needed at least, and more likely twice as many.
+        needed = looked * mass / max(float(edges[-1]), 1e-30)
         looked = int(min(row.size, max(8 * looked, 2 * needed)))
 
 
