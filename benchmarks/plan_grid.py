@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +116,20 @@ def between(one: MachineSpec, other: MachineSpec) -> MachineSpec:
     def rate(*found: float) -> float:
         return statistics.harmonic_mean(found)
 
-    formats = {
-        name: FormatRate(rate(found.read, other.formats[name].read), rate(found.gflops, other.formats[name].gflops))
-        for name, found in one.formats.items()
-    }
+    def format_rate(found: FormatRate, again: FormatRate) -> FormatRate:
+        pairs = zip(astuple(found), astuple(again), strict=True)
+        return FormatRate(*(rate(*both) if all(both) else None for both in pairs))
+
+    formats = {name: format_rate(found, other.formats[name]) for name, found in one.formats.items()}
     return replace(
         one,
         ram_read=rate(one.ram_read, other.ram_read),
         drive_read=rate(one.drive_read, other.drive_read),
         gflops=rate(one.gflops, other.gflops),
+        attention_gflops=rate(one.past_gflops, other.past_gflops),
         drive_latency_s=(one.drive_latency_s + other.drive_latency_s) / 2,
         layer_s=(one.layer_s + other.layer_s) / 2,
+        miss_s=(one.miss_s + other.miss_s) / 2,
         depths={depth: rate(found, other.depths[depth]) for depth, found in one.depths.items()},
         formats=formats,
     )

@@ -145,27 +145,37 @@ class ModelCost:
         return 2 * codec.nbytes(inner, hidden) + codec.nbytes(hidden, inner) if inner else 0
 
     @property
+    def attention_nbytes(self) -> int:
+        """Bytes of the matrices of attention of all layers."""
+        codec = get_codec(self.resident)
+        return self.config.num_hidden_layers * sum(codec.nbytes(*shape) for shape in _attention_shapes(self.config))
+
+    @property
     def resident_parameters(self) -> int:
         """Parameters of attention, dense layers, shared experts and routers."""
         return sum(rows * cols for rows, cols in _resident_shapes(self.config))
 
 
-def _resident_shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """[out, in] of the resident linears of all layers, without embedding and head."""
+def _attention_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """[out, in] of the matrices of one block of attention."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     queries = heads * config.qk_head_dim
     rank = config.q_lora_rank
     q = [(queries, hidden)] if rank is None else [(rank, hidden), (queries, rank)]
-    attention = [
+    return [
         *q,
         (config.latent_dim, hidden),
         (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
         (hidden, heads * config.v_head_dim),
     ]
-    moe = len(config.moe_layers)
+
+
+def _resident_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """[out, in] of the resident linears of all layers, without embedding and head."""
+    hidden, moe = config.hidden_size, len(config.moe_layers)
     shared = config.moe_intermediate_size * config.n_shared_experts
     return (
-        attention * config.num_hidden_layers
+        _attention_shapes(config) * config.num_hidden_layers
         + [(3 * config.intermediate_size, hidden)] * (config.num_hidden_layers - moe)
         + [(3 * shared, hidden), (config.n_routed_experts, hidden)] * moe
     )
@@ -252,17 +262,19 @@ def decode_cost(model: ModelCost, machine: MachineSpec, hit: float, context: int
         chance = comb(k, misses) * (1 - hit) ** misses * hit ** (k - misses)
         waiting += chance * layer_seconds(misses, k - misses, compute=compute, arrivals=arrivals, ahead=shared)[1]
     layers = len(config.moe_layers)
-    cache = 4 * config.num_hidden_layers * context * config.latent_dim
+    attention = min(model.attention_nbytes, model.resident_read_nbytes)
+    past = config.num_hidden_layers * _past_flops(config) * context
     resident = (
-        model.resident_read_nbytes / own.read
+        attention / (own.attention or own.read)
+        + (model.resident_read_nbytes - attention) / own.read
         + model.head_nbytes / machine.format_rate(model.head).read
-        + cache / machine.ram_read
+        + past / (machine.past_gflops * 1e9)
     )
     return Cost(
         experts_s=layers * k * compute,
         resident_s=resident,
         stall_s=layers * waiting,
-        overhead_s=config.num_hidden_layers * machine.layer_s,
+        overhead_s=config.num_hidden_layers * machine.layer_s + layers * k * (1 - hit) * machine.miss_s,
         read_nbytes=layers * k * (1 - hit) * model.expert_nbytes,
     )
 
@@ -311,12 +323,12 @@ def chunk_cost(
     # Hits first, then misses as they come: the drive is ahead or behind, and the last one is computed alone.
     stall = max(0.0, reading - ahead + per_expert - compute) if missing >= 1 else 0.0
     resident = rows_seconds(own, model.resident_read_nbytes, model.resident_parameters, tokens)
-    resident += config.num_hidden_layers * _attention_flops(config, tokens, start) / (machine.gflops * 1e9)
+    resident += config.num_hidden_layers * _attention_flops(config, tokens, start) / (machine.past_gflops * 1e9)
     return Cost(
         experts_s=layers * compute,
         resident_s=resident,
         stall_s=layers * stall,
-        overhead_s=config.num_hidden_layers * machine.layer_s,
+        overhead_s=config.num_hidden_layers * machine.layer_s + layers * missing * machine.miss_s,
         read_nbytes=layers * missing * model.expert_nbytes,
         tokens=tokens,
     )
@@ -329,9 +341,14 @@ def _attention_flops(config: ModelConfig, tokens: int, start: int) -> float:
     """
     heads, first = config.num_attention_heads, min(tokens, max(0, BLOCK - start))
     expanded = config.qk_head_dim + config.v_head_dim
-    absorbed = config.latent_dim + config.kv_lora_rank
     later = tokens - first
-    return 2.0 * heads * (first * (start + first / 2) * expanded + later * (start + first + later / 2) * absorbed)
+    absorbed = _past_flops(config) * later * (start + first + later / 2)
+    return 2.0 * heads * first * (start + first / 2) * expanded + absorbed
+
+
+def _past_flops(config: ModelConfig) -> float:
+    """2 x multiply-adds of one row with one token before it, on latents."""
+    return 2.0 * config.num_attention_heads * (config.latent_dim + config.kv_lora_rank)
 
 
 def prefill_cost(

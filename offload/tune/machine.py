@@ -37,6 +37,9 @@ FOLDER = Path(__file__).resolve().parents[2] / "configs" / "machines"
 KERNEL_SHARE = 0.85
 """Share of the RAM's read rate that the CPU kernels reach with one row, where no rate per format was measured."""
 
+ATTENTION_SHARE = 0.25
+"""Part of `gflops`, which is of small integers, that attention to earlier tokens reaches: its sums are of floats."""
+
 ROWS = 16
 """Rows of the matrix products behind `gflops`: tokens per expert in a prefill chunk of 512, 256 experts, top-8."""
 
@@ -52,6 +55,8 @@ class FormatRate:
     """Weight bytes per second with one row of activations."""
     gflops: float
     """2 x multiply-adds per second with ROWS rows, in units of 1e9."""
+    attention: float | None = None
+    """Weight bytes per second of whole blocks of attention with one row: their matrices are smaller than experts."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class MachineSpec:
     drive_read: float
     threads: int
     gflops: float
+    attention_gflops: float | None = None
+    """2 x multiply-adds per second of one row with the tokens before it, in units of 1e9."""
     drive_latency_s: float = 1e-4
     drive_free: int | None = None
     formats: Mapping[str, FormatRate] = field(default_factory=dict)
@@ -96,6 +103,8 @@ class MachineSpec:
     download: float | None = None
     layer_s: float = 0.0
     """Time per layer and forward pass that is not matrix products: small kernels, routing, Python."""
+    miss_s: float = 0.0
+    """Time of the processor for every expert that is read."""
     warnings: tuple[str, ...] = ()
     depths: Mapping[str, float] = field(default_factory=dict)
     """Drive rate by number of reads under way."""
@@ -116,6 +125,11 @@ class MachineSpec:
     def format_rate(self, codec: str) -> FormatRate:
         """The measured rate of `codec`, else what the RAM's rate allows."""
         return self.formats.get(codec) or FormatRate(KERNEL_SHARE * self.ram_read, self.gflops)
+
+    @property
+    def past_gflops(self) -> float:
+        """`attention_gflops`, else the part of `gflops` that its fp32 arithmetic usually reaches."""
+        return self.attention_gflops or ATTENTION_SHARE * self.gflops
 
 
 def load_machine(file: str | Path) -> MachineSpec:
@@ -165,11 +179,11 @@ def to_toml(machine: MachineSpec) -> str:
             {"read": machine.drive_read, "latency_us": 1e6 * machine.drive_latency_s, "free": machine.drive_free},
         ),
         ("drive.depths", dict(machine.depths)),
-        ("cpu", {"threads": machine.threads, "gflops": machine.gflops, "encode": machine.encode}),
-        *((f"cpu.formats.{codec}", {"read": r.read, "gflops": r.gflops}) for codec, r in machine.formats.items()),
+        ("cpu", {name: getattr(machine, name) for name in ("threads", "gflops", "attention_gflops", "encode")}),
+        *((f"cpu.formats.{codec}", vars(rate)) for codec, rate in machine.formats.items()),
         ("gpu", vars(machine.gpu) if machine.gpu else {}),
         ("network", {"download": machine.download}),
-        ("engine", {"layer_us": 1e6 * machine.layer_s or None}),
+        ("engine", {"layer_us": 1e6 * machine.layer_s or None, "miss_us": 1e6 * machine.miss_s or None}),
     ]
     lines = []
     for table, values in tables:
@@ -181,7 +195,7 @@ def to_toml(machine: MachineSpec) -> str:
 
 def _toml(key: str, value: Any) -> str:
     if isinstance(value, float):
-        return repr(value) if key in ("gflops", "latency_us", "layer_us") else str(max(1, round(value)))
+        return repr(value) if key.endswith(("gflops", "_us")) else str(max(1, round(value)))
     # A JSON text or list of texts is one in TOML, too, but for a character that JSON leaves alone.
     return json.dumps(value).replace("\x7f", "\\u007f")
 
@@ -219,12 +233,12 @@ def _lines(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-_RATE_TABLE: dict[str, Parser] = {"read": _size, "gflops": _number}
+_RATE_TABLE: dict[str, Parser] = {"read": _size, "gflops": _number, "attention": _size}
 _KEYS: dict[str, dict[str, Parser]] = {
     "": {"name": _text, "warnings": _lines},
     "ram": {"total": _size, "available": _size, "read": _size},
     "drive": {"read": _size, "latency_us": _number, "free": _size},
-    "cpu": {"threads": _count, "gflops": _number, "encode": _size},
+    "cpu": {"threads": _count, "gflops": _number, "attention_gflops": _number, "encode": _size},
     "gpu": {
         "name": _text,
         "vram": _size,
@@ -233,7 +247,7 @@ _KEYS: dict[str, dict[str, Parser]] = {
         **dict.fromkeys(("free", "h2d_pageable", "h2d_with_reads", "ram_with_copies", "kernels"), _size),
     },
     "network": {"download": _size},
-    "engine": {"layer_us": _number},
+    "engine": {"layer_us": _number, "miss_us": _number},
 }
 _TABLES = {"ram": ("threads",), "drive": ("depths",), "cpu": ("formats",)}
 """Tables whose keys are counts or formats."""
@@ -270,11 +284,13 @@ class _Reader:
             depths=self._rates("drive", "depths"),
             threads=cpu["threads"],
             gflops=cpu["gflops"],
+            attention_gflops=cpu.get("attention_gflops"),
             formats=self._formats(),
             encode=cpu.get("encode"),
             gpu=self._gpu(found),
             download=found.get("network", {}).get("download"),
             layer_s=found.get("engine", {}).get("layer_us", 0.0) / 1e6,
+            miss_s=found.get("engine", {}).get("miss_us", 0.0) / 1e6,
         )
 
     def _sections(self) -> dict[str, dict[str, Any]]:
@@ -317,10 +333,10 @@ class _Reader:
         formats = {}
         for codec, values in self.values["cpu"].get("formats", {}).items():
             name = f"cpu.formats.{codec}"
-            if not isinstance(values, dict) or set(values) != set(_RATE_TABLE):
-                raise self._fault("cpu.formats", codec, "must have the keys read and gflops, and no others")
-            read, gflops = (self._value(name, key, values[key], parser) for key, parser in _RATE_TABLE.items())
-            formats[codec] = FormatRate(float(read), gflops)
+            if not isinstance(values, dict) or set(values) | {"attention"} != set(_RATE_TABLE):
+                raise self._fault("cpu.formats", codec, "must have the keys read and gflops, may have attention")
+            found = {key: float(self._value(name, key, value, _RATE_TABLE[key])) for key, value in values.items()}
+            formats[codec] = FormatRate(**found)
         return formats
 
     def _gpu(self, found: dict[str, dict[str, Any]]) -> Gpu | None:

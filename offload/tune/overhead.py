@@ -1,13 +1,14 @@
-"""What a layer costs besides matrix products: measured with a model whose matrices are too small to matter.
+"""What layers and misses cost besides matrix products: measured with a model whose matrices are too small to matter.
 
 Owns that model: random weights in memory, a file of zeros as its experts. It runs the decoder, the residency and the
-executor exactly as a real model does, with everything resident after the first steps.
+executor exactly as a real model does.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -92,29 +93,67 @@ class _Store:
         return Extent(self.path, index * self._step, self.layout.stride)
 
 
-def layer_seconds(kernels: Kernels, seconds: float) -> float:
-    """Seconds per layer of a decode step whose experts are resident."""
+RESIDENT_SHARE = 0.4
+"""Share of the experts that have a slot where the cost of a miss is measured."""
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What decoding takes besides matrix products and waiting."""
+
+    layer_s: float
+    """Seconds per layer whose experts are resident."""
+    miss_s: float
+    """Seconds that the processor spends on every expert that is not."""
+
+
+def measure_overhead(kernels: Kernels, seconds: float) -> Overhead:
+    """Both, `seconds` for each, from decoding with all experts resident and with too few slots for them."""
+    resident = _decode(kernels, 1.0, seconds)
+    paged = _decode(kernels, RESIDENT_SHARE, seconds)
+    layers = _CONFIG.num_hidden_layers
+    spent = paged.busy_s - resident.busy_s
+    return Overhead(resident.busy_s / layers, max(0.0, spent / paged.reads) if paged.reads else 0.0)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One decoded token: seconds that nothing was waited for, and the experts that were read."""
+
+    busy_s: float
+    reads: float
+
+
+def _decode(kernels: Kernels, share: float, seconds: float) -> _Step:
+    """Medians of steps with slots for `share` of the experts."""
     config = _CONFIG
     with tempfile.TemporaryDirectory(prefix="expertpager-probe-") as folder:
-        experts = len(config.moe_layers) * config.n_routed_experts
+        slots = round(share * len(config.moe_layers) * config.n_routed_experts)
         store = _Store(Path(folder) / "experts")
-        executor = Executor(store, kernels, slots=experts, max_tokens=_CONTEXT // 2, policy="ema+tokens")
+        executor = Executor(store, kernels, slots=slots, max_tokens=_CONTEXT // 2, policy="ema+tokens")
         try:
             model = DeepseekV3(config, load_weights(_Weights(_shapes(config)), config), kernels, executor, _CONTEXT)
             cache = KVCache(config, _CONTEXT)
             tokens = [token % config.vocab_size for token in range(_CONTEXT // 2)]
             model.forward(tokens, cache)  # brings in what these tokens use
             filled = cache.length
-            times: list[float] = []
-            while len(times) < 20 or sum(times) < seconds:
+            busy: list[float] = []
+            reads: list[int] = []
+            spent, before = 0.0, replace(executor.counters().ram)
+            while len(busy) < 20 or spent < seconds:
                 begun = time.perf_counter()
-                model.forward([len(times) % config.vocab_size], cache)
-                times.append(time.perf_counter() - begun)
+                model.forward([len(busy) % config.vocab_size], cache)
+                took = time.perf_counter() - begun
+                now = replace(executor.counters().ram)
+                step, before = now.minus(before), now
+                busy.append(took - step.stall_s)
+                reads.append(step.reads)
+                spent += took
                 if cache.length == _CONTEXT:
                     cache.truncate(filled)
         finally:
             executor.close()
-    return median(times) / config.num_hidden_layers
+    return _Step(median(busy), median(reads))
 
 
 def _shapes(c: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from offload.errors import BudgetError, UsageError
-from offload.kernels import Kernels, native, select
+from offload.kernels import FusedKernels, Kernels, native, select
 from offload.kernels.device import DeviceKernels
 from offload.kernels.native import NativeKernels, usable_cpus
 from offload.quant import get_codec
@@ -35,13 +35,16 @@ from offload.tiers.device import Device
 from offload.tiers.disk import READERS, DiskReader, Read
 from offload.tiers.host import SlotPool
 from offload.tune.machine import ROWS, FormatRate, Gpu, MachineSpec, save_machine
-from offload.tune.overhead import layer_seconds
+from offload.tune.overhead import measure_overhead
+from offload.tune.probe_attention import DEEPSEEK_V3, AttentionShapes, measure_attention, measure_past
 from offload.tune.probe_gpu import measure_gpu
 from offload.tune.surroundings import warnings
+from offload.tune.timing import median_time
 from offload.types import PAGE, ExpertId, Extent, align_up, format_size
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 FORMATS = ("int4-g32", "int4-g128", "int8-g128", "nf4-b64", "int3-g32", "fp8", "bf16")
+RESIDENT_FORMATS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "bf16")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Effort:
     file_nbytes: int = 1 << 30
     hidden_size: int = 7168
     moe_intermediate_size: int = 2048
+    attention: AttentionShapes = DEEPSEEK_V3
     buffer_nbytes: int = 256 << 20
     """Memory that is swept: far more than the caches hold."""
 
@@ -79,10 +83,12 @@ class ProbeReport:
         for codec, rate in machine.formats.items():
             share = rate.read / machine.ram_read
             one = f"{rate.read / 1e9:>6.2f} GB/s ({share:.0%} of RAM) with one row"
-            yield f"{codec:<10} {one}, {rate.gflops:.0f} GFLOP/s with {ROWS}"
+            whole = f"; attention {rate.attention / 1e9:.2f} GB/s" if rate.attention else ""
+            yield f"{codec:<10} {one}, {rate.gflops:.0f} GFLOP/s with {ROWS}{whole}"
         if machine.gpu is not None:
             yield from _gpu_lines(machine.gpu)
-        yield f"layer  {1e6 * machine.layer_s:.0f} us besides matrix products"
+        spent = f"layer  {1e6 * machine.layer_s:.0f} us besides matrix products"
+        yield f"{spent}, {1e6 * machine.miss_s:.0f} us for every expert that is read"
         for text in machine.warnings:
             yield f"warning: {text}"
         yield f"written to {self.path}"
@@ -98,8 +104,10 @@ class ProbeReport:
             "depths": dict(machine.depths),
             "ram_read": machine.ram_read,
             "ram_threads": dict(machine.ram_threads),
-            "formats": {name: {"read": r.read, "gflops": r.gflops} for name, r in machine.formats.items()},
+            "formats": {name: vars(rate) for name, rate in machine.formats.items()},
+            "attention_gflops": machine.attention_gflops,
             "layer_s": machine.layer_s,
+            "miss_s": machine.miss_s,
             "gpu": vars(machine.gpu) if machine.gpu else None,
             "warnings": list(machine.warnings),
         }
@@ -146,12 +154,19 @@ def probe(
     for codec in FORMATS:
         tell(f"kernels, {codec}")
         formats[codec] = measure_format(backend, codec, effort)
+    sizes = effort.attention
+    spent: dict[str, Any] = {"buffer_nbytes": effort.buffer_nbytes, "seconds": effort.seconds / 2}
+    if isinstance(backend, FusedKernels):
+        for codec in RESIDENT_FORMATS:
+            tell(f"attention, {codec}")
+            formats[codec] = replace(formats[codec], attention=measure_attention(backend, codec, sizes, **spent))
+    past = measure_past(backend, sizes, **spent)
     card = None
     if gpu is not None:
         tell(gpu[0].name)
         card = _measure_gpu(*gpu, count, effort)
     tell("overhead")
-    overhead = layer_seconds(backend, effort.seconds)
+    overhead = measure_overhead(backend, effort.seconds)
     read = depths[str(READERS)]
     memory = psutil.virtual_memory()
     machine = MachineSpec(
@@ -166,9 +181,11 @@ def probe(
         depths=depths,
         threads=count,
         gflops=formats["int4-g32"].gflops,
+        attention_gflops=past,
         formats=formats,
         gpu=card,
-        layer_s=overhead,
+        layer_s=overhead.layer_s,
+        miss_s=overhead.miss_s,
         warnings=warnings(folder, kernels=backend.name, drive_read=read, buffered=buffered),
     )
     save_machine(machine, target)
@@ -176,11 +193,15 @@ def probe(
 
 
 def _effort_for(store: Store | None) -> Effort:
-    """Experts of the store's own size: small ones are slower per byte. DeepSeek-V3's where there is no store yet."""
+    """Matrices of the store's own sizes: small ones are slower per byte. DeepSeek-V3's where there is no store yet."""
     if store is None:
         return Effort()
     config = store.config
-    return Effort(hidden_size=config.hidden_size, moe_intermediate_size=config.moe_intermediate_size)
+    return Effort(
+        hidden_size=config.hidden_size,
+        moe_intermediate_size=config.moe_intermediate_size,
+        attention=AttentionShapes.of(config),
+    )
 
 
 # -- drive -----------------------------------------------------------------------------------
@@ -292,10 +313,10 @@ def measure_ram(threads: int, effort: Effort) -> dict[str, float]:
 def _ram_rate(data: torch.Tensor, threads: int, seconds: float) -> float:
     if native.available() is None:
         kernels = NativeKernels(threads=threads)
-        return data.nbytes / _median_time(lambda: kernels.read(data), seconds)
+        return data.nbytes / median_time(lambda: kernels.read(data), seconds)
     parts = np.array_split(data.numpy().view(np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:
-        return data.nbytes / _median_time(lambda: list(pool.map(np.sum, parts)), seconds)
+        return data.nbytes / median_time(lambda: list(pool.map(np.sum, parts)), seconds)
 
 
 def measure_format(kernels: Kernels, codec: str, effort: Effort) -> FormatRate:
@@ -319,8 +340,8 @@ def measure_format(kernels: Kernels, codec: str, effort: Effort) -> FormatRate:
 
         return run
 
-    one = _median_time(wave(1, k), effort.seconds)
-    many = _median_time(wave(ROWS, 2), effort.seconds)
+    one = median_time(wave(1, k), effort.seconds)
+    many = median_time(wave(ROWS, 2), effort.seconds)
     parameters = 3 * effort.hidden_size * effort.moe_intermediate_size
     return FormatRate(k * layout.stride / one, max(1e-3, 2 * ROWS * 2 * parameters / many / 1e9))
 
@@ -354,17 +375,6 @@ def _random_expert(layout: ExpertLayout, seed: int) -> ExpertWeights:
             values = torch.randint(0, 256, (4099,), generator=rng, dtype=torch.uint8)
         part.copy_(values.repeat(-(-part.numel() // values.numel()))[: part.numel()])
     return ExpertWeights(layout, buffer)
-
-
-def _median_time(run: Callable[[], Any], seconds: float) -> float:
-    """Seconds of one call, after one that is not counted; three calls at least."""
-    run()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
-        begun = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begun)
-    return median(times)
 
 
 def _processor() -> str:

@@ -12,6 +12,7 @@ from convert.mapping import map_checkpoint
 from convert.source import Checkpoint
 from convert.synthetic import V3_CONFIG
 from offload.config import ModelConfig
+from offload.quant import get_codec
 from offload.store.safetensors import DTYPE_NAMES
 from offload.tune.cost import (
     ModelCost,
@@ -118,10 +119,25 @@ def test_parts_add_up_and_more_of_anything_never_hurts(v3: dict[str, Footprint])
         assert cost.overhead_s == pytest.approx(61 * 2e-4)
     speeds = [cost.tok_s for cost in costs]
     assert speeds == sorted(speeds) and speeds[0] < speeds[-1]
+    handled = decode_cost(model, replace(MACHINE, layer_s=2e-4, miss_s=1e-4), 0.25, 100)
+    assert handled.overhead_s == pytest.approx(61 * 2e-4 + 0.75 * 464 * 1e-4)
     faster = replace(MACHINE, drive_read=8e9)
     assert decode_cost(model, faster, 0.5).tok_s > decode_cost(model, MACHINE, 0.5).tok_s
     measured = replace(MACHINE, formats={"int4-g32": FormatRate(1e10, 100.0)})
     assert decode_cost(model, measured, 1.0).experts_s == pytest.approx(model.token_nbytes / 1e10)
+
+
+def test_attention_has_a_rate_of_its_own_and_grows_with_the_context(v3: dict[str, Footprint]) -> None:
+    model = ModelCost.of(v3["int4"])
+    rate = FormatRate(2e10, 100.0)
+    one = decode_cost(model, replace(MACHINE, formats={model.resident: rate}), 1.0)
+    slow = decode_cost(model, replace(MACHINE, formats={model.resident: replace(rate, attention=5e9)}), 1.0)
+    # 187.1 million weights a layer: q_a, q_b, kv_a, kv_b and o of DeepSeek-V3.
+    assert model.attention_nbytes == 61 * get_codec(model.resident).nbytes(1, 187_105_280)
+    assert slow.resident_s - one.resident_s == pytest.approx(model.attention_nbytes * (1 / 5e9 - 1 / 2e10))
+    machine = replace(MACHINE, attention_gflops=50.0)
+    long, short = (decode_cost(model, machine, 1.0, context) for context in (4096, 0))
+    assert long.resident_s - short.resident_s == pytest.approx(61 * 2 * 128 * (576 + 512) * 4096 / 50e9)
 
 
 def test_layer_clock_by_hand() -> None:

@@ -73,6 +73,8 @@ def test_drive_rate_by_reads_under_way() -> None:
         ("gflops = 500.5", "gflops = nan", 14, "cpu.gflops"),
         ("gflops = 400", 'gflops = "many"', 17, "cpu.formats.int4-g32.gflops"),
         ("gflops = 400", "", 15, "cpu.formats.int4-g32"),
+        ("gflops = 400", 'gflops = 400\nattention = "slow"', 18, "cpu.formats.int4-g32.attention"),
+        ("gflops = 400", "gflops = 400\nother = 1", 15, "cpu.formats.int4-g32"),
         ("[gpu]", "[gppu]", 18, "gppu"),
         ('h2d = "25GB"', "", 18, "gpu"),
         ('name = "a"', "name = 3", 1, "name"),

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import cli
 from offload.errors import BudgetError, UsageError
-from offload.kernels import select
+from offload.kernels import FusedKernels, select
 from offload.kernels.reference_device import ReferenceDeviceKernels
 from offload.quant import get_codec
 from offload.store import Store
@@ -19,11 +19,20 @@ from offload.store.layout import ExpertLayout
 from offload.tiers.simulated import SimulatedDevice
 from offload.tune import probe as probe_module
 from offload.tune.machine import FormatRate, Gpu, MachineSpec, load_machine, parse_machine, to_toml
-from offload.tune.overhead import layer_seconds
-from offload.tune.probe import FORMATS, Effort, _random_expert, probe
+from offload.tune.overhead import _decode, measure_overhead
+from offload.tune.probe import FORMATS, RESIDENT_FORMATS, Effort, _random_expert, probe
+from offload.tune.probe_attention import AttentionShapes, measure_attention, measure_past
 from offload.tune.surroundings import warnings
 
-QUICK = Effort(seconds=0.01, file_nbytes=1 << 20, hidden_size=256, moe_intermediate_size=128, buffer_nbytes=1 << 20)
+SMALL = AttentionShapes(256, 4, 64, 64, 32, 16, 32)
+QUICK = Effort(
+    seconds=0.01,
+    file_nbytes=1 << 20,
+    hidden_size=256,
+    moe_intermediate_size=128,
+    attention=SMALL,
+    buffer_nbytes=1 << 20,
+)
 
 
 def test_probe_of_a_folder(tmp_path: Path) -> None:
@@ -62,6 +71,7 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
     assert json.loads(done.stdout.splitlines()[-1])["drive_read"] > 0
     assert {path.parent for path in seen} == {store} and len(seen) == 48
     config = Store.open(store).config
+    assert sizes.pop("attention") == AttentionShapes.of(config)
     assert sizes == {name: getattr(config, name) for name in ("hidden_size", "moe_intermediate_size")}
     assert sorted(path.name for path in store.iterdir()) == before
     planned = CliRunner().invoke(cli.cli, ["plan", str(store), "--machine", str(tmp_path / "m.toml")])
@@ -112,8 +122,11 @@ def test_sample_experts_are_finite(codec: str) -> None:
         assert weight.isfinite().all() and 0 < weight.abs().mean() < 100
 
 
-def test_overhead_of_a_layer_is_a_fraction_of_a_second() -> None:
-    assert 0 < layer_seconds(select("reference"), 0.01) < 5
+def test_overheads_are_fractions_of_a_second() -> None:
+    kernels = select("reference")
+    found = measure_overhead(kernels, 0.01)
+    assert 0 < found.layer_s < 5 and 0 <= found.miss_s < 5
+    assert _decode(kernels, 1.0, 0.01).reads < _decode(kernels, 0.4, 0.01).reads
 
 
 def test_a_machine_file_is_read_back_equal() -> None:
@@ -127,18 +140,21 @@ def test_a_machine_file_is_read_back_equal() -> None:
         gflops=123.456,
         drive_latency_s=8.5e-5,
         drive_free=10**12,
-        formats={"int4-g32": FormatRate(4e10, 400.25)},
+        attention_gflops=40.125,
+        formats={"int4-g32": FormatRate(4e10, 400.25), "int8-g128": FormatRate(4e10, 300.5, 3e10)},
         encode=10**8,
         gpu=Gpu("card", 24 << 30, 1e12, 25e9),
         download=10**8,
         layer_s=2.5e-4,
+        miss_s=5e-5,
         warnings=("one", "two = 2"),
         depths={"1": 2e9, "8": 7e9},
         ram_threads={"1": 2e10},
     )
     again = parse_machine(to_toml(machine), "f")
-    assert replace(again, drive_latency_s=8.5e-5, layer_s=2.5e-4) == machine
+    assert replace(again, drive_latency_s=8.5e-5, layer_s=2.5e-4, miss_s=5e-5) == machine
     assert again.drive_latency_s == pytest.approx(8.5e-5) and again.layer_s == pytest.approx(2.5e-4)
+    assert again.miss_s == pytest.approx(5e-5)
 
 
 def test_warnings_of_a_system(tmp_path: Path) -> None:
@@ -164,3 +180,15 @@ def test_warnings_of_a_system(tmp_path: Path) -> None:
     assert "slow link" in look(tmp_path, drive_read=5e8)
     assert "direct I/O is refused" in look(tmp_path, buffered=True)
     assert "compiled kernels" in look(tmp_path, kernels="reference")
+
+
+@pytest.mark.parametrize("codec", RESIDENT_FORMATS)
+@pytest.mark.parametrize("rank", [None, 96])
+def test_blocks_of_attention_are_measured(codec: str, rank: int | None) -> None:
+    kernels = select("auto", 1)
+    if not isinstance(kernels, FusedKernels):
+        pytest.skip("no compiled kernels here")
+    sizes = {"buffer_nbytes": 1 << 20, "seconds": 0.01}
+    rate = measure_attention(kernels, codec, replace(SMALL, q_lora_rank=rank), **sizes)
+    assert rate > 1e6
+    assert measure_past(kernels, SMALL, **sizes) > 1e-3
