@@ -128,6 +128,8 @@ def between(one: MachineSpec, other: MachineSpec) -> MachineSpec:
         gflops=rate(one.gflops, other.gflops),
         attention_gflops=rate(one.past_gflops, other.past_gflops),
         drive_latency_s=(one.drive_latency_s + other.drive_latency_s) / 2,
+        drive_beside=(one.drive_beside + other.drive_beside) / 2,
+        kernels_beside=(one.kernels_beside + other.kernels_beside) / 2,
         layer_s=(one.layer_s + other.layer_s) / 2,
         miss_s=(one.miss_s + other.miss_s) / 2,
         depths={depth: rate(found, other.depths[depth]) for depth, found in one.depths.items()},

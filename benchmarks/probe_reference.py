@@ -98,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="expertpager-reference-") as folder:
         program = compiled(Path(folder))
         for _ in range(arguments.rounds):
-            ours, _, _ = measure_drive(extents, effort)
+            ours, _, _ = measure_drive(extents, arguments.seconds / 2)
             fio = {str(depth): drive_by_fio(extents[0].path, depth, arguments.seconds) for depth in FIO_DEPTHS}
             ram = measure_ram(usable_cpus(), effort)
             loop = {count: ram_by_loop(program, effort.buffer_nbytes, count, arguments.seconds) for count in ram}

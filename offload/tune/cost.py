@@ -256,11 +256,14 @@ def decode_cost(model: ModelCost, machine: MachineSpec, hit: float, context: int
     compute = model.expert_nbytes / machine.format_rate(model.experts).read
     own = machine.format_rate(model.resident)
     shared = model.shared_nbytes / own.read
-    k, waiting = config.num_experts_per_tok, 0.0
+    k, waiting, computing = config.num_experts_per_tok, 0.0, 0.0
     for misses in range(k + 1):
         arrivals = arrival_times(machine, misses, model.expert_nbytes)
         chance = comb(k, misses) * (1 - hit) ** misses * hit ** (k - misses)
-        waiting += chance * layer_seconds(misses, k - misses, compute=compute, arrivals=arrivals, ahead=shared)[1]
+        now = compute / machine.kernels_beside if misses else compute
+        hits = k - misses
+        waiting += chance * layer_seconds(misses, hits, compute=now, arrivals=arrivals, ahead=shared)[1]
+        computing += chance * k * now
     layers = len(config.moe_layers)
     attention = min(model.attention_nbytes, model.resident_read_nbytes)
     past = config.num_hidden_layers * _past_flops(config) * context
@@ -271,7 +274,7 @@ def decode_cost(model: ModelCost, machine: MachineSpec, hit: float, context: int
         + past / (machine.past_gflops * 1e9)
     )
     return Cost(
-        experts_s=layers * k * compute,
+        experts_s=layers * computing,
         resident_s=resident,
         stall_s=layers * waiting,
         overhead_s=config.num_hidden_layers * machine.layer_s + layers * k * (1 - hit) * machine.miss_s,
@@ -321,7 +324,7 @@ def chunk_cost(
     wave = min(WAVE, missing) * model.expert_nbytes / machine.drive_read
     ahead = min(wave, rows_seconds(own, model.shared_nbytes, model.shared_parameters, tokens))
     # Hits first, then misses as they come: the drive is ahead or behind, and the last one is computed alone.
-    stall = max(0.0, reading - ahead + per_expert - compute) if missing >= 1 else 0.0
+    compute, stall = beside(machine, compute, max(0.0, reading - ahead + per_expert) if missing >= 1 else 0.0)
     resident = rows_seconds(own, model.resident_read_nbytes, model.resident_parameters, tokens)
     resident += config.num_hidden_layers * _attention_flops(config, tokens, start) / (machine.past_gflops * 1e9)
     return Cost(
@@ -332,6 +335,18 @@ def chunk_cost(
         read_nbytes=layers * missing * model.expert_nbytes,
         tokens=tokens,
     )
+
+
+def beside(machine: MachineSpec, compute: float, reading: float) -> tuple[float, float]:
+    """(seconds of the processor, seconds it then waits) for work and reads of so many seconds each, begun together.
+
+    While both go on, each is slowed by the other.
+    """
+    slowed = compute / machine.kernels_beside
+    if slowed <= reading / machine.drive_beside:
+        return slowed, reading - slowed * machine.drive_beside
+    together = reading / machine.drive_beside
+    return together + compute - together * machine.kernels_beside, 0.0
 
 
 def _attention_flops(config: ModelConfig, tokens: int, start: int) -> float:

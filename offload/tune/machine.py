@@ -106,6 +106,10 @@ class MachineSpec:
     miss_s: float = 0.0
     """Time of the processor for every expert that is read."""
     warnings: tuple[str, ...] = ()
+    drive_beside: float = 1.0
+    """Share of the drive's rate that remains while the kernels are busy."""
+    kernels_beside: float = 1.0
+    """Share of the kernels' rates that remains while the drive is."""
     depths: Mapping[str, float] = field(default_factory=dict)
     """Drive rate by number of reads under way."""
     ram_threads: Mapping[str, float] = field(default_factory=dict)
@@ -176,10 +180,24 @@ def to_toml(machine: MachineSpec) -> str:
         ("ram.threads", dict(machine.ram_threads)),
         (
             "drive",
-            {"read": machine.drive_read, "latency_us": 1e6 * machine.drive_latency_s, "free": machine.drive_free},
+            {
+                "read": machine.drive_read,
+                "beside_kernels": machine.drive_beside,
+                "latency_us": 1e6 * machine.drive_latency_s,
+                "free": machine.drive_free,
+            },
         ),
         ("drive.depths", dict(machine.depths)),
-        ("cpu", {name: getattr(machine, name) for name in ("threads", "gflops", "attention_gflops", "encode")}),
+        (
+            "cpu",
+            {
+                "threads": machine.threads,
+                "gflops": machine.gflops,
+                "attention_gflops": machine.attention_gflops,
+                "beside_drive": machine.kernels_beside,
+                "encode": machine.encode,
+            },
+        ),
         *((f"cpu.formats.{codec}", vars(rate)) for codec, rate in machine.formats.items()),
         ("gpu", vars(machine.gpu) if machine.gpu else {}),
         ("network", {"download": machine.download}),
@@ -195,7 +213,7 @@ def to_toml(machine: MachineSpec) -> str:
 
 def _toml(key: str, value: Any) -> str:
     if isinstance(value, float):
-        return repr(value) if key.endswith(("gflops", "_us")) else str(max(1, round(value)))
+        return repr(value) if key.endswith(("gflops", "_us")) or key.startswith("beside") else str(max(1, round(value)))
     # A JSON text or list of texts is one in TOML, too, but for a character that JSON leaves alone.
     return json.dumps(value).replace("\x7f", "\\u007f")
 
@@ -221,6 +239,12 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError("must be a share, above 0 and at most 1")
+    return float(value)
+
+
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 < value < 100_000:
         raise ValueError("must be a whole number, 1 or more")
@@ -237,8 +261,14 @@ _RATE_TABLE: dict[str, Parser] = {"read": _size, "gflops": _number, "attention":
 _KEYS: dict[str, dict[str, Parser]] = {
     "": {"name": _text, "warnings": _lines},
     "ram": {"total": _size, "available": _size, "read": _size},
-    "drive": {"read": _size, "latency_us": _number, "free": _size},
-    "cpu": {"threads": _count, "gflops": _number, "attention_gflops": _number, "encode": _size},
+    "drive": {"read": _size, "beside_kernels": _share, "latency_us": _number, "free": _size},
+    "cpu": {
+        "threads": _count,
+        "gflops": _number,
+        "attention_gflops": _number,
+        "beside_drive": _share,
+        "encode": _size,
+    },
     "gpu": {
         "name": _text,
         "vram": _size,
@@ -282,6 +312,8 @@ class _Reader:
             drive_latency_s=drive.get("latency_us", 100.0) / 1e6,
             drive_free=drive.get("free"),
             depths=self._rates("drive", "depths"),
+            drive_beside=drive.get("beside_kernels", 1.0),
+            kernels_beside=cpu.get("beside_drive", 1.0),
             threads=cpu["threads"],
             gflops=cpu["gflops"],
             attention_gflops=cpu.get("attention_gflops"),

@@ -7,23 +7,17 @@ the decoder and the executor with weights too small to matter. Rates are medians
 
 from __future__ import annotations
 
-import os
-import random
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
-from offload.errors import BudgetError, UsageError
+from offload.errors import UsageError
 from offload.kernels import FusedKernels, Kernels, native, select
 from offload.kernels.device import DeviceKernels
 from offload.kernels.native import NativeKernels, usable_cpus
@@ -32,17 +26,16 @@ from offload.store import Store
 from offload.store.layout import ExpertLayout, ExpertWeights
 from offload.store.manifest import MANIFEST_NAME
 from offload.tiers.device import Device
-from offload.tiers.disk import READERS, DiskReader, Read
-from offload.tiers.host import SlotPool
+from offload.tiers.disk import READERS
 from offload.tune.machine import ROWS, FormatRate, Gpu, MachineSpec, save_machine
 from offload.tune.overhead import measure_overhead
 from offload.tune.probe_attention import DEEPSEEK_V3, AttentionShapes, measure_attention, measure_past
+from offload.tune.probe_drive import extents_at, measure_drive, measure_together
 from offload.tune.probe_gpu import measure_gpu
 from offload.tune.surroundings import warnings
 from offload.tune.timing import median_time
-from offload.types import PAGE, ExpertId, Extent, align_up, format_size
+from offload.types import align_up, format_size
 
-DEPTHS = (1, 2, 4, 8, 16, 32)
 FORMATS = ("int4-g32", "int4-g128", "int8-g128", "nf4-b64", "int3-g32", "fp8", "bf16")
 RESIDENT_FORMATS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "bf16")
 
@@ -79,6 +72,8 @@ class ProbeReport:
         threads = ", ".join(f"{n}: {rate / 1e9:.1f}" for n, rate in machine.ram_threads.items())
         yield f"{machine.name}: {format_size(machine.ram_total)} RAM, {machine.threads} threads, {self.kernels} kernels"
         yield f"drive  {machine.drive_read / 1e9:.2f} GB/s at the runtime's depth; by reads under way: {depths}"
+        beside = f"{machine.drive_beside:.0%} of it beside the kernels, which do {machine.kernels_beside:.0%} of theirs"
+        yield f"       {beside}"
         yield f"RAM    {machine.ram_read / 1e9:.1f} GB/s; by threads: {threads}"
         for codec, rate in machine.formats.items():
             share = rate.read / machine.ram_read
@@ -102,6 +97,8 @@ class ProbeReport:
             "drive_read": machine.drive_read,
             "drive_latency_s": machine.drive_latency_s,
             "depths": dict(machine.depths),
+            "drive_beside": machine.drive_beside,
+            "kernels_beside": machine.kernels_beside,
             "ram_read": machine.ram_read,
             "ram_threads": dict(machine.ram_threads),
             "formats": {name: vars(rate) for name, rate in machine.formats.items()},
@@ -145,9 +142,13 @@ def probe(
         raise UsageError(f"--output {target}: there is no folder {target.absolute().parent}")
     backend = select(kernels, threads)
     count = threads or usable_cpus()
-    with _extents(folder, store, effort) as extents:
+    layout = ExpertLayout(get_codec("int4-g32"), effort.hidden_size, effort.moe_intermediate_size)
+    with extents_at(folder, store, effort.file_nbytes, layout) as extents:
         tell("drive")
-        depths, latency, buffered = measure_drive(extents, effort)
+        # A share of each figure's time, so that all depths together take what two figures would.
+        depths, latency, buffered = measure_drive(extents, effort.seconds / 2)
+        tell("drive beside kernels")
+        together = measure_together(extents, expert_wave(backend, "int4-g32", effort, ROWS, 2), effort.seconds / 4)
     tell("RAM")
     ram = measure_ram(count, effort)
     formats = {}
@@ -179,11 +180,13 @@ def probe(
         drive_latency_s=latency,
         drive_free=max(1, psutil.disk_usage(str(folder)).free),
         depths=depths,
+        drive_beside=together.drive,
         threads=count,
         gflops=formats["int4-g32"].gflops,
         attention_gflops=past,
         formats=formats,
         gpu=card,
+        kernels_beside=together.kernels,
         layer_s=overhead.layer_s,
         miss_s=overhead.miss_s,
         warnings=warnings(folder, kernels=backend.name, drive_read=read, buffered=buffered),
@@ -202,105 +205,6 @@ def _effort_for(store: Store | None) -> Effort:
         moe_intermediate_size=config.moe_intermediate_size,
         attention=AttentionShapes.of(config),
     )
-
-
-# -- drive -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _extents(folder: Path, store: Store | None, effort: Effort) -> Iterator[list[Extent]]:
-    """Expert-size extents to read: a store's own, or those of a file written for the purpose."""
-    if store is not None:
-        yield [
-            store.locate(ExpertId(layer, expert))
-            for layer in store.config.moe_layers
-            for expert in range(store.config.n_routed_experts)
-        ]
-        return
-    layout = ExpertLayout(get_codec("int4-g32"), effort.hidden_size, effort.moe_intermediate_size)
-    size = align_up(layout.stride)
-    need = max(4 * size, effort.file_nbytes)
-    free = psutil.disk_usage(str(folder)).free
-    if free < 2 * need:
-        raise BudgetError(
-            f"{folder} has {format_size(free)} free; measuring the drive needs a file of {format_size(need)} "
-            "and some room beside it"
-        )
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="expertpager-probe-") as file:
-        block = np.random.default_rng(0).integers(0, 256, min(need, 32 << 20), np.uint8).tobytes()
-        for _ in range(0, need, len(block)):
-            file.write(block)
-        file.flush()
-        _sync(file.fileno())
-        path = Path(file.name)
-        yield [Extent(path, at, layout.stride) for at in range(0, need - size + 1, size)]
-
-
-def _sync(fd: int) -> None:
-    os.fsync(fd)
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def measure_drive(extents: Sequence[Extent], effort: Effort) -> tuple[dict[str, float], float, bool]:
-    """(bytes per second by reader threads, seconds of a single small read, whether direct I/O was refused)."""
-    rng = random.Random(0)
-    rates = {}
-    slot = align_up(extents[0].nbytes) + PAGE
-    pool = SlotPool(max(DEPTHS), slot)
-    buffered = False
-    for depth in DEPTHS:
-        reader = DiskReader(threads=depth)
-        try:
-            # A share of each figure's time, so that all depths together take what two figures would.
-            rates[str(depth)] = _read_rate(reader, extents, pool, rng, effort.seconds / 2)
-            buffered = reader.buffered
-        finally:
-            reader.close()
-    reader = DiskReader(threads=1)
-    try:
-        latency = median(_one_small_read(reader, rng.choice(extents), pool) for _ in range(32))
-    finally:
-        reader.close()
-    return rates, latency, buffered
-
-
-def _read_rate(
-    reader: DiskReader, extents: Sequence[Extent], pool: SlotPool, rng: random.Random, seconds: float
-) -> float:
-    """Random extents, always as many under way as there are threads."""
-    free = list(range(pool.slots))
-    done = 0
-    begun = time.perf_counter()
-    under_way = 0
-    while True:
-        elapsed = time.perf_counter() - begun
-        while free and elapsed < seconds:
-            slot = free.pop()
-            reader.submit([Read(rng.choice(extents), pool.buffer(slot), "a sample", tag=slot)])
-            under_way += 1
-        if not under_way:
-            return done / (time.perf_counter() - begun)
-        read = reader.completed()
-        assert read is not None
-        under_way -= 1
-        if read.error is not None:
-            raise read.error
-        free.append(read.tag)
-        done += read.extent.nbytes
-
-
-def _one_small_read(reader: DiskReader, extent: Extent, pool: SlotPool) -> float:
-    begun = time.perf_counter()
-    reader.submit([Read(Extent(extent.path, extent.offset, 512), pool.buffer(0), "a sample", tag=0)])
-    read = reader.completed()
-    assert read is not None
-    if read.error is not None:
-        raise read.error
-    return time.perf_counter() - begun
-
-
-# -- RAM and kernels -------------------------------------------------------------------------
 
 
 def measure_ram(threads: int, effort: Effort) -> dict[str, float]:
@@ -322,28 +226,29 @@ def _ram_rate(data: torch.Tensor, threads: int, seconds: float) -> float:
 def measure_format(kernels: Kernels, codec: str, effort: Effort) -> FormatRate:
     """The rate of routed experts in `codec`: one row for the bytes, several rows for the products."""
     layout = ExpertLayout(get_codec(codec), effort.hidden_size, effort.moe_intermediate_size)
+    one = median_time(expert_wave(kernels, codec, effort, 1, 8), effort.seconds)
+    many = median_time(expert_wave(kernels, codec, effort, ROWS, 2), effort.seconds)
+    parameters = 3 * effort.hidden_size * effort.moe_intermediate_size
+    return FormatRate(8 * layout.stride / one, max(1e-3, 2 * ROWS * 2 * parameters / many / 1e9))
+
+
+def expert_wave(kernels: Kernels, codec: str, effort: Effort, rows: int, size: int) -> Callable[[], None]:
+    """One call applies `size` experts in `codec` to `rows` rows each; every call has other experts than the last."""
+    layout = ExpertLayout(get_codec(codec), effort.hidden_size, effort.moe_intermediate_size)
     count = max(2, min(64, effort.buffer_nbytes // layout.stride))
     experts = [_random_expert(layout, seed) for seed in range(count)]
-    k = min(8, count)
-    cursor = [0]
+    x = torch.randn(rows, effort.hidden_size, generator=torch.Generator().manual_seed(0))
+    partial = torch.zeros(rows * size, effort.hidden_size)
+    positions = [torch.arange(j, rows * size, size) for j in range(size)]
+    first = 0
 
-    def wave(rows: int, size: int) -> Callable[[], None]:
-        x = torch.randn(rows, effort.hidden_size, generator=torch.Generator().manual_seed(0))
-        partial = torch.zeros(rows * size, effort.hidden_size)
-        positions = [torch.arange(j, rows * size, size) for j in range(size)]
+    def run() -> None:
+        nonlocal first
+        chosen = [(experts[(first + j) % count], positions[j]) for j in range(size)]
+        first += size
+        kernels.experts(x, chosen, size, partial)
 
-        def run() -> None:
-            first = cursor[0]
-            cursor[0] = first + size
-            chosen = [(experts[(first + j) % count], positions[j]) for j in range(size)]
-            kernels.experts(x, chosen, size, partial)
-
-        return run
-
-    one = median_time(wave(1, k), effort.seconds)
-    many = median_time(wave(ROWS, 2), effort.seconds)
-    parameters = 3 * effort.hidden_size * effort.moe_intermediate_size
-    return FormatRate(k * layout.stride / one, max(1e-3, 2 * ROWS * 2 * parameters / many / 1e9))
+    return run
 
 
 def _measure_gpu(device: Device, kernels: DeviceKernels, threads: int, effort: Effort) -> Gpu:

@@ -17,6 +17,7 @@ from offload.store.safetensors import DTYPE_NAMES
 from offload.tune.cost import (
     ModelCost,
     arrival_times,
+    beside,
     ceiling_tok_s,
     decode_cost,
     distinct_experts,
@@ -138,6 +139,16 @@ def test_attention_has_a_rate_of_its_own_and_grows_with_the_context(v3: dict[str
     machine = replace(MACHINE, attention_gflops=50.0)
     long, short = (decode_cost(model, machine, 1.0, context) for context in (4096, 0))
     assert long.resident_s - short.resident_s == pytest.approx(61 * 2 * 128 * (576 + 512) * 4096 / 50e9)
+
+
+def test_drive_and_kernels_slow_each_other() -> None:
+    machine = replace(MACHINE, drive_beside=0.8, kernels_beside=0.5)
+    # 1 s of work takes 2 s beside the reads, of which 1.6 s are done by then: 1.4 s are left to wait for.
+    assert beside(machine, 1.0, 3.0) == pytest.approx((2.0, 1.4))
+    # 0.8 s of reads take 1 s, in which half a second of 3 s of work is done.
+    assert beside(machine, 3.0, 0.8) == pytest.approx((3.5, 0.0))
+    assert beside(machine, 3.0, 0.0) == (3.0, 0.0)
+    assert beside(MACHINE, 1.0, 3.0) == (1.0, 2.0) and beside(MACHINE, 3.0, 1.0) == (3.0, 0.0)
 
 
 def test_layer_clock_by_hand() -> None:

@@ -80,6 +80,8 @@ def test_drive_rate_by_reads_under_way() -> None:
         ('name = "a"', "name = 3", 1, "name"),
         ('name = "a"', 'name = "a"\nwarnings = [1]', 2, "warnings"),
         ("latency_us = 80", "latency_us = inf", 9, "drive.latency_us"),
+        ("latency_us = 80", "beside_kernels = 1.5", 9, "drive.beside_kernels"),
+        ("threads = 8", "threads = 8\nbeside_drive = 0", 14, "cpu.beside_drive"),
         ('total = "64GiB"', 'total = "64GiB"\navailable = "65GiB"', 4, "ram.available"),
         ("[engine]\nlayer_us = 250", "engine.layer_us = 'x'", 25, "network.engine"),
     ],

@@ -45,6 +45,7 @@ def test_probe_of_a_folder(tmp_path: Path) -> None:
     assert set(machine.formats) == set(FORMATS) and set(machine.depths) == {"1", "2", "4", "8", "16", "32"}
     assert machine.drive_read == pytest.approx(report.machine.drive_read, abs=1)
     assert machine.threads == 1 and machine.ram_threads.keys() == {"1"}
+    assert 0 < machine.drive_beside <= 1 and 0 < machine.kernels_beside <= 1
     assert machine.layer_s > 0 and machine.drive_latency_s > 0 and machine.ram_available <= machine.ram_total
     assert any("torch reference" in line for line in machine.warnings)
     assert "drive" in told and "RAM" in told
@@ -56,9 +57,9 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
     seen: list[Path] = []
     real = probe_module.measure_drive
 
-    def spy(extents, effort):  # type: ignore[no-untyped-def]
+    def spy(extents, seconds):  # type: ignore[no-untyped-def]
         seen.extend(extent.path for extent in extents)
-        return real(extents, effort)
+        return real(extents, seconds)
 
     monkeypatch.setattr(probe_module, "measure_drive", spy)
     sizes: dict[str, int] = {}
@@ -147,6 +148,8 @@ def test_a_machine_file_is_read_back_equal() -> None:
         download=10**8,
         layer_s=2.5e-4,
         miss_s=5e-5,
+        drive_beside=0.875,
+        kernels_beside=0.75,
         warnings=("one", "two = 2"),
         depths={"1": 2e9, "8": 7e9},
         ram_threads={"1": 2e10},

@@ -1,0 +1,169 @@
+"""Measuring the drive: random expert-size extents through the reader that a run uses, alone and beside the kernels.
+
+Owns the extents, a test file where there is no store yet, and the measurements.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import psutil
+
+from offload.errors import BudgetError
+from offload.store import Store
+from offload.store.layout import ExpertLayout
+from offload.tiers.disk import READERS, DiskReader, Read
+from offload.tiers.host import SlotPool
+from offload.types import PAGE, ExpertId, Extent, align_up, format_size
+
+DEPTHS = (1, 2, 4, 8, 16, 32)
+
+TURNS = 4
+"""Alternations of drive and kernels alone and together."""
+
+
+@contextmanager
+def extents_at(folder: Path, store: Store | None, file_nbytes: int, layout: ExpertLayout) -> Iterator[list[Extent]]:
+    """Expert-size extents to read: the store's own, or those of a file of `file_nbytes` written for the purpose.
+
+    Raises BudgetError when the folder has no room for that file.
+    """
+    if store is not None:
+        yield [
+            store.locate(ExpertId(layer, expert))
+            for layer in store.config.moe_layers
+            for expert in range(store.config.n_routed_experts)
+        ]
+        return
+    size = align_up(layout.stride)
+    need = max(4 * size, file_nbytes)
+    free = psutil.disk_usage(str(folder)).free
+    if free < 2 * need:
+        raise BudgetError(
+            f"{folder} has {format_size(free)} free; measuring the drive needs a file of {format_size(need)} "
+            "and some room beside it"
+        )
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="expertpager-probe-") as file:
+        block = np.random.default_rng(0).integers(0, 256, min(need, 32 << 20), np.uint8).tobytes()
+        for _ in range(0, need, len(block)):
+            file.write(block)
+        file.flush()
+        _sync(file.fileno())
+        path = Path(file.name)
+        yield [Extent(path, at, layout.stride) for at in range(0, need - size + 1, size)]
+
+
+def _sync(fd: int) -> None:
+    os.fsync(fd)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure_drive(extents: Sequence[Extent], seconds: float) -> tuple[dict[str, float], float, bool]:
+    """(bytes per second by reader threads, seconds of a single small read, whether direct I/O was refused).
+
+    `seconds` for each number of threads.
+    """
+    rng = random.Random(0)
+    rates = {}
+    slot = align_up(extents[0].nbytes) + PAGE
+    pool = SlotPool(max(DEPTHS), slot)
+    buffered = False
+    for depth in DEPTHS:
+        reader = DiskReader(threads=depth)
+        try:
+            rates[str(depth)] = _read_rate(reader, extents, pool, rng, seconds)
+            buffered = reader.buffered
+        finally:
+            reader.close()
+    reader = DiskReader(threads=1)
+    try:
+        latency = median(_one_small_read(reader, rng.choice(extents), pool) for _ in range(32))
+    finally:
+        reader.close()
+    return rates, latency, buffered
+
+
+def _read_rate(
+    reader: DiskReader, extents: Sequence[Extent], pool: SlotPool, rng: random.Random, seconds: float
+) -> float:
+    """Random extents, always as many under way as there are threads."""
+    free = list(range(pool.slots))
+    done = 0
+    begun = time.perf_counter()
+    under_way = 0
+    while True:
+        elapsed = time.perf_counter() - begun
+        while free and elapsed < seconds:
+            slot = free.pop()
+            reader.submit([Read(rng.choice(extents), pool.buffer(slot), "a sample", tag=slot)])
+            under_way += 1
+        if not under_way:
+            return done / (time.perf_counter() - begun)
+        read = reader.completed()
+        assert read is not None
+        under_way -= 1
+        if read.error is not None:
+            raise read.error
+        free.append(read.tag)
+        done += read.extent.nbytes
+
+
+def _one_small_read(reader: DiskReader, extent: Extent, pool: SlotPool) -> float:
+    begun = time.perf_counter()
+    reader.submit([Read(Extent(extent.path, extent.offset, 512), pool.buffer(0), "a sample", tag=0)])
+    read = reader.completed()
+    assert read is not None
+    if read.error is not None:
+        raise read.error
+    return time.perf_counter() - begun
+
+
+@dataclass(frozen=True)
+class Together:
+    """What is left of either rate while drive and kernels are both busy: 1 is all of it."""
+
+    kernels: float
+    drive: float
+
+
+def measure_together(extents: Sequence[Extent], work: Callable[[], object], seconds: float) -> Together:
+    """Shares of the rates alone: medians over TURNS alternations of `seconds` alone each, and together.
+
+    `work` is one call of the kernels. On few cores the system's part of the reads takes time from them, and both
+    use the same memory.
+    """
+    rng = random.Random(0)
+    reader = DiskReader(threads=READERS)
+    pool = SlotPool(2 * READERS, align_up(extents[0].nbytes) + PAGE)
+    kernels, drive = [], []
+    try:
+        with ThreadPoolExecutor(1) as other:
+            for _ in range(TURNS):
+                alone = _read_rate(reader, extents, pool, rng, seconds), _call_rate(work, seconds)
+                # The kernels end first, so that they never run alone.
+                reading = other.submit(_read_rate, reader, extents, pool, rng, 1.2 * seconds)
+                kernels.append(_call_rate(work, seconds) / alone[1])
+                drive.append(reading.result() / alone[0])
+    finally:
+        reader.close()
+    return Together(min(1.0, median(kernels)), min(1.0, median(drive)))
+
+
+def _call_rate(work: Callable[[], object], seconds: float) -> float:
+    """Calls per second."""
+    begun, calls = time.perf_counter(), 0
+    while not calls or time.perf_counter() - begun < seconds:
+        work()
+        calls += 1
+    return calls / (time.perf_counter() - begun)
