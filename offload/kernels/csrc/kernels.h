@@ -186,9 +186,13 @@ inline void int_rows_block(const RowsCall& call, const Geometry<IntFormat<BITS, 
 #pragma GCC unroll 2
     for (int phase = 0; phase < kPhases; ++phase) {
       if (s == geometry.whole) break;
+      if constexpr (Format::kTurns && MT == 1) {
+        Format::template turns<NR>(acc[phase], codes, code_stride, scales, scale_stride, rec[0]);
+      } else {
 #pragma GCC unroll 4
-      for (int r = 0; r < NR; ++r) {
-        Format::template step<MT>(acc[phase][r], codes + r * code_stride, scales + r * scale_stride, rec);
+        for (int r = 0; r < NR; ++r) {
+          Format::template step<MT>(acc[phase][r], codes + r * code_stride, scales + r * scale_stride, rec);
+        }
       }
       codes += Format::kWeightBytes;
       scales += Format::kGroups;
@@ -218,8 +222,8 @@ inline void int_rows_block(const RowsCall& call, const Geometry<IntFormat<BITS, 
 
 template <int BITS, int G, int MT>
 void int_rows_few(const RowsCall& call) {
-  // More tokens need the registers, and more time per byte; so do codes of eight bits, a little.
-  constexpr int kRows = MT == 1 ? (BITS == 8 ? kStreams - 1 : kStreams) : MT == 2 ? 2 : 1;
+  // More tokens need the registers, and more time per byte.
+  constexpr int kRows = MT == 1 ? kStreams : MT == 2 ? 2 : 1;
   const Geometry<IntFormat<BITS, G>, BITS, G> geometry(*call.weight);
   const int64_t apart = (call.last - call.first) / kRows;
   for (int64_t n = call.first; n < call.first + apart; ++n) int_rows_block<BITS, G, MT, kRows>(call, geometry, n, apart);

@@ -178,6 +178,34 @@ struct IntFormat {
     }
   }
 
+  // One step of NR rows against one token, the rows `stride` bytes and `scale_stride` scales apart. Rows that take
+  // turns every 32 bytes load each piece of the token once, and keep as many streams of reads under way. With four bits
+  // the arithmetic decides, and it gains nothing.
+  static constexpr bool kTurns = BITS == 8;
+  template <int NR>
+  static inline void turns(Acc (*acc)[1], const uint8_t* w, int64_t stride, const uint16_t* ws, int64_t scale_stride,
+                           const uint8_t* rec) {
+    __m256i v[NR][kGroups];
+#pragma GCC unroll 1  // unrolled, the compiler runs out of registers
+    for (int g = 0; g < kGroups; ++g) {
+      __m256i sum[NR];
+#pragma GCC unroll 4
+      for (int r = 0; r < NR; ++r) sum[r] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+      for (int b = g * G; b < (g + 1) * G; b += 32) {
+        const __m256i even = load256(rec + kInt8ActBytes * b), odd = load256(rec + kInt8ActBytes * b + 32);
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; ++r) sum[r] = byte_sums(sum[r], load256(w + r * stride + b), even, odd);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < NR; ++r) v[r][g] = sum[r];
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; ++r) {
+      accumulate(acc[r][0], totals(v[r]), bf16_lanes(load128(ws + r * scale_stride)), rec + kCodeBytes);
+    }
+  }
+
   // The first `groups` groups of a step; the scales of the others must be zero.
   static constexpr bool kParts = !kPaired;
   template <int MT>
@@ -186,10 +214,10 @@ struct IntFormat {
     __m256i v[MT][kGroups];
     if constexpr (BITS == 4) {
 #pragma GCC unroll 8
-      for (int g = 0; g < groups; ++g) group_nibbles<MT>(v, w, rec, g);
+      for (int g = 0; g < groups; ++g) group_sums<MT>(v, w, rec, g);
     } else {
 #pragma GCC unroll 1  // unrolled, the compiler runs out of registers
-      for (int g = 0; g < groups; ++g) group_bytes<MT>(v, w, rec, g);
+      for (int g = 0; g < groups; ++g) group_sums<MT>(v, w, rec, g);
     }
     for (int g = groups; g < kGroups; ++g) {
 #pragma GCC unroll 4
@@ -209,87 +237,92 @@ struct IntFormat {
   }
 
  private:
+  // Sums of 32 bytes of weights times `even` and `odd` activations, in lanes that hold a part of one group each: of
+  // 32 bits with VNNI, else of 16, which four such sums and one more pair fill to 15 * 127 * 16 = 30480 at most.
+  static inline __m256i nibble_sums(__m256i raw, __m256i even, __m256i odd) {
+    const __m256i lo = nibbles_low(raw), hi = nibbles_high(raw);
+#ifdef EP_VNNI256
+    return dpbusd(dpbusd(_mm256_setzero_si256(), lo, even), hi, odd);
+#else
+    return _mm256_add_epi16(_mm256_maddubs_epi16(lo, even), _mm256_maddubs_epi16(hi, odd));
+#endif
+  }
+  static inline __m256i add_sums(__m256i x, __m256i y) {
+#ifdef EP_VNNI256
+    return _mm256_add_epi32(x, y);
+#else
+    return _mm256_add_epi16(x, y);
+#endif
+  }
+  // Such sums as 32-bit lanes.
+  static inline __m256i widened(__m256i sums) {
+#ifdef EP_VNNI256
+    return sums;
+#else
+    return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+#endif
+  }
+  // `odd` is not used with VNNI, where codes lie in their order.
+  static inline __m256i byte_sums(__m256i sums, __m256i raw, __m256i even, [[maybe_unused]] __m256i odd) {
+#ifdef EP_VNNI256
+    return dpbusd(sums, raw, even);
+#else
+    const __m256i pairs = byte_pairs(raw);
+    const __m256i d = _mm256_add_epi32(_mm256_madd_epi16(pairs, even), _mm256_madd_epi16(_mm256_srai_epi16(pairs, 8), odd));
+    return _mm256_add_epi32(sums, d);
+#endif
+  }
+
+  static inline void accumulate_paired(Acc& acc, const __m256i* v, const uint16_t* ws, const uint8_t* rec) {
+    // Each scale to the upper half of a float, groups 0 2 4 6 1 3 5 7.
+    const __m256i order = _mm256_setr_epi8(
+        -1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13,
+        -1, -1, 2, 3, -1, -1, 6, 7, -1, -1, 10, 11, -1, -1, 14, 15);
+    const __m256 scale = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(ws)), order));
+#ifdef EP_VNNI256
+    const __m256i sums = pair64(pair32(v[0], v[1]), pair32(v[2], v[3]));
+#else
+    const __m256i sums = widened(pair64x16(pair32x16(v[0], v[1]), pair32x16(v[2], v[3])));
+#endif
+    accumulate(acc, sums, scale, rec + kCodeBytes);
+  }
+
   template <int MT>
   static inline void step_paired(Acc* acc, const uint8_t* w, const uint16_t* ws, const uint8_t* const* rec) {
     __m256i v[MT][4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const __m256i raw = load256(w + 32 * i);
-      const __m256i lo = nibbles_low(raw), hi = nibbles_high(raw);
       const int at = (i / 2) * 128 + (i % 2) * 32;
 #pragma GCC unroll 4
-      for (int m = 0; m < MT; ++m) {
-        const __m256i even = load256(rec[m] + at), odd = load256(rec[m] + at + 64);
-#ifdef EP_VNNI256
-        v[m][i] = dpbusd(dpbusd(_mm256_setzero_si256(), lo, even), hi, odd);
-#else
-        v[m][i] = _mm256_add_epi16(_mm256_maddubs_epi16(lo, even), _mm256_maddubs_epi16(hi, odd));
-#endif
-      }
+      for (int m = 0; m < MT; ++m) v[m][i] = nibble_sums(raw, load256(rec[m] + at), load256(rec[m] + at + 64));
     }
-    // Each scale to the upper half of a float, groups 0 2 4 6 1 3 5 7.
-    const __m256i order = _mm256_setr_epi8(
-        -1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13,
-        -1, -1, 2, 3, -1, -1, 6, 7, -1, -1, 10, 11, -1, -1, 14, 15);
-    const __m256 scale = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(ws)), order));
 #pragma GCC unroll 4
-    for (int m = 0; m < MT; ++m) {
-#ifdef EP_VNNI256
-      const __m256i sums = pair64(pair32(v[m][0], v[m][1]), pair32(v[m][2], v[m][3]));
-#else
-      // 16-bit lanes stay below 15 * 127 * 2 * 2 * 2 * 2 = 30480; two neighbours of each vector are left.
-      const __m256i words = pair64x16(pair32x16(v[m][0], v[m][1]), pair32x16(v[m][2], v[m][3]));
-      const __m256i sums = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
-#endif
-      accumulate(acc[m], sums, scale, rec[m] + kCodeBytes);
-    }
+    for (int m = 0; m < MT; ++m) accumulate_paired(acc[m], v[m], ws, rec[m]);
   }
 
   template <int MT>
-  static inline void group_nibbles(__m256i (*v)[kGroups], const uint8_t* w, const uint8_t* const* rec, int g) {
+  static inline void group_sums(__m256i (*v)[kGroups], const uint8_t* w, const uint8_t* const* rec, int g) {
+    constexpr int kBytes = G * BITS / 8;
 #pragma GCC unroll 4
     for (int m = 0; m < MT; ++m) v[m][g] = _mm256_setzero_si256();
 #pragma GCC unroll 4
-    for (int b = g * (G / 2); b < (g + 1) * (G / 2); b += 32) {
+    for (int b = g * kBytes; b < (g + 1) * kBytes; b += 32) {
       const __m256i raw = load256(w + b);
-      const __m256i lo = nibbles_low(raw), hi = nibbles_high(raw);
-      const int at = (b / 64) * 128 + b % 64;
+      const int at = BITS == 4 ? (b / 64) * 128 + b % 64 : kInt8ActBytes * b;
 #pragma GCC unroll 4
       for (int m = 0; m < MT; ++m) {
-        const __m256i even = load256(rec[m] + at), odd = load256(rec[m] + at + 64);
-#ifdef EP_VNNI256
-        v[m][g] = dpbusd(dpbusd(v[m][g], lo, even), hi, odd);
-#else
-        const __m256i d = _mm256_add_epi16(_mm256_maddubs_epi16(lo, even), _mm256_maddubs_epi16(hi, odd));
-        v[m][g] = _mm256_add_epi16(v[m][g], d);
-#endif
+        const __m256i even = load256(rec[m] + at), odd = load256(rec[m] + at + (BITS == 4 ? 64 : 32));
+        if constexpr (BITS == 8) {
+          v[m][g] = byte_sums(v[m][g], raw, even, odd);
+        } else {
+          v[m][g] = add_sums(v[m][g], nibble_sums(raw, even, odd));
+        }
       }
     }
-#ifndef EP_VNNI256
+    if constexpr (BITS == 4) {
 #pragma GCC unroll 4
-    for (int m = 0; m < MT; ++m) v[m][g] = _mm256_madd_epi16(v[m][g], _mm256_set1_epi16(1));
-#endif
-  }
-
-  template <int MT>
-  static inline void group_bytes(__m256i (*v)[kGroups], const uint8_t* w, const uint8_t* const* rec, int g) {
-#pragma GCC unroll 4
-    for (int m = 0; m < MT; ++m) v[m][g] = _mm256_setzero_si256();
-#pragma GCC unroll 4
-    for (int b = g * G; b < (g + 1) * G; b += 32) {
-      const __m256i raw = load256(w + b);
-#ifdef EP_VNNI256
-#pragma GCC unroll 4
-      for (int m = 0; m < MT; ++m) v[m][g] = dpbusd(v[m][g], raw, load256(rec[m] + b));
-#else
-      const __m256i pairs = byte_pairs(raw), odd = _mm256_srai_epi16(pairs, 8);
-#pragma GCC unroll 4
-      for (int m = 0; m < MT; ++m) {
-        const __m256i d = _mm256_add_epi32(_mm256_madd_epi16(pairs, load256(rec[m] + 2 * b)),
-                                           _mm256_madd_epi16(odd, load256(rec[m] + 2 * b + 32)));
-        v[m][g] = _mm256_add_epi32(v[m][g], d);
-      }
-#endif
+      for (int m = 0; m < MT; ++m) v[m][g] = widened(v[m][g]);
     }
   }
 };

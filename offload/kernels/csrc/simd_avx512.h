@@ -107,6 +107,7 @@ struct Int4G32 {
   static constexpr int kWeightBytes = 256;
   static constexpr int kCodeBytes = 512;
   static constexpr int kRecordBytes = kCodeBytes + kGroups * 8;
+  static constexpr bool kTurns = false;
   static constexpr bool kParts = false;
   using Accumulator = __m512;
 
@@ -165,6 +166,7 @@ struct WideFormat {
     part<MT>(acc, w, ws, rec, kGroups);
   }
 
+  static constexpr bool kTurns = false;
   // The first `groups` groups of a step; the scales of the others must be zero.
   static constexpr bool kParts = true;
   template <int MT>

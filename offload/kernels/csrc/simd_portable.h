@@ -92,6 +92,7 @@ struct IntFormat {
     part<MT>(acc, w, ws, rec, kGroups);
   }
 
+  static constexpr bool kTurns = false;
   // The first `groups` groups of a step.
   static constexpr bool kParts = true;
   template <int MT>
