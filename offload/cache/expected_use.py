@@ -63,7 +63,7 @@ class ExpectedUse(CachePolicy):
         self.weights = weights
         self.table = TokenTable(shape, tokens)
         large = is_large(shape)
-        likeness = replace(Likeness(), neighbours=16) if large else Likeness()
+        likeness = replace(Likeness(), neighbours=8) if large else Likeness()
         self.recall = Recall(shape, memory or (8192 if large else 16384), likeness)
         # Weight of a use in the step under way, by layer; in the next step it is `per_token` times as much.
         self._near = (weights.per_token ** (np.arange(shape.layers) / shape.layers)[:, None]).astype(np.float32)

@@ -50,6 +50,8 @@ class TokenTable:
         self._counts = np.zeros(size, np.uint8)
         self._seen = np.zeros(capacity, np.int32)
         self._column = np.arange(shape.layers)[:, None]
+        self._first_key, self._first_place = self._column * shape.experts, self._column * self.width
+        self._place = np.full(shape.keys, -1, np.int16)  # of every expert in the row being changed
 
     @property
     def nbytes(self) -> int:
@@ -60,15 +62,17 @@ class TokenTable:
         """`token` used experts `ids` [L, K]."""
         row = self._row(token)
         table, counts = self._ids[row], self._counts[row]
-        ids = ids.astype(table.dtype)
-        # Compared twice: to reduce the first axis costs a tenth of reducing the last.
-        counts += (table == ids.T[:, :, None]).any(0)
-        new = ~(ids == table.T[:, :, None]).any(0)
+        keys = table + self._first_key
+        self._place[keys] = np.arange(self.width, dtype=np.int16)
+        found = self._place[ids + self._first_key]
+        self._place[keys] = -1
+        new = found < 0
+        counts.reshape(-1)[(found + self._first_place)[~new]] += 1
         # As many new experts of a layer as it has places of the least count, if that is at most 1, take those.
         least = counts.min(1, keepdims=True)
         cheap = (counts == least) & (least <= 1)
-        new &= new.cumsum(1) <= cheap.sum(1, keepdims=True)
-        cheap &= cheap.cumsum(1) <= new.sum(1, keepdims=True)
+        new &= new.cumsum(1, dtype=np.int16) <= cheap.sum(1, keepdims=True, dtype=np.int16)
+        cheap &= cheap.cumsum(1, dtype=np.int16) <= new.sum(1, keepdims=True, dtype=np.int16)
         table[cheap] = ids[new]
         counts[cheap] = 1
         self._seen[row] += 1
@@ -177,6 +181,8 @@ class Successors:
         self._rows_before = self._rows.copy()
         self._lifts_before = self._lifts.copy()
         self._buffer = np.empty((self.sources * top_k, experts), np.float32)
+        turn = -(-layers // self._turns)
+        self._learned = np.empty((2, turn, self.sources * top_k, experts), np.float32)
         self._offset = (np.arange(layers) * (self._nowhere + 1))[:, None]
         self._column = np.arange(layers)[:, None]
         self._seen = 0  # tokens learned from
@@ -216,7 +222,13 @@ class Successors:
             flat = np.minimum(self._rows_before[part], self._nowhere)
             flat += self._offset[part]
             error *= step
-            self.weights.reshape(-1, self.shape.experts)[flat] += self._rank[:, None] * error[:, None, :]
+            # Through buffers that stay: so much memory taken anew costs as much as the arithmetic.
+            count, table = len(flat), self.weights.reshape(-1, self.shape.experts)
+            learned, change = self._learned[0, :count], self._learned[1, :count]
+            table.take(flat, 0, learned, "clip")
+            np.multiply(self._rank[:, None], error[:, None, :], change)
+            learned += change
+            table[flat] = learned
             self.weights[part, self._nowhere] = 0.0
             self._seen += 1
         self._rows_before[:] = self._rows
