@@ -27,6 +27,7 @@ from offload.store.layout import ExpertLayout, ExpertWeights
 from offload.store.manifest import MANIFEST_NAME
 from offload.tiers.device import Device
 from offload.tiers.disk import READERS
+from offload.tiers.host import SlotPool
 from offload.tune.machine import ROWS, FormatRate, Gpu, MachineSpec, save_machine
 from offload.tune.overhead import measure_overhead
 from offload.tune.probe_attention import DEEPSEEK_V3, AttentionShapes, measure_attention, measure_past
@@ -209,12 +210,13 @@ def _effort_for(store: Store | None) -> Effort:
 
 def measure_ram(threads: int, effort: Effort) -> dict[str, float]:
     """Bytes per second of reading, by number of threads."""
-    data = torch.ones(effort.buffer_nbytes, dtype=torch.uint8)
+    data = SlotPool(1, effort.buffer_nbytes).bytes  # memory like that of experts
     counts = sorted({1, 2, 4, 8, 16, 32, 64, threads} & set(range(1, threads + 1)))
-    return {str(count): _ram_rate(data, count, effort.seconds / 2) for count in counts}
+    return {str(count): ram_rate(data, count, effort.seconds / 2) for count in counts}
 
 
-def _ram_rate(data: torch.Tensor, threads: int, seconds: float) -> float:
+def ram_rate(data: torch.Tensor, threads: int, seconds: float) -> float:
+    """Bytes per second of reading `data`, uint8, with `threads` threads."""
     if native.available() is None:
         kernels = NativeKernels(threads=threads)
         return data.nbytes / median_time(lambda: kernels.read(data), seconds)
@@ -261,7 +263,7 @@ def _measure_gpu(device: Device, kernels: DeviceKernels, threads: int, effort: E
         layout,
         buffer_nbytes=effort.buffer_nbytes,
         seconds=effort.seconds,
-        ram_rate=lambda seconds: _ram_rate(data, threads, seconds),
+        ram_rate=lambda seconds: ram_rate(data, threads, seconds),
     )
 
 

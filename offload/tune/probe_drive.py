@@ -74,19 +74,11 @@ def measure_drive(extents: Sequence[Extent], seconds: float) -> tuple[dict[str, 
 
     `seconds` for each number of threads.
     """
-    rng = random.Random(0)
-    rates = {}
-    slot = align_up(extents[0].nbytes) + PAGE
-    pool = SlotPool(max(DEPTHS), slot)
-    buffered = False
+    rates, buffered = {}, False
     for depth in DEPTHS:
-        reader = DiskReader(threads=depth)
-        try:
-            rates[str(depth)] = _read_rate(reader, extents, pool, rng, seconds)
-            buffered = reader.buffered
-        finally:
-            reader.close()
+        rates[str(depth)], buffered = drive_rate(extents, depth, seconds)
     reader = DiskReader(threads=1)
+    rng, pool = random.Random(0), SlotPool(1, align_up(extents[0].nbytes) + PAGE)
     try:
         latency = median(_one_small_read(reader, rng.choice(extents), pool) for _ in range(32))
     finally:
@@ -94,10 +86,21 @@ def measure_drive(extents: Sequence[Extent], seconds: float) -> tuple[dict[str, 
     return rates, latency, buffered
 
 
+def drive_rate(extents: Sequence[Extent], threads: int, seconds: float) -> tuple[float, bool]:
+    """(bytes per second of random extents with `threads` of them under way, whether direct I/O was refused)."""
+    reader = DiskReader(threads=threads)
+    # As many again wait in the queue: a thread never waits for the one that asks.
+    pool = SlotPool(2 * threads, align_up(extents[0].nbytes) + PAGE)
+    try:
+        return _read_rate(reader, extents, pool, random.Random(threads), seconds), reader.buffered
+    finally:
+        reader.close()
+
+
 def _read_rate(
     reader: DiskReader, extents: Sequence[Extent], pool: SlotPool, rng: random.Random, seconds: float
 ) -> float:
-    """Random extents, always as many under way as there are threads."""
+    """Random extents, with as many asked for at any time as `pool` has slots."""
     free = list(range(pool.slots))
     done = 0
     begun = time.perf_counter()
