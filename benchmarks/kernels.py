@@ -71,7 +71,7 @@ def commit() -> str:
 
 def huge_memory(nbytes: int) -> Tensor:
     """uint8 [nbytes] of random bytes in huge pages where the system gives them, as slots of experts are."""
-    pages = mmap.mmap(-1, nbytes)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8)

@@ -20,11 +20,15 @@ from torch import Tensor
 from offload.config import ModelConfig
 from offload.errors import StoreError
 from offload.quant import Codec, QuantizedTensor, get_codec
+from offload.store.direct import page_buffer
 from offload.store.hf_config import scale_suffix
 from offload.store.layout import ExpertLayout, LayerFile, disk_suffix, resident_file_name
 from offload.store.manifest import MANIFEST_NAME, Manifest
 from offload.store.safetensors import Header, TensorEntry, read_header
 from offload.types import ExpertId, Extent
+
+HUGE_PAGE = 2 << 20
+"""Bytes from which a tensor can fill a huge page."""
 
 CONFIG_NAME = "config.json"
 
@@ -160,7 +164,8 @@ class Store:
 
 def read_tensor(path: Path, entry: TensorEntry) -> Tensor:
     """The tensor at `entry` of the file `path`, in memory of its own. A short read is an error."""
-    buffer = bytearray(max(entry.nbytes, 1))
+    # Matrices in huge pages: every token streams them, and small pages cost address translations.
+    buffer = page_buffer(entry.nbytes) if entry.nbytes >= HUGE_PAGE else bytearray(max(entry.nbytes, 1))
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(entry.offset)
