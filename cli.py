@@ -108,6 +108,12 @@ runtime_options = options(
         help="File in which what is learned about expert use is kept between runs; off: none.  [default: with STORE]",
     ),
     click.option("--context", type=click.IntRange(1), help="Longest prompt plus answer, in tokens. Default: 4096."),
+    click.option(
+        "--prefill-chunk",
+        type=click.IntRange(1),
+        help="Most tokens of a prompt computed at once, from 512 on in whole blocks of 512. A bound below that, or any "
+        "on a GPU, may change tokens by rounding. Default: chosen from context and memory; 2048 on a GPU.",
+    ),
     click.option("--policy", help="Cache policy of the expert slots.  [default: ema+tokens]"),
     click.option("--allow-slow", is_flag=True, default=None, help="Run with fewer slots than one token's working set."),
     click.option(

@@ -32,7 +32,7 @@ from offload.tiers.device import Device
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare
 from offload.tiers.executor import Executor
 from offload.tiers.vram import lent_slots, slot_nbytes
-from offload.tune.budget import FREE_SHARE, RamPlan, plan_ram, ram_for_slots
+from offload.tune.budget import FREE_SHARE, RamPlan, longest_chunk, plan_ram, ram_for_slots
 from offload.tune.memory import memory
 from offload.tune.vram_budget import DEVICE_CHUNK, DeviceDemand, VramPlan, device_kv_nbytes, plan_vram
 from offload.tune.vram_budget import FREE_SHARE as FREE_VRAM_SHARE
@@ -86,7 +86,7 @@ def load_on_devices(
     config = store.config
     # The embedding stays in RAM; caches and activations of any length do not lie there.
     ram_demand = _cpu_demand(store, 1) | {"resident": _embedding_nbytes(store)}
-    chunk = min(DEVICE_CHUNK, context)
+    chunk = min(DEVICE_CHUNK, longest_chunk(context, options.prefill_chunk))
     plan = replace(make_plan(store, options, ram_demand), chunk=chunk)
     vram_plans = _plan_devices(store, options, kernels, context, chunk, devices)
     places = [
@@ -121,8 +121,10 @@ def make_plan(store: Store, options: RuntimeOptions, demand: dict[str, int]) -> 
         limit = parse_size(options.ram)
     else:
         everything = store.config.n_routed_experts * len(store.config.moe_layers)
-        limit = min(free, ram_for_slots(store.config, everything, **demand))
-    plan = plan_ram(store.config, limit=limit, allow_slow=options.allow_slow, **demand)
+        limit = min(free, ram_for_slots(store.config, everything, prefill_chunk=options.prefill_chunk, **demand))
+    plan = plan_ram(
+        store.config, limit=limit, allow_slow=options.allow_slow, prefill_chunk=options.prefill_chunk, **demand
+    )
     if plan.total > here.total:
         owner = "its control group allows" if here.limited_by_group else "this machine has"
         raise BudgetError(

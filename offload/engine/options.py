@@ -45,6 +45,8 @@ class RuntimeOptions:
     threads     threads of the native kernels; None: one per core
     readers     threads that read experts from the drive: as many parts are under way at once
     context     longest prompt plus answer in tokens; None: 4096, or what the model allows
+    prefill_chunk  most tokens of a prompt computed at once, from 512 on in whole blocks of 512; a bound below that, or
+                any on a GPU, may change tokens by rounding; None: chosen from context and memory
     policy      cache policy of the expert slots
     allow_slow  go below one token's working set of slots
     mirror      a second copy of the store on another drive; both are read
@@ -64,6 +66,7 @@ class RuntimeOptions:
     threads: int | None = None
     readers: int = READERS
     context: int | None = None
+    prefill_chunk: int | None = None
     policy: str = "ema+tokens"
     allow_slow: bool = False
     mirror: str | Path | None = None
@@ -85,7 +88,7 @@ class RuntimeOptions:
         _one_of("kernels", self.kernels, BACKENDS)
         _one_of("split", self.split, SPLITS)
         _one_of("policy", self.policy, LIVE_POLICIES)
-        for name in ("threads", "context", "readers"):
+        for name in ("threads", "context", "readers", "prefill_chunk"):
             value = getattr(self, name)
             if (value is None and name == "readers") or (value is not None and (type(value) is not int or value < 1)):
                 raise UsageError(f"{name} is {value!r}: it must be a whole number, 1 or more")

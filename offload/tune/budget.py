@@ -98,15 +98,19 @@ def plan_ram(
     slot_nbytes: int,
     context: int,
     allow_slow: bool = False,
+    prefill_chunk: int | None = None,
 ) -> RamPlan:
     """Split `limit` bytes. Raises BudgetError, naming the numbers and the knob, when it is too small.
+
+    `prefill_chunk`: see `longest_chunk`.
 
     Below one token's working set nearly every expert is read for every token, so that is refused unless
     `allow_slow`.
     """
     experts = config.n_routed_experts * len(config.moe_layers)
     kv_cache = kv_cache_nbytes(config, context)
-    chunk = min(BLOCK, context)
+    longest = longest_chunk(context, prefill_chunk)
+    chunk = min(BLOCK, longest)
     working = working_nbytes(config, chunk, context)
     fixed = process + resident + kv_cache + working
     floor = min(floor_slots(config), experts)
@@ -127,26 +131,45 @@ def plan_ram(
             f"{format_size(kv_cache)} and working memory {format_size(working)}, and a slot takes "
             f"{format_size(slot_nbytes)}; give --ram {need // 2**20 + 1}MiB or more, or a smaller --context{advice}"
         )
-    longer = _longer_chunk(config, context, _for_chunks(spare, floor * slot_nbytes))
+    longer = _longer_chunk(config, context, longest, _for_chunks(spare, floor * slot_nbytes))
     extra = working_nbytes(config, longer, context) - working
     slots = min(experts, (spare - extra) // slot_nbytes)
     return RamPlan(process, resident, kv_cache, working + extra, longer, slot_nbytes, slots, experts)
 
 
+def longest_chunk(context: int, prefill_chunk: int | None) -> int:
+    """Tokens of the longest chunk that may be made; `prefill_chunk` is the most that was asked for, None: no bound.
+
+    Whole blocks from one on, which leave the bits as they are; a shorter chunk cannot, since it cuts the first block
+    of attention, whose arithmetic is another than that of the blocks after it.
+    """
+    if prefill_chunk is None or prefill_chunk >= context:
+        return context
+    return prefill_chunk if prefill_chunk < BLOCK else prefill_chunk // BLOCK * BLOCK
+
+
 def ram_for_slots(
-    config: ModelConfig, slots: int, *, process: int, resident: int, slot_nbytes: int, context: int
+    config: ModelConfig,
+    slots: int,
+    *,
+    process: int,
+    resident: int,
+    slot_nbytes: int,
+    context: int,
+    prefill_chunk: int | None = None,
 ) -> int:
     """The smallest limit with which `plan_ram` makes `slots` slots."""
     fixed = process + resident + kv_cache_nbytes(config, context)
     floor = min(floor_slots(config), config.n_routed_experts * len(config.moe_layers)) * slot_nbytes
-    chunk = least = min(BLOCK, context)
+    longest = longest_chunk(context, prefill_chunk)
+    chunk = least = min(BLOCK, longest)
     while True:
         limit = fixed + working_nbytes(config, chunk, context) + slots * slot_nbytes
         spare = limit - fixed - working_nbytes(config, least, context)
         # As much spare memory makes longer chunks, which may take back what this limit gave to slots.
-        if _longer_chunk(config, context, _for_chunks(spare, floor)) <= chunk:
+        if _longer_chunk(config, context, longest, _for_chunks(spare, floor)) <= chunk:
             return limit
-        chunk = min(chunk + BLOCK, context)
+        chunk = min(chunk + BLOCK, longest)
 
 
 def _for_chunks(spare: int, floor: int) -> int:
@@ -154,9 +177,9 @@ def _for_chunks(spare: int, floor: int) -> int:
     return max(0, min(int(spare * CHUNK_SHARE), spare - floor))
 
 
-def _longer_chunk(config: ModelConfig, context: int, spare: int) -> int:
-    """Tokens of the longest chunk, in whole blocks, that takes at most `spare` bytes more than one block."""
-    if context <= BLOCK:
-        return context
+def _longer_chunk(config: ModelConfig, context: int, longest: int, spare: int) -> int:
+    """Tokens of the longest chunk, in whole blocks up to `longest`, that takes at most `spare` bytes more than one."""
+    if longest <= BLOCK:
+        return longest
     per_token = working_nbytes(config, BLOCK + 1, context) - working_nbytes(config, BLOCK, context)
-    return min(context, BLOCK + spare // (per_token * BLOCK) * BLOCK)
+    return min(longest, BLOCK + spare // (per_token * BLOCK) * BLOCK)

@@ -28,7 +28,8 @@ MIN_SLOTS = 2
 
 DEVICE_CHUNK = 2048
 """Tokens of a prompt computed at once on a device. A chunk copies every expert it uses once, so it is long; and it
-is fixed, because kernels may choose their tiles by the number of tokens: the bits must not depend on a budget."""
+is fixed, because kernels may choose their tiles by the number of tokens: the bits must not depend on a budget. Only
+`prefill_chunk` makes it shorter."""
 
 
 @dataclass(frozen=True)

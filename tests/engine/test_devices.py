@@ -56,6 +56,16 @@ def test_tokens_do_not_depend_on_the_vram_budget(store, expected, slots):
     assert any("expert slots" in line and "VRAM" in line for line in engine.describe())
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 20])
+def test_a_bound_on_chunks_makes_room_for_slots(store, chunk):
+    with load(store, [SimulatedDevice()]) as engine:
+        unbounded, whole = engine._backend.vram[0].fixed, engine.logits(PROMPT)
+    with load(store, [SimulatedDevice(seed=chunk)], prefill_chunk=chunk) as engine:
+        (plan,) = engine._backend.vram
+        assert engine.plan.chunk == chunk and plan.fixed < unbounded
+        assert torch.allclose(engine.logits(PROMPT), whole, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("limits", [(1, 1), (3, 1), (1, 1, 1)])
 def test_tokens_do_not_depend_on_the_number_of_devices(store, expected, limits):
     fixed, slot = fixed_nbytes(store)

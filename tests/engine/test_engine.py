@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import offload
+from offload.cache.trace import Trace
 from offload.engine.engine import ram_for_share
 from offload.engine.options import LIVE_POLICIES
 from offload.errors import BudgetError, UsageError
@@ -68,6 +69,26 @@ def test_how_a_prompt_is_cut_changes_no_bit(store: Path, kernels: str, monkeypat
             engine.plan = replace(engine.plan, chunk=chunk)
             found.append(engine.logits(ids))
     assert all(torch.equal(logits, found[0]) for logits in found)
+
+
+@pytest.mark.parametrize(("asked", "chunk"), [(32, 32), (63, 32), (96, 96), (199, 192), (500, 200), (9, 9)])
+def test_a_prompt_is_computed_in_chunks_of_at_most_what_was_asked_for(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int, chunk: int
+) -> None:
+    """Whole blocks from one on, and then with the bits of an unbounded prompt."""
+    monkeypatch.setattr("offload.model.blocks.BLOCK", 32)
+    monkeypatch.setattr("offload.tune.budget.BLOCK", 32)
+    ids = torch.randint(0, 512, (150,), generator=torch.Generator().manual_seed(3)).tolist()
+    enough = ram_for_share(store, 1.0, context=200) + (64 << 20)
+    with offload.load(store, context=200, ram=enough) as engine:
+        assert engine.plan.chunk == 200
+        whole = engine.logits(ids)
+    trace = tmp_path / "t.npz"
+    with offload.load(store, context=200, ram=enough, prefill_chunk=asked, trace=trace) as engine:
+        assert engine.plan.chunk == chunk and f"in chunks of {chunk}," in engine.plan.describe()
+        logits = engine.logits(ids)
+    assert Trace.load(trace).steps.tolist() == [len(ids[first : first + chunk]) for first in range(0, 150, chunk)]
+    assert asked < 32 or torch.equal(logits, whole)
 
 
 def test_an_expert_is_read_at_most_once_for_all_tokens_of_a_chunk(store: Path) -> None:
@@ -128,6 +149,9 @@ def test_budgets_that_are_too_small_are_refused_with_numbers(store: Path) -> Non
         ({"kernels": "cuda"}, "unknown kernels"),
         ({"device": "tpu"}, "unknown device"),
         ({"context": 0}, "context"),
+        ({"prefill_chunk": 0}, "prefill_chunk is 0: it must be a whole number, 1 or more"),
+        ({"prefill_chunk": True}, "prefill_chunk is True"),
+        ({"prefill_chunk": 512.0}, "prefill_chunk is 512.0"),
         ({"context": 10**9}, "positions allow"),
         ({"ram": "much"}, "cannot read 'much' as a size"),
         ({"colour": 1}, "unknown runtime option 'colour'"),
@@ -146,6 +170,7 @@ def test_a_profile_is_overlaid_by_what_is_given(store: Path, tmp_path: Path) -> 
     for text, message in (
         ("polcy = 3\n", "profile.toml, line 1: key polcy: unknown runtime option 'polcy'"),
         ("context = 64\n\nreaders = 0\n", "profile.toml, line 3: key readers: readers is 0"),
+        ("context = 64\nprefill_chunk = '1k'\n", "profile.toml, line 2: key prefill_chunk: prefill_chunk is '1k'"),
         ("[policy]\nname = 3\n", "profile.toml, line 1: key policy: "),
         ("warm = 3\n", "line 1: key warm: .* must be the name of a file"),
         ("threads = 2\nprefer_resident = 'much'\n", "line 2: key prefer_resident"),

@@ -164,11 +164,13 @@ def test_real_runs(store: Path, tmp_path: Path) -> None:
     profile.write_text(f'ram = {ram}\npolicy = "lru"\n')
     arguments = ["tune", str(store), "--profile", str(profile), "-o", str(tmp_path / "out.toml"), "-n", "3"]
     arguments += ["--context", "128", "--kernels", "reference", "--threads", "1", "--html", str(tmp_path / "t.html")]
+    arguments += ["--prefill-chunk", "96"]
     done = CliRunner().invoke(cli.cli, arguments)
     assert done.exit_code == 0, (done.output, done.exception)
     assert "before:" in done.stdout and "the same tokens" in done.stdout
     found = resolve_options({}, tmp_path / "out.toml")
     assert (found.context, found.kernels, found.threads) == (128, "reference", 1)
+    assert found.prefill_chunk == 96
     assert "Hits by slots" in (tmp_path / "t.html").read_text()
 
 

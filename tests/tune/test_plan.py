@@ -149,8 +149,9 @@ def test_page_of_a_plan(v3: dict[str, Footprint], tmp_path: Path) -> None:
 
 
 def test_memory_for_so_many_slots_is_exactly_enough(v3: dict[str, Footprint]) -> None:
-    for context, wanted in itertools.product((256, 4096, 32768), (464, 700, 2000, 9000)):
-        demand = ram_demand(v3["int4"], context, 320 << 20)
+    settings = itertools.product((256, 4096, 32768), (464, 700, 2000, 9000), (None, 100, 1100))
+    for context, wanted, prefill_chunk in settings:
+        demand = ram_demand(v3["int4"], context, 320 << 20) | {"prefill_chunk": prefill_chunk}
         config = v3["int4"].config
         enough = ram_for_slots(config, wanted, **demand)
         assert plan_ram(config, limit=enough, **demand).slots >= wanted
@@ -167,3 +168,7 @@ def test_chunks_grow_with_memory_and_end_at_the_context(v3: dict[str, Footprint]
     assert chunks == sorted(chunks) and chunks[0] % 512 == 0 and chunks[-1] == 4096
     for plan, gib in zip(plans, sizes, strict=True):
         assert plan.slots >= 464 and (gib << 30) - plan.slot_nbytes < plan.total <= gib << 30
+    for asked, chunk in ((1, 1), (511, 511), (1023, 512), (1024, 1024), (4095, 3584), (10**6, 4096)):
+        plan = plan_ram(config, limit=128 << 30, prefill_chunk=asked, **demand)
+        assert plan.chunk == chunk and (128 << 30) - plan.slot_nbytes < plan.total <= 128 << 30
+        assert (plan.working < plans[-1].working) == (plan.slots > plans[-1].slots) == (chunk < 4096)
