@@ -100,6 +100,12 @@ runtime_options = options(
         "--prefetch/--no-prefetch", default=None, help="Read experts ahead of their layer.  [default: prefetch]"
     ),
     click.option(
+        "--prefetch-depth",
+        type=click.IntRange(0, 8),
+        help="Layers ahead for which routers are applied early to know what to read; 0: reads ahead by the token table "
+        "of the policy ema+tokens alone.  [default: 2]",
+    ),
+    click.option(
         "--mirror", type=click.Path(file_okay=False), help="A copy of STORE on another drive; both drives are read."
     ),
     click.option(

@@ -13,12 +13,12 @@ from offload.cache.policy import CachePolicy
 from offload.cache.predictor import TokenTable
 
 EARLY_ROUTERS = 2
-"""Layers ahead for which a router is applied early."""
+"""Layers ahead for which a router is applied early, unless told otherwise."""
 
 LEAST_ABSENT = 0.1
 """Demands per layer whose expert is not at hand, below which early routers cost more than they save: a router of
-DeepSeek-V3 takes the processor about a tenth of the time that reading an expert takes the drive, and each is applied
-to two layers ahead."""
+DeepSeek-V3 takes the processor about a tenth of the time that reading an expert takes the drive, and by default each
+is applied to two layers ahead."""
 
 ABSENT_GAIN = 0.15
 """Weight of the last step in the mean of those demands."""
@@ -49,7 +49,11 @@ class LookAhead:
     Switches itself off, with a reason, when too many of its reads turn out to be useless.
     """
 
-    def __init__(self, policy: CachePolicy, limits: LookAheadLimits = LookAheadLimits()) -> None:
+    def __init__(
+        self, policy: CachePolicy, limits: LookAheadLimits = LookAheadLimits(), prefetch_depth: int = EARLY_ROUTERS
+    ) -> None:
+        """`prefetch_depth`: layers ahead for which routers are applied early; 0: the token table is all there is."""
+        self.prefetch_depth = prefetch_depth
         self._table: TokenTable | None = getattr(policy, "table", None)
         self._layers = policy.shape.layers
         self._limits = limits
@@ -70,7 +74,7 @@ class LookAhead:
         None in a prefill, where next to nothing has been missing lately, or once switched off.
         """
         worthwhile = self._single and self._absent_per_layer >= LEAST_ABSENT
-        return EARLY_ROUTERS if worthwhile and self.off_reason is None else 0
+        return self.prefetch_depth if worthwhile and self.off_reason is None else 0
 
     def begin_step(self, tokens: Sequence[int], absent: int | None = None) -> None:
         """A forward pass begins. Only passes of one token leave the drive idle.

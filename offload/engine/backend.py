@@ -164,6 +164,7 @@ def _tier_options(store: Store, options: RuntimeOptions, record: bool) -> dict[s
         "prefer_resident": options.prefer_resident,
         "mirror": check_mirror(store, options.mirror) if options.mirror is not None else None,
         "prefetch": options.prefetch,
+        "prefetch_depth": options.prefetch_depth,
         "readers": options.readers,
         "usage": usage_file(store.path, options.usage),
     }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from offload.cache.lookahead import EARLY_ROUTERS
 from offload.cache.policy import POLICIES
 from offload.errors import UsageError
 from offload.kernels import BACKENDS
@@ -32,6 +33,8 @@ LIVE_POLICIES = tuple(name for name in POLICIES if name != "belady")
 
 
 MOST_READERS = 256
+DEEPEST = 8
+"""Most layers ahead: each of them takes one more router per layer of every token."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class RuntimeOptions:
     allow_slow  go below one token's working set of slots
     mirror      a second copy of the store on another drive; both are read
     prefetch    read experts that will probably be needed while the drive idles
+    prefetch_depth  layers ahead, 0 to 8, for which routers are applied early to know what to read; 0: reads ahead by
+                the token table of the policy ema+tokens alone
     usage       file in which what is learned about expert use is kept; "auto": beside the store, else in the
                 user's cache folder; "off": nothing is kept
     trace       file that gets the recorded routing when the engine is closed
@@ -71,6 +76,7 @@ class RuntimeOptions:
     allow_slow: bool = False
     mirror: str | Path | None = None
     prefetch: bool = True
+    prefetch_depth: int = EARLY_ROUTERS
     usage: str | Path = "auto"
     split: str = "gpu"
     trace: str | Path | None = None
@@ -94,6 +100,9 @@ class RuntimeOptions:
                 raise UsageError(f"{name} is {value!r}: it must be a whole number, 1 or more")
         if self.readers > MOST_READERS:
             raise UsageError(f"readers is {self.readers}: at most {MOST_READERS} threads read")
+        depth = self.prefetch_depth
+        if type(depth) is not int or not 0 <= depth <= DEEPEST:
+            raise UsageError(f"prefetch_depth is {depth!r}: it must be a whole number of layers, 0 to {DEEPEST}")
         margin = self.prefer_resident
         if margin is not None and (type(margin) not in (int, float) or not 0 <= margin < math.inf):
             raise UsageError(f"prefer_resident is {margin!r}: it must be a margin of biased scores, 0 or more, as 0.05")

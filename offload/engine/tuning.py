@@ -2,7 +2,8 @@
 
 Owns the search and the profile it writes. A change is kept only if it is measurably faster and the tokens are the
 same. Candidates are tried one option at a time, from the one with the largest expected effect: memory, split,
-policy, threads, reads ahead, readers; then all over again while something was kept, since options depend on each other.
+policy, threads, reads ahead and how far, readers; then all over again while something was kept, since options depend
+on each other.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ ROUNDS = 3
 """Times that the options are gone through."""
 
 READER_COUNTS = (4, 8, 16)
+DEPTHS = (1, 4)
+"""Of reading ahead, in layers."""
 
 Tell = Callable[[str], None]
 
@@ -217,6 +220,14 @@ def prefetch_candidates(best: Trial, fixed: set[str]) -> Changes:
     return [("prefetch" if other else "no prefetch", {"prefetch": other})]
 
 
+def depth_candidates(best: Trial, fixed: set[str]) -> Changes:
+    """Routers applied for fewer or more layers ahead, where there is reading ahead."""
+    if "prefetch_depth" in fixed or not best.options.prefetch or not _reads(best):
+        return []
+    depths = [depth for depth in DEPTHS if depth != best.options.prefetch_depth]
+    return [(f"prefetch depth {depth}", {"prefetch_depth": depth}) for depth in depths]
+
+
 def reader_candidates(best: Trial, fixed: set[str]) -> Changes:
     """Fewer or more reads under way, where something is left to read."""
     if "readers" in fixed or not _reads(best):
@@ -242,6 +253,7 @@ STAGES = (
     policy_candidates,
     thread_candidates,
     prefetch_candidates,
+    depth_candidates,
     reader_candidates,
 )
 

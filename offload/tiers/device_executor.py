@@ -41,12 +41,12 @@ class DeviceShare:
 class _Desk:
     """Where the ids of a layer arrive on the host, and behind them what later routers chose that were applied early."""
 
-    def __init__(self, tier: VramTier, positions: int, top_k: int) -> None:
+    def __init__(self, tier: VramTier, positions: int, top_k: int, prefetch_depth: int) -> None:
         self.tier = tier
         self.ids = tier.device.pinned((positions,), torch.int64)
         self._arrived: Event | None = None
         # Two: the host may be a layer ahead of the device.
-        self._early = [tier.device.pinned((EARLY_ROUTERS, top_k), torch.int64) for _ in range(2)]
+        self._early = [tier.device.pinned((prefetch_depth, top_k), torch.int64) for _ in range(2)]
         self._coming: deque[tuple[Event, Sequence[int], Tensor]] = deque(maxlen=2)
 
     def send(self, ids: Tensor) -> None:
@@ -93,13 +93,15 @@ class DeviceExecutor:
         *,
         max_tokens: int = 1,
         prefetch: bool = True,
+        prefetch_depth: int = EARLY_ROUTERS,
         below: Kernels | None = None,
         **ram: Any,
     ) -> None:
         """`max_tokens`: the largest forward pass for which memory is set aside. `below`: with these kernels the
-        processor computes a part of the missing experts; results then depend on which, by rounding. `ram`:
-        options of RamTier."""
-        self.ram = RamTier(store, prefetch=prefetch, **ram)
+        processor computes a part of the missing experts; results then depend on which, by rounding.
+        `prefetch_depth`: see LookAhead. `ram`: options of RamTier."""
+        self.ram = RamTier(store, prefetch=prefetch, prefetch_depth=prefetch_depth, **ram)
+        self._prefetch_depth = prefetch_depth
         self._max_tokens = max_tokens
         self._recording = bool(ram.get("record"))
         first, self._top_k = self.ram.layers[0], self.ram.shape.top_k
@@ -121,9 +123,10 @@ class DeviceExecutor:
                     max_tokens=max_tokens,
                     lend=share.lend,
                     prefetch=prefetch,
+                    prefetch_depth=prefetch_depth,
                     below=below,
                 )
-                desk = _Desk(tier, max_tokens * self._top_k, self._top_k)
+                desk = _Desk(tier, max_tokens * self._top_k, self._top_k, prefetch_depth)
             self.tiers.append(tier)
             self._desks += [desk] * len(share.layers)
         assert len(self._desks) == self.ram.shape.layers, "every layer has one device"
@@ -207,7 +210,7 @@ class DeviceExecutor:
     @property
     def early_routers(self) -> int:
         """How many later routers may ever be worth applying after a layer; 0 if every expert stays on the device."""
-        return EARLY_ROUTERS if any(tier.foreseeing for tier in self.tiers) else 0
+        return self._prefetch_depth if any(tier.foreseeing for tier in self.tiers) else 0
 
     def foresight(self) -> int:
         """How many of them are worth it in the step under way: where RAM or VRAM lacks experts and reads ahead pay."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from offload.cache.atlas import count_choices
-from offload.cache.lookahead import LookAhead
+from offload.cache.lookahead import EARLY_ROUTERS, LookAhead
 from offload.cache.policy import CacheShape, Routing, create_policy
 from offload.cache.preference import Preference
 from offload.cache.residency import Decision, Residency, Service
@@ -50,7 +50,7 @@ class ExpertStore(Protocol):
 
 LOOKAHEAD_LAYERS = 3
 LOOKAHEAD_READS = 4
-"""How far ahead, and how many experts at a time, are read on speculation."""
+"""How far ahead at least, and how many experts at a time, are read on speculation."""
 
 
 class RamTier:
@@ -75,12 +75,13 @@ class RamTier:
         record: bool = False,
         readers: int = READERS,
         prefetch: bool = True,
+        prefetch_depth: int = EARLY_ROUTERS,
         usage: Path | None = None,
         reader: DiskReader | None = None,
         prefer_resident: float | None = None,
     ) -> None:
-        """`usage`: file in which what the policy learns is kept between runs. `prefer_resident`: margin of
-        `preference`, without which routing is exact."""
+        """`usage`: file in which what the policy learns is kept between runs. `prefetch_depth`: see LookAhead.
+        `prefer_resident`: margin of `preference`, without which routing is exact."""
         config = store.config
         self.layers = config.moe_layers
         self.shape = CacheShape(len(self.layers), config.n_routed_experts, config.num_experts_per_tok)
@@ -101,7 +102,7 @@ class RamTier:
         self._usage = None if record else usage
         if self._usage is not None:
             load_usage(self.residency.policy, self._usage, _model_name(store))
-        self._lookahead = LookAhead(self.residency.policy) if prefetch else None
+        self._lookahead = LookAhead(self.residency.policy, prefetch_depth=prefetch_depth) if prefetch else None
         self._speculative: dict[int, tuple[int, int]] = {}  # slot -> (layer, expert) of reads nobody demanded yet
         self._settled: list[Read] = []
         self._reads: dict[int, Read] = {}
@@ -347,7 +348,8 @@ class RamTier:
             return  # somebody waits for a read
         # Spare slots only: a demand never finds every slot taken by speculation.
         room = min(LOOKAHEAD_READS, self.residency.slots - self.shape.top_k)
-        for layer in range(first, min(first + LOOKAHEAD_LAYERS, self.shape.layers)):
+        reach = max(LOOKAHEAD_LAYERS, lookahead.prefetch_depth)
+        for layer in range(first, min(first + reach, self.shape.layers)):
             for expert in lookahead.candidates(layer):
                 if len(self._speculative) >= room:
                     return

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offload.cache.lookahead import LookAhead
+from offload.cache.lookahead import EARLY_ROUTERS, LookAhead
 from offload.cache.residency import Decision, Residency, Service
 from offload.cache.split import SplitModel
 from offload.errors import DeviceError
@@ -44,6 +44,9 @@ SHORT = 8
 
 PROMOTIONS = 1
 """Experts copied on speculation at a time: a demand behind them waits no longer than that."""
+
+PROMOTION_LAYERS = 2
+"""How far ahead at least experts are copied on speculation."""
 
 PROMOTION_MARGIN = 1.5
 """By how much an expert must be worth more than the one it displaces on speculation."""
@@ -122,9 +125,11 @@ class VramTier:
         max_tokens: int,
         lend: bool = False,
         prefetch: bool = True,
+        prefetch_depth: int = EARLY_ROUTERS,
         below: Kernels | None = None,
     ) -> None:
         """`lend`: passes of more than SHORT tokens borrow slots for their outputs, so that decoding has more of them.
+        `prefetch_depth`: see LookAhead.
         `below`: kernels with which the processor may compute missing experts in RAM; without them all are copied."""
         shape = ram.shape
         self.device = device
@@ -147,7 +152,7 @@ class VramTier:
         self._lists = SlotLists(device, max_tokens * shape.top_k, shape.experts)
         self._table = device.empty((shape.layers, shape.experts), torch.int32)
         self._table_valid = False
-        self._lookahead = LookAhead(ram.residency.policy) if prefetch else None
+        self._lookahead = LookAhead(ram.residency.policy, prefetch_depth=prefetch_depth) if prefetch else None
         self._job: LayerJob | None = None
         self._open: deque[tuple[Decision, Service | None]] = deque()
         self._sources: deque[_Copy] = deque()
@@ -434,7 +439,8 @@ class VramTier:
             self._release_source()
         if self._sources:
             return
-        for layer in range(following, min(following + 2, self.layers.stop)):
+        reach = max(PROMOTION_LAYERS, lookahead.prefetch_depth)
+        for layer in range(following, min(following + reach, self.layers.stop)):
             for expert in lookahead.candidates(layer):
                 if self._copy_early(layer, expert, worth=0.5):
                     return

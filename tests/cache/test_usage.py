@@ -109,6 +109,16 @@ def test_routers_are_applied_early_only_while_experts_are_missing():
     assert unknown.early_routers == EARLY_ROUTERS
 
 
+@pytest.mark.parametrize("depth", [0, 1, 5])
+def test_routers_are_applied_as_far_ahead_as_asked_for(depth):
+    policy = trained()
+    policy.begin_step([9])
+    ahead = LookAhead(policy, LookAheadLimits(start=0.5), prefetch_depth=depth)
+    ahead.begin_step([1])
+    assert ahead.early_routers == depth
+    assert ahead.candidates(1) == [2, 6]  # the token table does not depend on it
+
+
 def test_speculation_asks_for_more_and_gives_up_when_wasted():
     policy = trained()
     policy.begin_step([9])

@@ -79,6 +79,15 @@ def test_tokens_do_not_depend_on_the_number_of_devices(store, expected, limits):
     assert tokens(engine) == expected
 
 
+@pytest.mark.parametrize("depth", [0, 1, 8])
+def test_tokens_do_not_depend_on_how_far_ahead_routers_are_applied(store, expected, depth):
+    fixed, slot = fixed_nbytes(store)
+    ram = ram_for_share(Store.open(store), 0.5, 64)
+    engine = load(store, [SimulatedDevice(seed=5)], vram=fixed + 7 * slot, ram=ram, prefetch_depth=depth)
+    assert engine._backend.model.routed.early_routers == depth
+    assert tokens(engine) == expected
+
+
 def test_later_routers_are_applied_behind_the_shared_expert(store, monkeypatch):
     """What `expect` gets is what the router of that layer says to the state with attention and shared expert in it."""
     fixed, slot = fixed_nbytes(store)

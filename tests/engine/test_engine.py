@@ -104,6 +104,21 @@ def test_an_expert_is_read_at_most_once_for_all_tokens_of_a_chunk(store: Path) -
     assert 4 * (0.9 * experts - slots) <= quarters <= 4 * experts
 
 
+@pytest.mark.parametrize("depth", [0, 1, 8])
+def test_routers_are_applied_for_as_many_layers_as_asked_for(
+    store: Path, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    everything = tokens(store)
+    with offload.load(store, context=128, ram=ram_for_share(store, 0.5, context=128), prefetch_depth=depth) as engine:
+        layers = engine.config.moe_layers
+        expect, expected = engine._executor.expect, []
+        monkeypatch.setattr(engine._executor, "expect", lambda layer, ids: expected.append(layer) or expect(layer, ids))
+        steps = [step.token_id for step in engine.generate(PROMPT, max_tokens=16, temperature=0.0, ignore_eos=True)]
+    # After each decoder layer, dense ones included, those of the next ones that are MoE layers.
+    each = [later for at in range(layers.stop) for later in range(at + 1, at + 1 + depth) if later in layers]
+    assert steps == everything and expected == each * 15
+
+
 def test_a_second_generation_does_not_see_the_first(store: Path) -> None:
     with offload.load(store, context=128) as engine:
         first = [s.token_id for s in engine.generate(PROMPT, max_tokens=8, temperature=0.0)]
@@ -150,6 +165,9 @@ def test_budgets_that_are_too_small_are_refused_with_numbers(store: Path) -> Non
         ({"device": "tpu"}, "unknown device"),
         ({"context": 0}, "context"),
         ({"prefill_chunk": 0}, "prefill_chunk is 0: it must be a whole number, 1 or more"),
+        ({"prefetch_depth": 9}, "prefetch_depth is 9: it must be a whole number of layers, 0 to 8"),
+        ({"prefetch_depth": -1}, "prefetch_depth is -1"),
+        ({"prefetch_depth": False}, "prefetch_depth is False"),
         ({"prefill_chunk": True}, "prefill_chunk is True"),
         ({"prefill_chunk": 512.0}, "prefill_chunk is 512.0"),
         ({"context": 10**9}, "positions allow"),
@@ -171,6 +189,7 @@ def test_a_profile_is_overlaid_by_what_is_given(store: Path, tmp_path: Path) -> 
         ("polcy = 3\n", "profile.toml, line 1: key polcy: unknown runtime option 'polcy'"),
         ("context = 64\n\nreaders = 0\n", "profile.toml, line 3: key readers: readers is 0"),
         ("context = 64\nprefill_chunk = '1k'\n", "profile.toml, line 2: key prefill_chunk: prefill_chunk is '1k'"),
+        ("\nprefetch_depth = 1.0\n", "profile.toml, line 2: key prefetch_depth: prefetch_depth is 1.0"),
         ("[policy]\nname = 3\n", "profile.toml, line 1: key policy: "),
         ("warm = 3\n", "line 1: key warm: .* must be the name of a file"),
         ("threads = 2\nprefer_resident = 'much'\n", "line 2: key prefer_resident"),

@@ -17,6 +17,7 @@ from offload.engine.engine import ram_for_share
 from offload.engine.options import LIVE_POLICIES, RuntimeOptions, resolve_options
 from offload.engine.tuning import (
     Trial,
+    depth_candidates,
     measurably_faster,
     memory_candidates,
     policy_candidates,
@@ -113,6 +114,9 @@ def test_noise_is_not_a_gain_and_given_options_stay(tmp_path: Path) -> None:
     assert not any(stage(before, {"ram", "policy", "threads", "prefetch", "readers"}) for stage in stages)
     resident = replace(before, slots=64)
     assert not prefetch_candidates(resident, set()) and not reader_candidates(resident, set())
+    assert [changes for _, changes in depth_candidates(before, set())] == [{"prefetch_depth": 1}, {"prefetch_depth": 4}]
+    without = replace(before, options=replace(before.options, prefetch=False))
+    assert not any(depth_candidates(*given) for given in ((before, {"prefetch_depth"}), (resident, ()), (without, ())))
     assert "ram: what is free" in dict(memory_candidates(before, set()))
 
 

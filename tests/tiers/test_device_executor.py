@@ -182,13 +182,14 @@ def test_routers_applied_early_change_no_bits_and_save_demands(store, kernels, v
     assert misses[1] < misses[0]
 
 
-def test_nothing_is_foreseen_where_nothing_is_missing(store, kernels):
-    executor = make(store, kernels, ALL, ALL, prefetch=True)
+@pytest.mark.parametrize("depth", [0, 1, EARLY_ROUTERS, 8])
+def test_nothing_is_foreseen_where_nothing_is_missing(store, kernels, depth):
+    executor = make(store, kernels, ALL, ALL, prefetch=True, prefetch_depth=depth)
     assert executor.early_routers == executor.foresight() == 0
     executor.close()
-    executor = make(store, kernels, 4, ALL, prefetch=True)
-    assert executor.early_routers == EARLY_ROUTERS
-    for tokens, count in (([1], EARLY_ROUTERS), ([1, 2, 3], 0)):
+    executor = make(store, kernels, 4, ALL, prefetch=True, prefetch_depth=depth)
+    assert executor.early_routers == depth
+    for tokens, count in (([1], depth), ([1, 2, 3], 0)):
         executor.begin_step(tokens)
         assert executor.foresight() == count
     executor.close()
@@ -335,6 +336,7 @@ def soak(store, kernels, steps, seed):
             seeds=[dice.choice([None, dice.randrange(1000)]) for _ in range(dice.choice([1, 1, 2, 3]))],
             system=system,
             prefetch=dice.random() < 0.7,
+            prefetch_depth=(0, 2, 8)[done % 3],
             lend=vram >= 12 and dice.random() < 0.5,
             policy=dice.choice(["lru", "ema", "ema+tokens"]),
         )

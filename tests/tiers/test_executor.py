@@ -151,13 +151,32 @@ def test_prefetch_changes_no_bits_and_is_replayed(store, kernels, delay_s, tmp_p
     executor.close()
 
 
+@pytest.mark.parametrize(("depth", "reach"), [(0, 3), (1, 3), (2, 3), (5, 5), (8, 7)])
+def test_reads_ahead_reach_as_far_as_routers_are_applied_early(kernels, depth, reach, tmp_path):
+    """After the first of eight layers one expert of every later layer is expected."""
+    deep = make_store(tmp_path, layers=8)
+    executor = make(deep, kernels, 90, policy="ema", prefetch=True, prefetch_depth=depth)
+    executor.begin_step([0])
+    assert executor.lookahead() == depth
+    x, ids, weights = random_steps(deep, [1])[0][0]
+    executor(FIRST, x, ids, weights)
+    for layer in range(1, 8):
+        executor.expect(FIRST + layer, [layer])
+        while executor.ram._reads:  # the drive idles again
+            executor.ram._collect(wait=True)
+        executor.ram._settle()
+    residency = executor.ram.residency
+    assert [layer for layer in range(1, 8) if residency.slot(layer, layer) >= 0] == list(range(1, 1 + reach))
+    executor.close()
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_runs_with_any_settings_give_the_same_bits_and_replay_exactly(store, kernels, seed, tmp_path):
     rng = random.Random(seed)
     steps = random_steps(store, [rng.choice([1, 1, 1, 2, 9]) for _ in range(16)], seed=seed)
     slots, policy = rng.randrange(1, LAYERS * EXPERTS + 1), rng.choice(POLICIES)
     system = Unruly(delay_s=rng.choice([0.0, 0.002]), short=0.1, fail=0.02, seed=seed)
-    executor = make(store, kernels, slots, system, policy=policy, prefetch=True, record=True)
+    executor = make(store, kernels, slots, system, policy=policy, prefetch=True, prefetch_depth=seed, record=True)
     outputs = []
     for number, step in enumerate(steps):
         if rng.random() < 0.1:
