@@ -121,6 +121,13 @@ runtime_options = options(
         "on a GPU, may change tokens by rounding. Default: chosen from context and memory; 2048 on a GPU.",
     ),
     click.option("--policy", help="Cache policy of the expert slots.  [default: ema+tokens]"),
+    click.option(
+        "--half-life",
+        type=click.FloatRange(0, min_open=True),
+        metavar="TOKENS",
+        help="Tokens after which a use counts half: for the policy ema (32 by default), or by the middle one of the "
+        "three half-lives of ema+tokens (60 by default). Other policies have none.",
+    ),
     click.option("--allow-slow", is_flag=True, default=None, help="Run with fewer slots than one token's working set."),
     click.option(
         "--profile",

@@ -21,9 +21,9 @@ def load(store: str | Path, *, profile: str | Path | None = None, **options: Any
     """Open a store and load everything but the routed experts.
 
     `options` are the fields of `offload.engine.options.RuntimeOptions`: ram, vram, device, kernels, threads,
-    readers, prefetch, context, prefill_chunk, policy, allow_slow, trace and more. `profile` is a TOML file with such
-    options; what is given here wins. Without one, what `tune` saved with the store is taken where it exists; "none"
-    takes only defaults.
+    readers, prefetch, prefetch_depth, context, prefill_chunk, policy, half_life, allow_slow, trace and more. `profile`
+    is a TOML file with such options; what is given here wins. Without one, what `tune` saved with the store is taken
+    where it exists; "none" takes only defaults.
 
     Raises OffloadError subclasses: StoreError, ConfigError, BudgetError, KernelError, UsageError.
     """

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.cache.policy import CachePolicy, CacheShape, Routing
+from offload.cache.policy import HALF_LIVES, CachePolicy, CacheShape, Routing
 from offload.cache.predictor import Successors, TokenTable, is_large
 from offload.cache.recall import Likeness, Recall
 
@@ -31,8 +31,8 @@ from offload.cache.recall import Likeness, Recall
 class Weights:
     """Half-lives in tokens with their weights, and the weights of the predictions."""
 
-    half_lives: tuple[float, ...] = (12.0, 60.0, 4000.0)
-    frequency: tuple[float, ...] = (0.36, 0.14, 0.78)
+    half_lives: tuple[float, float, float] = (12.0, HALF_LIVES["ema+tokens"], 4000.0)
+    frequency: tuple[float, float, float] = (0.36, 0.14, 0.78)
     successors: float = 0.63
     known_token: float = 0.45
     """What the token after it calls for, if its id is known."""
@@ -54,11 +54,21 @@ class ExpectedUse(CachePolicy):
     floor_share: ClassVar[float] = 0.5
 
     def __init__(
-        self, shape: CacheShape, weights: Weights = Weights(), tokens: int = 8192, memory: int | None = None
+        self,
+        shape: CacheShape,
+        weights: Weights = Weights(),
+        tokens: int = 8192,
+        memory: int | None = None,
+        half_life: float | None = None,
     ) -> None:
         """`tokens`: ids the token table has room for; `memory`: tokens whose routing is remembered,
-        16384 unless given, half as many for a large model."""
+        16384 unless given, half as many for a large model. `half_life`: takes the place of the middle one of
+        `weights.half_lives`."""
         super().__init__(shape)
+        if half_life is not None:
+            shortest, _, longest = weights.half_lives
+            weights = replace(weights, half_lives=(shortest, half_life, longest))
+        self.half_life = weights.half_lives[1]
         self.values = self.values.astype(np.float32)  # half the memory of every step's passes over all experts
         self.weights = weights
         self.table = TokenTable(shape, tokens)
@@ -90,7 +100,7 @@ class ExpectedUse(CachePolicy):
 
     @property
     def long_run(self) -> NDArray[np.float32]:
-        """Uses per token over the longest half-life [L, E]."""
+        """Uses per token over the last of the half-lives [L, E], the longest as they are fitted."""
         return self._rates[-1]
 
     def begin_step(self, tokens: Sequence[int], upcoming: Sequence[int] = ()) -> bool:

@@ -11,6 +11,7 @@ that has already run in this step has no advantage over one that has not.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload.errors import UsageError
+
+HALF_LIVES = {"ema": 32.0, "ema+tokens": 60.0}
+"""Tokens after which a use counts half: of the policies that have such a number, what it is unless another is given.
+Of the three of `ema+tokens` it is the middle one."""
 
 Routing = Sequence[Sequence[int]]
 """Expert ids of one layer, [T, K]: what the router chose for each token of the step."""
@@ -47,6 +52,8 @@ class CachePolicy(ABC):
     """Share of the slots that the floors of layers may take up. Values that compare uses of different layers
     need a small one only: where slots are scarce, a floor keeps what another layer needs sooner."""
     values: NDArray[Any]
+    half_life: float | None = None
+    """Tokens after which a use counts half; None for a policy without such a number."""
     revision: int = 0
     """Counts how often, within steps, values of other layers than the one observed have changed."""
 
@@ -139,10 +146,8 @@ class DecayedFrequency(CachePolicy):
 
     name = "ema"
 
-    def __init__(self, shape: CacheShape, half_life: float = 32.0) -> None:
+    def __init__(self, shape: CacheShape, half_life: float = HALF_LIVES["ema"]) -> None:
         super().__init__(shape)
-        if not half_life > 0:
-            raise UsageError(f"the half-life must be larger than 0 tokens, not {half_life}")
         self.half_life = half_life
         self._keep = 0.5 ** (1.0 / half_life)
         self._gain = 1.0 - self._keep
@@ -230,8 +235,21 @@ POLICIES: dict[str, Callable[..., CachePolicy]] = {
 }
 
 
-def create_policy(name: str, shape: CacheShape, **options: Any) -> CachePolicy:
-    """The policy called `name`. Raises UsageError with the known names."""
+def check_half_life(half_life: object, policy: str) -> None:
+    """Raises UsageError unless `half_life` is a number of tokens above 0 and the policy called `policy` has one."""
+    if type(half_life) not in (int, float) or not 0 < half_life <= sys.float_info.max:  # type: ignore[operator]
+        raise UsageError(f"half_life is {half_life!r}: it must be a number of tokens larger than 0, as 64")
+    if policy not in HALF_LIVES:
+        raise UsageError(
+            f"half_life is {half_life!r}, and the policy {policy} has none; those that have: {', '.join(HALF_LIVES)}"
+        )
+
+
+def create_policy(name: str, shape: CacheShape, half_life: float | None = None, **options: Any) -> CachePolicy:
+    """The policy called `name`. Raises UsageError with the known names, and for a `half_life` it cannot use."""
     if name not in POLICIES:
         raise UsageError(f"unknown cache policy {name!r}; known: {', '.join(sorted(POLICIES))}")
+    if half_life is not None:
+        check_half_life(half_life, name)
+        options["half_life"] = half_life
     return POLICIES[name](shape, **options)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from offload.cache.policy import CachePolicy, Routing, create_policy
+from offload.cache.policy import HALF_LIVES, CachePolicy, Routing, create_policy
 from offload.cache.residency import CacheEvents, Decision, Residency
 from offload.cache.trace import Prefetch, Trace
 
@@ -127,16 +127,21 @@ def replay(
 ) -> Result:
     """Run a whole trace; `floor` is top_k unless given. `belady` is told the future.
 
-    With the policy and the slots of the recording, its speculative loads are repeated where they happened;
-    other settings are replayed without speculation.
+    With the policy, its half-life and the slots of the recording, its speculative loads are repeated where they
+    happened; other settings are replayed without speculation. The policy of the recording has the half-life of the
+    recording unless `options` say otherwise; a trace that does not name one was recorded with the policy's own.
     """
+    header = trace.header
     if isinstance(policy, str):
         if policy == "belady":
             options = options | {"future": [routing for _, routing in trace.passes()]}
+        if policy == header.get("policy"):
+            options = {"half_life": header.get("half_life")} | options
         policy = create_policy(policy, trace.shape, **options)
     residency = Residency(policy, slots, floor=trace.shape.top_k if floor is None else floor, width=width)
     clock = Replay(residency, machine)
-    recorded = (trace.header.get("policy"), trace.header.get("slots")) == (policy.name, slots)
+    half_life = header.get("half_life") or HALF_LIVES.get(policy.name)
+    recorded = (header.get("policy"), half_life, header.get("slots")) == (policy.name, policy.half_life, slots)
     speculation = _Speculation(trace.prefetches if recorded else [], residency)
     decode_hits = decode_misses = 0
     for step, (tokens, routing) in enumerate(trace.passes()):
@@ -149,7 +154,7 @@ def replay(
         if len(tokens) == 1:
             decode_hits += residency.events.hits - hits
             decode_misses += residency.events.misses - misses
-    settings = {"floor": residency.floor, "width": residency.width}
+    settings = {"floor": residency.floor, "width": residency.width, "half_life": policy.half_life}
     return Result(
         policy.name,
         slots,

@@ -7,7 +7,8 @@ A trace is an .npz file: `header` (JSON as bytes), `tokens` int32 [tokens], `ste
 router's order, `sessions` int32 [sessions] (steps at which a conversation begins), and `prefetches`
 int32 [n, 5], the speculative loads that the recording run made (see `Prefetch`), without which its
 hits could not be reproduced. The header names format, version, model shape and, for a recorded run,
-the cache settings and the events it counted.
+the cache settings and the events it counted. One of the settings, the policy's half-life in tokens, is missing from
+older traces, which were recorded with the policy's own.
 """
 
 from __future__ import annotations

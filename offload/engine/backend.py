@@ -159,6 +159,7 @@ def _cpu_demand(store: Store, context: int) -> dict[str, int]:
 def _tier_options(store: Store, options: RuntimeOptions, record: bool) -> dict[str, Any]:
     return {
         "policy": options.policy,
+        "half_life": options.half_life,
         "allow_slow": options.allow_slow,
         "record": record,
         "prefer_resident": options.prefer_resident,

@@ -168,9 +168,10 @@ class Engine:
     def describe(self) -> list[str]:
         """What was loaded, for people: one line per fact."""
         recipe, margin = self.store.manifest.recipe, self.options.prefer_resident
+        half_life = "" if self.options.half_life is None else f" with a half-life of {self.options.half_life:g} tokens"
         lines = [
             f"{self.name}: experts {recipe['experts']}, resident {recipe['resident']}, {self.kernels.name} kernels, "
-            f"policy {self._executor.ram.residency.policy.name}",
+            f"policy {self._executor.ram.residency.policy.name}{half_life}",
             *self._backend.describe(),
         ]
         if self._saved_profile is not None:

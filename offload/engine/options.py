@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.cache.lookahead import EARLY_ROUTERS
-from offload.cache.policy import POLICIES
+from offload.cache.policy import POLICIES, check_half_life
 from offload.errors import UsageError
 from offload.kernels import BACKENDS
 from offload.tiers.disk import READERS
@@ -51,6 +51,8 @@ class RuntimeOptions:
     prefill_chunk  most tokens of a prompt computed at once, from 512 on in whole blocks of 512; a bound below that, or
                 any on a GPU, may change tokens by rounding; None: chosen from context and memory
     policy      cache policy of the expert slots
+    half_life   tokens after which a use counts half for the policy ema, or by the middle one of the three half-lives of
+                ema+tokens; None: the policy's own
     allow_slow  go below one token's working set of slots
     mirror      a second copy of the store on another drive; both are read
     prefetch    read experts that will probably be needed while the drive idles
@@ -73,6 +75,7 @@ class RuntimeOptions:
     context: int | None = None
     prefill_chunk: int | None = None
     policy: str = "ema+tokens"
+    half_life: float | None = None
     allow_slow: bool = False
     mirror: str | Path | None = None
     prefetch: bool = True
@@ -94,6 +97,8 @@ class RuntimeOptions:
         _one_of("kernels", self.kernels, BACKENDS)
         _one_of("split", self.split, SPLITS)
         _one_of("policy", self.policy, LIVE_POLICIES)
+        if self.half_life is not None:
+            check_half_life(self.half_life, self.policy)
         for name in ("threads", "context", "readers", "prefill_chunk"):
             value = getattr(self, name)
             if (value is None and name == "readers") or (value is not None and (type(value) is not int or value < 1)):
@@ -129,11 +134,15 @@ def resolve_options(given: Mapping[str, Any], profile: str | Path | None = None)
     A profile is a TOML file with options, in which `warm` is relative to the file; or a domain's routing, which
     means the same as a TOML file that only names it.
 
+    A half-life is that of the policy it stands with: another policy in `given` leaves the profile's aside.
+
     Raises UsageError for an unknown name or a value that cannot be used, in the profile with file, line and key.
     """
     options = RuntimeOptions()
     if profile is not None:
         options = _read_profile(Path(profile))
+    if given.get("policy") not in (None, options.policy):
+        options = replace(options, half_life=None)
     return _overlay(options, {name: value for name, value in given.items() if value is not None})
 
 

@@ -2,8 +2,8 @@
 
 Owns the search and the profile it writes. A change is kept only if it is measurably faster and the tokens are the
 same. Candidates are tried one option at a time, from the one with the largest expected effect: memory, split,
-policy, threads, reads ahead and how far, readers; then all over again while something was kept, since options depend
-on each other.
+policy and its half-life, threads, reads ahead and how far, readers; then all over again while something was kept,
+since options depend on each other.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from offload.cache.policy import HALF_LIVES
 from offload.cache.simulator import replay
 from offload.cache.trace import Trace
 from offload.engine.bench import TOPICS
@@ -199,8 +200,24 @@ def memory_candidates(best: Trial, fixed: set[str]) -> Changes:
 
 
 def policy_candidates(best: Trial, fixed: set[str]) -> Changes:
-    """What a replay with as many slots finds no worse."""
-    return [] if "policy" in fixed else [(f"policy {name}", {"policy": name}) for name in promising_policies(best)]
+    """What a replay with as many slots finds no worse, with the half-life that was given or else the policy's own."""
+    if "policy" in fixed:
+        return []
+    given = best.options.half_life if "half_life" in fixed else None
+    others = [name for name in LIVE_POLICIES if name != best.options.policy and (given is None or name in HALF_LIVES)]
+    found = promising(best, [(name, given) for name in others])
+    return [(f"policy {name}", {"policy": name, "half_life": half_life}) for name, half_life in found]
+
+
+def half_life_candidates(best: Trial, fixed: set[str]) -> Changes:
+    """Half and twice the policy's half-life, where a replay with as many slots finds that no worse."""
+    policy = best.options.policy
+    if "half_life" in fixed or policy not in HALF_LIVES:
+        return []
+    own = HALF_LIVES[policy]
+    now = best.options.half_life or own
+    found = promising(best, [(policy, None if half_life == own else half_life) for half_life in (now / 2, now * 2)])
+    return [(f"half-life {half_life or own:g}", {"half_life": half_life}) for _, half_life in found]
 
 
 def thread_candidates(best: Trial, fixed: set[str]) -> Changes:
@@ -251,6 +268,7 @@ STAGES = (
     memory_candidates,
     split_candidates,
     policy_candidates,
+    half_life_candidates,
     thread_candidates,
     prefetch_candidates,
     depth_candidates,
@@ -258,19 +276,28 @@ STAGES = (
 )
 
 
-def promising_policies(best: Trial) -> list[str]:
-    """Other policies, fewest misses first, as a replay of the recorded routing counts them.
+Setting = tuple[str, float | None]
+"""A policy and its half-life in tokens; None: its own."""
 
-    With every expert resident no policy has anything to decide.
+
+def promising(best: Trial, settings: Sequence[Setting]) -> list[Setting]:
+    """Those of `settings` that miss no more than what is there, fewest misses first, as a replay counts them.
+
+    Reads ahead are left out of all replays, since only those of the recorded setting are known. With every expert
+    resident no policy has anything to decide.
     """
-    trace = best.trace
-    if trace is None or best.slots >= trace.shape.keys:
+    if best.trace is None or not _reads(best):
         return []
-    replays = {name: replay(trace, name, best.slots) for name in LIVE_POLICIES}
-    misses = {name: result.decode_misses or result.events.misses for name, result in replays.items()}
-    limit = misses[best.options.policy] * 1.02
-    others = [name for name in LIVE_POLICIES if name != best.options.policy and misses[name] <= limit]
-    return sorted(others, key=lambda name: misses[name])
+    trace = replace(best.trace, prefetches=[])
+
+    def misses(setting: Setting) -> int:
+        policy, half_life = setting
+        result = replay(trace, policy, best.slots, half_life=half_life)
+        return result.decode_misses or result.events.misses
+
+    limit = misses((best.options.policy, best.options.half_life)) * 1.02
+    found = [(misses(setting), setting) for setting in settings]
+    return [setting for count, setting in sorted(found, key=lambda item: item[0]) if count <= limit]
 
 
 def profile_values(options: RuntimeOptions) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class RamTier:
         *,
         slots: int,
         policy: str = "ema",
-        policy_options: dict[str, Any] | None = None,
+        half_life: float | None = None,
         allow_slow: bool = False,
         mirror: Path | None = None,
         record: bool = False,
@@ -80,8 +80,9 @@ class RamTier:
         reader: DiskReader | None = None,
         prefer_resident: float | None = None,
     ) -> None:
-        """`usage`: file in which what the policy learns is kept between runs. `prefetch_depth`: see LookAhead.
-        `prefer_resident`: margin of `preference`, without which routing is exact."""
+        """`half_life`: that of the policy, in tokens; None: its own. `usage`: file in which what the policy learns is
+        kept between runs. `prefetch_depth`: see LookAhead. `prefer_resident`: margin of `preference`, without which
+        routing is exact."""
         config = store.config
         self.layers = config.moe_layers
         self.shape = CacheShape(len(self.layers), config.n_routed_experts, config.num_experts_per_tok)
@@ -89,9 +90,7 @@ class RamTier:
         slot_nbytes = _slot_nbytes(store, self.layers[0])
         _check_budget(self.shape, slots, slot_nbytes, allow_slow)
         self._store = store
-        self.residency = Residency(
-            create_policy(policy, self.shape, **(policy_options or {})), slots, floor=self.shape.top_k
-        )
+        self.residency = Residency(create_policy(policy, self.shape, half_life), slots, floor=self.shape.top_k)
         self.pool = SlotPool(slots, slot_nbytes)
         self._weights = _SlotWeights(store.layout, self.pool)
         self.reader = reader or DiskReader(threads=readers, mirror=mirror)
@@ -253,6 +252,7 @@ class RamTier:
         assert self._recorder is not None, "the executor was made with record=True"
         return self._recorder.trace(
             policy=self.residency.policy.name,
+            half_life=self.residency.policy.half_life,
             slots=self.residency.slots,
             floor=self.residency.floor,
             width=self.residency.width,

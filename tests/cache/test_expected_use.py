@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from offload.cache.expected_use import ExpectedUse
-from offload.cache.policy import CacheShape, DecayedFrequency
+from offload.cache.expected_use import ExpectedUse, Weights
+from offload.cache.policy import CacheShape, DecayedFrequency, create_policy
 from offload.cache.predictor import Successors, TokenTable
 from offload.cache.residency import Residency
 from offload.cache.simulator import Replay
@@ -191,3 +191,13 @@ def test_an_unfinished_step_teaches_nothing():
     policy.observe(0, [[1, 2, 3]])
     policy.begin_step([4])
     assert policy.table.likely(3) == []
+
+
+def test_a_half_life_is_the_middle_one_of_three():
+    tokens = [number % 7 for number in range(40)]
+    given, fitted = create_policy("ema+tokens", SHAPE, half_life=300), create_policy("ema+tokens", SHAPE)
+    weighted = ExpectedUse(SHAPE, Weights(half_lives=(12.0, 300, 4000.0)))
+    for policy in (given, fitted, weighted):
+        hits(policy, tokens, scripted(tokens), 40)
+    assert np.array_equal(given.values, weighted.values) and not np.allclose(given.values, fitted.values)
+    assert (given.half_life, fitted.half_life) == (300, 60.0)

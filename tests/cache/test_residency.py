@@ -241,8 +241,12 @@ def test_unusable_settings_are_named():
         create_policy("arc", SHAPE)
     with pytest.raises(UsageError, match="future"):
         create_policy("belady", SHAPE)
-    with pytest.raises(UsageError, match="half-life"):
-        create_policy("ema", SHAPE, half_life=0)
+    for half_life in (0, -1.0, float("nan"), float("inf"), 10**400, True, "64"):
+        with pytest.raises(UsageError, match="half_life is .*: it must be a number of tokens larger than 0"):
+            create_policy("ema", SHAPE, half_life=half_life)
+    for policy in ("lru", "lfu", "belady"):
+        with pytest.raises(UsageError, match=rf"half_life is 8, and the policy {policy} has none; .*: ema, ema"):
+            create_policy(policy, SHAPE, half_life=8)
     with pytest.raises(BudgetError, match="1 slot"):
         Residency(create_policy("lru", SHAPE), 0, floor=1)
 

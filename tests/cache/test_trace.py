@@ -12,7 +12,7 @@ from offload.cache.policy import CacheShape, create_policy
 from offload.cache.report import simulate
 from offload.cache.residency import Residency
 from offload.cache.simulator import Machine, Replay, replay, sweep
-from offload.cache.trace import Trace, TraceRecorder
+from offload.cache.trace import Prefetch, Trace, TraceRecorder
 from offload.errors import UsageError
 
 
@@ -122,6 +122,33 @@ def test_a_replay_repeats_the_events_of_the_run(policy, tmp_path):
     assert result.events == live.events
     assert result.events.misses > 50
     assert result.events.evictions > 0
+
+
+@pytest.mark.parametrize("policy", ["ema", "ema+tokens"])
+def test_a_replay_has_the_half_life_of_the_run(policy, tmp_path):
+    run = recorded(60, seed=4)
+    own, short = replay(run, policy, 33), replay(run, policy, 33, half_life=1.5)
+    assert own.events != short.events and short.settings["half_life"] == 1.5
+    for header, expected in (({"half_life": 1.5}, short), ({}, own), ({"half_life": None}, own)):
+        run.header = {"policy": policy, "slots": 33} | header
+        run.save(tmp_path / "t.npz")
+        trace = Trace.load(tmp_path / "t.npz")
+        assert replay(trace, policy, 33).events == expected.events
+        assert replay(trace, policy, 33, half_life=1.5).events == short.events
+        assert replay(trace, policy, 33, half_life=None).events == own.events
+        (again,) = simulate(tmp_path / "t.npz", policies=[policy], sizes=[33]).results
+        assert again.events == expected.events
+        # It is no other policy's.
+        assert replay(trace, "lru", 33).events == replay(recorded(60, seed=4), "lru", 33).events
+
+
+def test_reads_ahead_are_repeated_with_the_recorded_half_life_only():
+    run = recorded(20)
+    run.prefetches = [Prefetch(1, 0, kind, 2, 23) for kind in (0, 1)]
+    for header, half_life in (({"half_life": 8}, 8), ({}, 32.0)):
+        run.header = {"policy": "ema", "slots": 33} | header
+        issued = {h: replay(run, "ema", 33, half_life=h).events.prefetch_issued for h in (8, 9, 32.0)}
+        assert issued == {h: int(h == half_life) for h in (8, 9, 32.0)}
 
 
 def test_simulated_time_adds_up():

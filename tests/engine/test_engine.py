@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import offload
+from offload.cache.report import simulate
 from offload.cache.trace import Trace
 from offload.engine.engine import ram_for_share
 from offload.engine.options import LIVE_POLICIES
@@ -168,6 +169,9 @@ def test_budgets_that_are_too_small_are_refused_with_numbers(store: Path) -> Non
         ({"prefetch_depth": 9}, "prefetch_depth is 9: it must be a whole number of layers, 0 to 8"),
         ({"prefetch_depth": -1}, "prefetch_depth is -1"),
         ({"prefetch_depth": False}, "prefetch_depth is False"),
+        ({"half_life": 0}, "half_life is 0: it must be a number of tokens larger than 0"),
+        ({"half_life": "long"}, "half_life is 'long'"),
+        ({"half_life": 64, "policy": "lru"}, "half_life is 64, and the policy lru has none"),
         ({"prefill_chunk": True}, "prefill_chunk is True"),
         ({"prefill_chunk": 512.0}, "prefill_chunk is 512.0"),
         ({"context": 10**9}, "positions allow"),
@@ -190,6 +194,8 @@ def test_a_profile_is_overlaid_by_what_is_given(store: Path, tmp_path: Path) -> 
         ("context = 64\n\nreaders = 0\n", "profile.toml, line 3: key readers: readers is 0"),
         ("context = 64\nprefill_chunk = '1k'\n", "profile.toml, line 2: key prefill_chunk: prefill_chunk is '1k'"),
         ("\nprefetch_depth = 1.0\n", "profile.toml, line 2: key prefetch_depth: prefetch_depth is 1.0"),
+        ("half_life = 16\npolicy = 'lfu'\n", "profile.toml, line 2: key policy: half_life is 16, and the policy lfu"),
+        ("policy = 'ema'\nhalf_life = -1\n", "profile.toml, line 2: key half_life: half_life is -1"),
         ("[policy]\nname = 3\n", "profile.toml, line 1: key policy: "),
         ("warm = 3\n", "line 1: key warm: .* must be the name of a file"),
         ("threads = 2\nprefer_resident = 'much'\n", "line 2: key prefer_resident"),
@@ -199,6 +205,22 @@ def test_a_profile_is_overlaid_by_what_is_given(store: Path, tmp_path: Path) -> 
         profile.write_text(text)
         with pytest.raises(UsageError, match=message):
             offload.load(store, profile=profile)
+
+
+def test_a_half_life_goes_with_the_policy_of_its_profile(store: Path, tmp_path: Path) -> None:
+    profile, trace = tmp_path / "profile.toml", tmp_path / "t.npz"
+    profile.write_text('policy = "ema"\nhalf_life = 2\ncontext = 64\n')
+    with offload.load(store, profile=profile, policy="lru") as engine:
+        assert "policy lru" in engine.describe()[0] and "half-life" not in engine.describe()[0]
+    ram = ram_for_share(store, 0.5, context=64)
+    with offload.load(store, profile=profile, policy="ema", ram=ram, trace=trace) as engine:
+        assert "policy ema with a half-life of 2 tokens" in engine.describe()[0]
+        list(engine.generate(PROMPT, max_tokens=30, temperature=0.0, ignore_eos=True))
+        slots, live = engine.plan.slots, engine.counters()["ram"]
+    assert Trace.load(trace).header["half_life"] == 2
+    (again,) = simulate(trace, policies=["ema"], sizes=[slots]).results
+    events = vars(again.events)
+    assert events == {name: live[name] for name in events} and events["evictions"] > 0
 
 
 def test_a_saved_profile_is_taken_and_announced(store: Path, tmp_path: Path) -> None:

@@ -13,16 +13,18 @@ from click.testing import CliRunner
 import cli
 from offload.cache.policy import CacheShape
 from offload.cache.simulator import replay
+from offload.cache.trace import Prefetch
 from offload.engine.engine import ram_for_share
 from offload.engine.options import LIVE_POLICIES, RuntimeOptions, resolve_options
 from offload.engine.tuning import (
     Trial,
     depth_candidates,
+    half_life_candidates,
     measurably_faster,
     memory_candidates,
     policy_candidates,
     prefetch_candidates,
-    promising_policies,
+    promising,
     reader_candidates,
     thread_candidates,
     tune,
@@ -158,8 +160,49 @@ def test_a_candidate_without_room_is_dropped(tmp_path: Path) -> None:
 
 def test_policies_are_ranked_by_replay() -> None:
     few = Trial(RuntimeOptions(policy="lru"), (1.0,), ((1,),), 6, TRACE)
-    assert promising_policies(few) != []  # below one token's working set lru has no hits at all
-    assert promising_policies(replace(few, slots=64)) == []
+    others = [("lfu", None), ("ema", None), ("ema", 3.0), ("ema+tokens", 5.0)]
+    found = promising(few, others)
+    assert found != []  # below one token's working set lru has no hits at all
+    misses = [replay(TRACE, policy, 6, half_life=half_life).decode_misses for policy, half_life in found]
+    assert misses == sorted(misses) and misses[-1] <= 1.02 * replay(TRACE, "lru", 6).decode_misses
+    assert promising(replace(few, slots=64), others) == []
+    # Reads ahead of the recorded setting do not count for it.
+    ahead = [Prefetch(step, 0, kind, 0, expert) for step in range(9) for expert in range(4) for kind in (0, 1)]
+    header = {"policy": "lru", "slots": 6, "half_life": None}
+    assert promising(replace(few, trace=replace(TRACE, prefetches=ahead, header=header)), others) == found
+
+
+def test_half_lives_are_halved_and_doubled_where_that_misses_no_more() -> None:
+    long = Trial(RuntimeOptions(policy="ema", half_life=64), (1.0,), ((1,),), 12, TRACE)
+    misses = {h: replay(TRACE, "ema", 12, half_life=h).decode_misses for h in (16, 32, 64, 128)}
+    assert misses[16] < misses[32] < misses[64] <= misses[128] <= 1.02 * misses[64] < 1.02 * misses[128]
+    found = half_life_candidates(long, set())
+    assert found == [("half-life 32", {"half_life": None}), ("half-life 128", {"half_life": 128})]  # 32 is its own
+    own = replace(long, options=RuntimeOptions(policy="ema"))
+    assert misses[64] > 1.02 * misses[32] and half_life_candidates(own, set()) == [("half-life 16", {"half_life": 16})]
+    lru = replace(long, options=RuntimeOptions(policy="lru"))
+    resident = replace(long, slots=64)
+    assert not any(half_life_candidates(*case) for case in ((long, {"half_life"}), (lru, set()), (resident, set())))
+    # Another policy comes with its own half-life, unless one was given: then it must have one.
+    free = [changes for _, changes in policy_candidates(long, set())]
+    assert len(free) > 1 and all(changes["half_life"] is None for changes in free)
+    given = [changes for _, changes in policy_candidates(long, {"half_life"})]
+    assert given == [{"policy": "ema+tokens", "half_life": 64}]
+
+
+def test_what_was_found_is_in_the_profile(tmp_path: Path) -> None:
+    def speed(o: RuntimeOptions) -> float:
+        return (2 if o.half_life else 1) * (1.5 if o.prefetch_depth == 4 else 1) * (1.1 if o.prefill_chunk else 1)
+
+    report = tune("unused", output=tmp_path / "p.toml", prefill_chunk=1024, run=fake(speed))
+    found = resolve_options({}, tmp_path / "p.toml")
+    assert found.half_life and (found.prefetch_depth, found.prefill_chunk) == (4, 1024), list(report.lines())
+    values = report.to_dict()["options"]
+    assert {name: values[name] for name in ("half_life", "prefetch_depth", "prefill_chunk")} == {
+        "half_life": found.half_life,
+        "prefetch_depth": 4,
+        "prefill_chunk": 1024,
+    }
 
 
 def test_real_runs(store: Path, tmp_path: Path) -> None:

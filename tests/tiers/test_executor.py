@@ -10,6 +10,7 @@ import pytest
 import torch
 from paging_samples import EXPERTS, FIRST, LAYERS, TOP_K, Unruly, make_store, random_steps
 
+from offload.cache.policy import HALF_LIVES
 from offload.cache.simulator import replay
 from offload.cache.trace import Trace
 from offload.errors import BudgetError, DiskError
@@ -105,8 +106,9 @@ def check_outputs(store, kernels, policy, disk, sizes):
 
 @pytest.mark.parametrize("slots", [1, 4, 10, 20])
 def test_a_live_run_replayed_gives_the_same_events(store, kernels, slots, tmp_path):
-    for policy in ("lru", "ema", "ema+tokens"):
-        executor = make(store, kernels, slots, Unruly(delay_s=0.002), policy=policy, record=True)
+    for policy, half_life in (("lru", None), ("ema", None), ("ema", 1.5), ("ema+tokens", None), ("ema+tokens", 3)):
+        system = Unruly(delay_s=0.002)
+        executor = make(store, kernels, slots, system, policy=policy, half_life=half_life, record=True)
         executor.begin_session()
         run(executor, random_steps(store, LENGTHS, seed=slots))
         executor.trace().save(tmp_path / "t.npz")
@@ -176,7 +178,9 @@ def test_runs_with_any_settings_give_the_same_bits_and_replay_exactly(store, ker
     steps = random_steps(store, [rng.choice([1, 1, 1, 2, 9]) for _ in range(16)], seed=seed)
     slots, policy = rng.randrange(1, LAYERS * EXPERTS + 1), rng.choice(POLICIES)
     system = Unruly(delay_s=rng.choice([0.0, 0.002]), short=0.1, fail=0.02, seed=seed)
-    executor = make(store, kernels, slots, system, policy=policy, prefetch=True, prefetch_depth=seed, record=True)
+    half_life = 2.0 + seed if policy in HALF_LIVES else None
+    options = {"policy": policy, "half_life": half_life, "prefetch": True, "prefetch_depth": seed, "record": True}
+    executor = make(store, kernels, slots, system, **options)
     outputs = []
     for number, step in enumerate(steps):
         if rng.random() < 0.1:
