@@ -149,7 +149,8 @@ class DeviceExecutor:
         for tier in self.tiers:
             with tier.device.guard():
                 tier.settle()
-        self._resident = not self._recording and all(tier.complete for tier in self.tiers)
+        resident = all(tier.complete and not tier.lends(len(tokens)) for tier in self.tiers)
+        self._resident = resident and not self._recording
         if self._resident:  # nothing is decided, so there is nothing to learn
             return
         changed = self.ram.begin_step(tokens, upcoming)

@@ -172,7 +172,7 @@ class VramTier:
         if changed:
             self.residency.refresh()
         self._decoding = len(tokens) == 1
-        if self._lendable and self._borrowed != (len(tokens) > SHORT):
+        if self._borrowed != self.lends(len(tokens)):
             self._give_back_slots() if self._borrowed else self._borrow_slots()
         if self._lookahead:
             self._lookahead.begin_step(tokens)
@@ -234,6 +234,10 @@ class VramTier:
             lookahead.outcome(events.prefetch_useful + events.prefetch_late, events.prefetch_wasted)
 
     # -- everything resident -----------------------------------------------------------------
+
+    def lends(self, tokens: int) -> bool:
+        """Whether a pass over so many tokens has its outputs where slots are otherwise."""
+        return bool(self._lendable) and tokens > SHORT
 
     @property
     def complete(self) -> bool:

@@ -231,6 +231,17 @@ def test_long_passes_borrow_slots_and_give_them_back(store, kernels, steps, expe
     executor.close()
 
 
+def test_slots_are_lent_even_while_all_experts_are_resident(store, kernels, steps, expected):
+    executor = make(store, kernels, ALL, ALL, seeds=[4], lend=True)
+    executor.preload()
+    (tier,) = executor.tiers
+    for number, (step, right) in enumerate(zip(steps, zip(*[iter(expected)] * LAYERS, strict=True), strict=True)):
+        assert tier.complete or number > 5
+        assert_same(run(executor, [step]), right)
+    assert LENGTHS[5] == 23 and tier.residency.resident < ALL  # what was lent has to be read again
+    executor.close()
+
+
 def test_everything_resident_needs_no_ids_on_the_host(store, kernels, steps, expected):
     executor = make(store, kernels, ALL, ALL, seeds=[1, 2])
     executor.preload()
