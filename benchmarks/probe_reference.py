@@ -34,6 +34,8 @@ from offload.tune.probe_drive import drive_rate  # noqa: E402
 from offload.types import ExpertId, Extent, align_up  # noqa: E402
 
 FIO_DEPTHS = (1, 2, 4, 8, 16)
+HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
+LEAST_HUGE_PAGES = 200
 
 READ_LOOP = r"""
 #define _GNU_SOURCE
@@ -107,6 +109,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not shutil.which("fio"):
         raise SystemExit("fio is not installed")
+    if int(HUGE_PAGES.read_text()) < LEAST_HUGE_PAGES:
+        raise SystemExit(f"fio needs huge pages to read into: echo {LEAST_HUGE_PAGES} > {HUGE_PAGES}")
     store, seconds = Store.open(arguments.store), arguments.seconds
     layers = store.config.moe_layers
     extents = [store.locate(ExpertId(layers[0], expert)) for expert in range(store.config.n_routed_experts)]
@@ -132,7 +136,10 @@ def main() -> None:
 
 
 def drive_by_fio(extent: Extent, threads: int, seconds: float) -> float:
-    """Bytes per second of direct random reads of an expert's size from its file, by as many threads."""
+    """Bytes per second of direct random reads of an expert's size from its file, by as many threads.
+
+    Into huge pages, as slots are: the system must have some set aside (/proc/sys/vm/nr_hugepages).
+    """
     options = {
         "name": "read",
         "filename": extent.path,
@@ -140,6 +147,7 @@ def drive_by_fio(extent: Extent, threads: int, seconds: float) -> float:
         "bs": align_up(extent.nbytes),
         "direct": 1,
         "ioengine": "psync",
+        "iomem": "shmhuge",
         "numjobs": threads,
         "runtime": seconds,
         "output-format": "json",

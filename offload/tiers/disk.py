@@ -31,6 +31,10 @@ log = logging.getLogger("expertpager")
 READERS = 8
 """Reader threads, unless told otherwise: more reads than these are never under way."""
 
+PART_NBYTES = 4 << 20
+"""Larger extents are read in parts of this size at the same time: a smaller part costs a fast drive more waiting for
+its thread than it gains."""
+
 ATTEMPTS = 4
 """Reads of one part before it is given up."""
 
@@ -137,7 +141,7 @@ class DiskReader:
         self,
         *,
         threads: int = READERS,
-        part_nbytes: int = 2 << 20,
+        part_nbytes: int = PART_NBYTES,
         mirror: Path | None = None,
         prefetch_limit: int = 64,
         system: FileSystem | None = None,

@@ -17,10 +17,8 @@ from offload.config import ModelConfig
 from offload.model.blocks import BLOCK
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout
+from offload.tiers.disk import PART_NBYTES
 from offload.tune.machine import ROWS, FormatRate, MachineSpec
-
-READ_PART_NBYTES = 2 << 20
-"""Experts are read in parts of this size at the same time."""
 
 WAVE = 16
 """Experts of a prefill chunk whose reads are under way before the routed part of the layer begins."""
@@ -238,7 +236,7 @@ def arrival_times(machine: MachineSpec, misses: int, nbytes: int) -> list[float]
 
     Few parts under way make a drive slower, and towards the end there are always few.
     """
-    parts = -(-nbytes // READ_PART_NBYTES)
+    parts = -(-nbytes // PART_NBYTES)
     now, times = machine.drive_latency_s, []
     for left in range(misses * parts, 0, -1):
         now += nbytes / parts / machine.drive_rate(left)

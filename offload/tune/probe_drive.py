@@ -89,8 +89,9 @@ def measure_drive(extents: Sequence[Extent], seconds: float) -> tuple[dict[str, 
 def drive_rate(extents: Sequence[Extent], threads: int, seconds: float) -> tuple[float, bool]:
     """(bytes per second of random extents with `threads` of them under way, whether direct I/O was refused)."""
     reader = DiskReader(threads=threads)
-    # As many again wait in the queue: a thread never waits for the one that asks.
-    pool = SlotPool(2 * threads, align_up(extents[0].nbytes) + PAGE)
+    # More wait in the queue than are under way, so that no thread waits for the one that asks; and the memory is larger
+    # than the processor's caches, as a run's is.
+    pool = SlotPool(max(32, 2 * threads), align_up(extents[0].nbytes) + PAGE)
     try:
         return _read_rate(reader, extents, pool, random.Random(threads), seconds), reader.buffered
     finally:
@@ -148,7 +149,7 @@ def measure_together(extents: Sequence[Extent], work: Callable[[], object], seco
     """
     rng = random.Random(0)
     reader = DiskReader(threads=READERS)
-    pool = SlotPool(2 * READERS, align_up(extents[0].nbytes) + PAGE)
+    pool = SlotPool(4 * READERS, align_up(extents[0].nbytes) + PAGE)
     kernels, drive = [], []
     try:
         with ThreadPoolExecutor(1) as other:

@@ -14,6 +14,7 @@ from convert.synthetic import V3_CONFIG
 from offload.config import ModelConfig
 from offload.quant import get_codec
 from offload.store.safetensors import DTYPE_NAMES
+from offload.tiers.disk import PART_NBYTES
 from offload.tune.cost import (
     ModelCost,
     arrival_times,
@@ -164,7 +165,7 @@ def test_layer_clock_by_hand() -> None:
 def test_the_last_parts_are_read_alone() -> None:
     """Two experts of two parts each: three parts and more at 2 GB/s, the last one at 1 GB/s."""
     machine = replace(MACHINE, drive_read=2e9, depths={"1": 1e9, "2": 2e9, "4": 2e9}, drive_latency_s=0.1)
-    part = 2 << 20
+    part = PART_NBYTES
     slow, fast = part / 1e9, part / 2e9
     found = arrival_times(machine, 2, 2 * part)
     assert found == pytest.approx([0.1 + 2 * fast, 0.1 + 3 * fast + slow])
