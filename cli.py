@@ -103,7 +103,7 @@ runtime_options = options(
         "--prefetch-depth",
         type=click.IntRange(0, 8),
         help="Layers ahead for which routers are applied early to know what to read; 0: reads ahead by the token table "
-        "of the policy ema+tokens alone.  [default: 2]",
+        "of the policy ema+tokens alone.  [default: 1]",
     ),
     click.option(
         "--mirror", type=click.Path(file_okay=False), help="A copy of STORE on another drive; both drives are read."

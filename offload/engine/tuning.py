@@ -41,7 +41,7 @@ ROUNDS = 3
 """Times that the options are gone through."""
 
 READER_COUNTS = (4, 8, 16)
-DEPTHS = (1, 4)
+DEPTHS = (0, 1, 2)
 """Of reading ahead, in layers."""
 
 Tell = Callable[[str], None]

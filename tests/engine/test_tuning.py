@@ -116,7 +116,7 @@ def test_noise_is_not_a_gain_and_given_options_stay(tmp_path: Path) -> None:
     assert not any(stage(before, {"ram", "policy", "threads", "prefetch", "readers"}) for stage in stages)
     resident = replace(before, slots=64)
     assert not prefetch_candidates(resident, set()) and not reader_candidates(resident, set())
-    assert [changes for _, changes in depth_candidates(before, set())] == [{"prefetch_depth": 1}, {"prefetch_depth": 4}]
+    assert [changes for _, changes in depth_candidates(before, set())] == [{"prefetch_depth": 0}, {"prefetch_depth": 2}]
     without = replace(before, options=replace(before.options, prefetch=False))
     assert not any(depth_candidates(*given) for given in ((before, {"prefetch_depth"}), (resident, ()), (without, ())))
     assert "ram: what is free" in dict(memory_candidates(before, set()))

@@ -182,7 +182,7 @@ def test_routers_applied_early_change_no_bits_and_save_demands(store, kernels, v
     assert misses[1] < misses[0]
 
 
-@pytest.mark.parametrize("depth", [0, 1, EARLY_ROUTERS, 8])
+@pytest.mark.parametrize("depth", [0, EARLY_ROUTERS, 2, 8])
 def test_nothing_is_foreseen_where_nothing_is_missing(store, kernels, depth):
     executor = make(store, kernels, ALL, ALL, prefetch=True, prefetch_depth=depth)
     assert executor.early_routers == executor.foresight() == 0
