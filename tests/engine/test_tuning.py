@@ -192,15 +192,15 @@ def test_half_lives_are_halved_and_doubled_where_that_misses_no_more() -> None:
 
 def test_what_was_found_is_in_the_profile(tmp_path: Path) -> None:
     def speed(o: RuntimeOptions) -> float:
-        return (2 if o.half_life else 1) * (1.5 if o.prefetch_depth == 4 else 1) * (1.1 if o.prefill_chunk else 1)
+        return (2 if o.half_life else 1) * (1.5 if o.prefetch_depth == 2 else 1) * (1.1 if o.prefill_chunk else 1)
 
     report = tune("unused", output=tmp_path / "p.toml", prefill_chunk=1024, run=fake(speed))
     found = resolve_options({}, tmp_path / "p.toml")
-    assert found.half_life and (found.prefetch_depth, found.prefill_chunk) == (4, 1024), list(report.lines())
+    assert found.half_life and (found.prefetch_depth, found.prefill_chunk) == (2, 1024), list(report.lines())
     values = report.to_dict()["options"]
     assert {name: values[name] for name in ("half_life", "prefetch_depth", "prefill_chunk")} == {
         "half_life": found.half_life,
-        "prefetch_depth": 4,
+        "prefetch_depth": 2,
         "prefill_chunk": 1024,
     }
 
