@@ -162,7 +162,7 @@ def test_routers_applied_early_change_no_bits_and_save_demands(store, kernels, v
     expected = reference(store, kernels, steps)
     misses = []
     for foreseen in (False, True):
-        executor = make(store, kernels, vram, ram, seeds=[seed], prefetch=True)
+        executor = make(store, kernels, vram, ram, seeds=[seed], prefetch=True, prefetch_depth=LAYERS - 1)
         outputs = []
         for number, step in enumerate(steps):
             executor.begin_step([number])
