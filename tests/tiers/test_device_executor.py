@@ -157,19 +157,20 @@ def test_promotion_changes_no_bits_and_raises_hits(store, kernels, policy, seed)
     # A device that does nothing before it is waited for leaves the link no idle moment.
     [(6, 12, None), (6, 12, 7), (6, 12, 8), (12, ALL, 7), (12, ALL, 8)],
 )
-def test_routers_applied_early_change_no_bits_and_save_demands(store, kernels, vram, ram, seed):
+@pytest.mark.parametrize("depth", [EARLY_ROUTERS, LAYERS - 1])
+def test_routers_applied_early_change_no_bits_and_save_demands(store, kernels, vram, ram, seed, depth):
     steps = random_steps(store, [1] * 30)
     expected = reference(store, kernels, steps)
     misses = []
     for foreseen in (False, True):
-        executor = make(store, kernels, vram, ram, seeds=[seed], prefetch=True, prefetch_depth=LAYERS - 1)
+        executor = make(store, kernels, vram, ram, seeds=[seed], prefetch=True, prefetch_depth=depth)
         outputs = []
         for number, step in enumerate(steps):
             executor.begin_step([number])
             for layer, (x, ids, weights) in enumerate(step):
                 executor.hint(FIRST + layer, ids, weights)
-                if foreseen and layer + 1 < LAYERS and executor.foresight():
-                    later = range(layer + 1, LAYERS)
+                later = range(layer + 1, min(layer + 1 + executor.foresight(), LAYERS))
+                if foreseen and later:
                     executor.foresee([FIRST + at for at in later], torch.cat([step[at][1] for at in later]))
                 outputs.append(executor(FIRST + layer, x, ids, weights).clone())
                 check(executor)
@@ -179,7 +180,9 @@ def test_routers_applied_early_change_no_bits_and_save_demands(store, kernels, v
         missed = counters.vram.misses if ram == ALL else counters.ram.misses
         misses.append(missed)
         executor.close()
-    assert misses[1] < misses[0]
+    # On a device that does nothing before it is waited for, the next layer's come with that layer's own ids: too late.
+    late = seed is None and depth == 1
+    assert misses[1] == misses[0] if late else misses[1] < misses[0]
 
 
 @pytest.mark.parametrize("depth", [0, EARLY_ROUTERS, 2, 8])
