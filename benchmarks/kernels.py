@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import mmap
 import os
 import platform
 import subprocess
@@ -33,6 +32,7 @@ from torch.nn.functional import linear
 
 from offload.kernels.native import NativeKernels
 from offload.quant import QuantizedTensor, get_codec
+from offload.tiers.host import SlotPool
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
@@ -71,10 +71,7 @@ def commit() -> str:
 
 def huge_memory(nbytes: int) -> Tensor:
     """uint8 [nbytes] of random bytes in huge pages where the system gives them, as slots of experts are."""
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    memory = SlotPool(1, nbytes).bytes[:nbytes]
     torch.randint(0, 255, (nbytes,), dtype=torch.uint8, out=memory)
     return memory
 

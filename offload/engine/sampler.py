@@ -77,8 +77,8 @@ def candidates(row: NDArray[np.float32], params: SamplingParams) -> tuple[NDArra
         if top_p < 1.0:
             edges = np.cumsum(weights, dtype=np.float64)
             ids = ids[: _reach(edges, top_p * edges[-1])]
-        ids = np.sort(ids)
-        weights = _weights(row[ids], best, params.temperature)
+        order = np.argsort(ids)
+        ids, weights = ids[order], weights[order]
     else:
         ids, weights = np.arange(row.size), _weights(row, best, params.temperature)
         if top_p < 1.0:

@@ -5,13 +5,11 @@ Owns the memory. Must not know which expert is in which slot.
 
 from __future__ import annotations
 
-import mmap
-from contextlib import suppress
-
 import torch
 from torch import Tensor
 
 from offload.errors import BudgetError
+from offload.store.direct import page_buffer
 from offload.types import PAGE, align_up, format_size
 
 
@@ -23,20 +21,15 @@ class SlotPool:
         self.stride = align_up(nbytes)
         total = slots * self.stride
         try:
-            # Private, so that it may lie in huge pages: shared memory, the default of mmap, takes pages of 4 KiB on
-            # most systems, each of which a direct read has to look up: it halves the speed of a fast drive. Advice
-            # only: a refusal changes nothing.
-            self._map = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with suppress(OSError):
-                    self._map.madvise(mmap.MADV_HUGEPAGE)
+            if total < 1:
+                raise ValueError("there is nothing to allocate")
+            self._view = page_buffer(total)
         except (OSError, ValueError, OverflowError) as error:
             raise BudgetError(
                 f"{slots} expert slots of {format_size(self.stride)} ({format_size(total)}) cannot be "
                 f"allocated: {error}; give a smaller --ram"
             ) from None
-        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._view = memoryview(self._map)
+        self.bytes = torch.frombuffer(self._view, dtype=torch.uint8)
         assert self.bytes.data_ptr() % PAGE == 0, "anonymous memory is page aligned"
         self.bytes[::PAGE] = 0  # touch every page now: nothing is allocated later
 

@@ -18,6 +18,7 @@ from offload.model.blocks import BLOCK
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout
 from offload.tiers.disk import PART_NBYTES
+from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.machine import ROWS, FormatRate, MachineSpec
 
 WAVE = 16
@@ -146,7 +147,8 @@ class ModelCost:
     def attention_nbytes(self) -> int:
         """Bytes of the matrices of attention of all layers."""
         codec = get_codec(self.resident)
-        return self.config.num_hidden_layers * sum(codec.nbytes(*shape) for shape in _attention_shapes(self.config))
+        matrices = AttentionShapes.of(self.config).matrices.values()
+        return self.config.num_hidden_layers * sum(codec.nbytes(*shape) for shape in matrices)
 
     @property
     def resident_parameters(self) -> int:
@@ -154,26 +156,12 @@ class ModelCost:
         return sum(rows * cols for rows, cols in _resident_shapes(self.config))
 
 
-def _attention_shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """[out, in] of the matrices of one block of attention."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    queries = heads * config.qk_head_dim
-    rank = config.q_lora_rank
-    q = [(queries, hidden)] if rank is None else [(rank, hidden), (queries, rank)]
-    return [
-        *q,
-        (config.latent_dim, hidden),
-        (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
-        (hidden, heads * config.v_head_dim),
-    ]
-
-
 def _resident_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """[out, in] of the resident linears of all layers, without embedding and head."""
     hidden, moe = config.hidden_size, len(config.moe_layers)
     shared = config.moe_intermediate_size * config.n_shared_experts
     return (
-        _attention_shapes(config) * config.num_hidden_layers
+        [*AttentionShapes.of(config).matrices.values()] * config.num_hidden_layers
         + [(3 * config.intermediate_size, hidden)] * (config.num_hidden_layers - moe)
         + [(3 * shared, hidden), (config.n_routed_experts, hidden)] * moe
     )
@@ -264,7 +252,7 @@ def decode_cost(model: ModelCost, machine: MachineSpec, hit: float, context: int
         computing += chance * k * now
     layers = len(config.moe_layers)
     attention = min(model.attention_nbytes, model.resident_read_nbytes)
-    past = config.num_hidden_layers * _past_flops(config) * context
+    past = config.num_hidden_layers * AttentionShapes.of(config).past_flops * context
     resident = (
         attention / (own.attention or own.read)
         + (model.resident_read_nbytes - attention) / own.read
@@ -355,13 +343,8 @@ def _attention_flops(config: ModelConfig, tokens: int, start: int) -> float:
     heads, first = config.num_attention_heads, min(tokens, max(0, BLOCK - start))
     expanded = config.qk_head_dim + config.v_head_dim
     later = tokens - first
-    absorbed = _past_flops(config) * later * (start + first + later / 2)
+    absorbed = AttentionShapes.of(config).past_flops * later * (start + first + later / 2)
     return 2.0 * heads * first * (start + first / 2) * expanded + absorbed
-
-
-def _past_flops(config: ModelConfig) -> float:
-    """2 x multiply-adds of one row with one token before it, on latents."""
-    return 2.0 * config.num_attention_heads * (config.latent_dim + config.kv_lora_rank)
 
 
 def prefill_cost(

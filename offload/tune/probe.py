@@ -7,7 +7,7 @@ the decoder and the executor with weights too small to matter. Rates are medians
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +28,10 @@ from offload.store.manifest import MANIFEST_NAME
 from offload.tiers.device import Device
 from offload.tiers.disk import READERS
 from offload.tiers.host import SlotPool
+from offload.tune.attention_shapes import DEEPSEEK_V3, AttentionShapes
 from offload.tune.machine import ROWS, FormatRate, Gpu, MachineSpec, save_machine
 from offload.tune.overhead import measure_overhead
-from offload.tune.probe_attention import DEEPSEEK_V3, AttentionShapes, measure_attention, measure_past
+from offload.tune.probe_attention import measure_attention, measure_past
 from offload.tune.probe_drive import extents_at, measure_drive, measure_together
 from offload.tune.probe_gpu import measure_gpu
 from offload.tune.surroundings import warnings
@@ -149,7 +150,8 @@ def probe(
         # A share of each figure's time, so that all depths together take what two figures would.
         depths, latency, buffered = measure_drive(extents, effort.seconds / 2)
         tell("drive beside kernels")
-        together = measure_together(extents, expert_wave(backend, "int4-g32", effort, ROWS, 2), effort.seconds / 4)
+        work = expert_wave(backend, _random_experts("int4-g32", effort), ROWS, 2)
+        together = measure_together(extents, work, effort.seconds / 4)
     tell("RAM")
     ram = measure_ram(count, effort)
     formats = {}
@@ -227,30 +229,36 @@ def ram_rate(data: torch.Tensor, threads: int, seconds: float) -> float:
 
 def measure_format(kernels: Kernels, codec: str, effort: Effort) -> FormatRate:
     """The rate of routed experts in `codec`: one row for the bytes, several rows for the products."""
-    layout = ExpertLayout(get_codec(codec), effort.hidden_size, effort.moe_intermediate_size)
-    one = median_time(expert_wave(kernels, codec, effort, 1, 8), effort.seconds)
-    many = median_time(expert_wave(kernels, codec, effort, ROWS, 2), effort.seconds)
+    experts = _random_experts(codec, effort)
+    k = min(8, len(experts))
+    one = median_time(expert_wave(kernels, experts, 1, k), effort.seconds)
+    many = median_time(expert_wave(kernels, experts, ROWS, 2), effort.seconds)
     parameters = 3 * effort.hidden_size * effort.moe_intermediate_size
-    return FormatRate(8 * layout.stride / one, max(1e-3, 2 * ROWS * 2 * parameters / many / 1e9))
+    return FormatRate(k * experts[0].layout.stride / one, max(1e-3, 2 * ROWS * 2 * parameters / many / 1e9))
 
 
-def expert_wave(kernels: Kernels, codec: str, effort: Effort, rows: int, size: int) -> Callable[[], None]:
-    """One call applies `size` experts in `codec` to `rows` rows each; every call has other experts than the last."""
-    layout = ExpertLayout(get_codec(codec), effort.hidden_size, effort.moe_intermediate_size)
-    count = max(2, min(64, effort.buffer_nbytes // layout.stride))
-    experts = [_random_expert(layout, seed) for seed in range(count)]
-    x = torch.randn(rows, effort.hidden_size, generator=torch.Generator().manual_seed(0))
-    partial = torch.zeros(rows * size, effort.hidden_size)
+def expert_wave(kernels: Kernels, experts: Sequence[ExpertWeights], rows: int, size: int) -> Callable[[], None]:
+    """One call applies `size` of `experts` to `rows` rows each; every call has other experts than the last."""
+    hidden = experts[0].layout.hidden_size
+    x = torch.randn(rows, hidden, generator=torch.Generator().manual_seed(0))
+    partial = torch.zeros(rows * size, hidden)
     positions = [torch.arange(j, rows * size, size) for j in range(size)]
     first = 0
 
     def run() -> None:
         nonlocal first
-        chosen = [(experts[(first + j) % count], positions[j]) for j in range(size)]
+        chosen = [(experts[(first + j) % len(experts)], positions[j]) for j in range(size)]
         first += size
         kernels.experts(x, chosen, size, partial)
 
     return run
+
+
+def _random_experts(codec: str, effort: Effort) -> list[ExpertWeights]:
+    """As many as fill the buffer, two at least."""
+    layout = ExpertLayout(get_codec(codec), effort.hidden_size, effort.moe_intermediate_size)
+    count = max(2, min(64, effort.buffer_nbytes // layout.stride))
+    return [_random_expert(layout, seed) for seed in range(count)]
 
 
 def _measure_gpu(device: Device, kernels: DeviceKernels, threads: int, effort: Effort) -> Gpu:

@@ -6,14 +6,13 @@ its matrices are smaller, wait for each other, and one of them is applied from b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from offload.config import LATENT_NORM_EPS, ModelConfig
+from offload.config import LATENT_NORM_EPS
 from offload.kernels import AttentionLayer, FusedKernels, Kernels
 from offload.quant import QuantizedTensor, get_codec
+from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.timing import median_time
 
 PAST = 512
@@ -21,27 +20,6 @@ PAST = 512
 
 ROWS = 128
 """Rows of random weights in a matrix: whole blocks of every format."""
-
-
-@dataclass(frozen=True)
-class AttentionShapes:
-    """Sizes of a block, DeepSeek-V3's unless given, under the names of config.json."""
-
-    hidden_size: int = 7168
-    num_attention_heads: int = 128
-    q_lora_rank: int | None = 1536
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-
-    @classmethod
-    def of(cls, config: ModelConfig) -> AttentionShapes:
-        """Those of a model."""
-        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
-
-
-DEEPSEEK_V3 = AttentionShapes()
 
 
 def measure_attention(
@@ -76,45 +54,39 @@ def measure_past(kernels: Kernels, shapes: AttentionShapes, *, buffer_nbytes: in
         for cache in caches:
             kernels.mla_absorbed(q_latent, q_rope, cache, PAST, (latent + rope) ** -0.5)
 
-    return count * 2.0 * heads * PAST * (2 * latent + rope) / median_time(sweep, seconds) / 1e9
+    return count * PAST * shapes.past_flops / median_time(sweep, seconds) / 1e9
 
 
 def _random_layer(codec: str, shapes: AttentionShapes, seed: int) -> tuple[int, AttentionLayer]:
     """(bytes of the matrices, a block of random weights)."""
     rng = torch.Generator().manual_seed(seed)
-    heads, hidden, rank = shapes.num_attention_heads, shapes.hidden_size, shapes.q_lora_rank
-    queries = heads * (shapes.qk_nope_head_dim + shapes.qk_rope_head_dim)
-
     def matrix(rows: int, cols: int) -> QuantizedTensor:
         # Some rows many times over: encoding random numbers for all would take longer than the measurement.
-        found = get_codec(codec)
-        parts = found.encode(torch.randn(min(rows, ROWS), cols, generator=rng) * cols**-0.5)
-        specs = found.parts(rows, cols)
-        return QuantizedTensor(found, rows, cols, {s.suffix: _repeat(parts[s.suffix], s.shape[0]) for s in specs})
+        form = get_codec(codec)
+        parts = form.encode(torch.randn(min(rows, ROWS), cols, generator=rng) * cols**-0.5)
+        specs = form.parts(rows, cols)
+        return QuantizedTensor(form, rows, cols, {s.suffix: _repeat(parts[s.suffix], s.shape[0]) for s in specs})
 
-    q_a = None if rank is None else matrix(rank, hidden)
-    q_b = matrix(queries, hidden if rank is None else rank)
-    kv_a = matrix(shapes.kv_lora_rank + shapes.qk_rope_head_dim, hidden)
-    kv_b = matrix(heads * (shapes.qk_nope_head_dim + shapes.v_head_dim), shapes.kv_lora_rank)
-    o = matrix(hidden, heads * shapes.v_head_dim)
+    found = {name: matrix(*shape) for name, shape in shapes.matrices.items()}
+    rank = shapes.q_lora_rank
     layer = AttentionLayer(
-        input_norm=torch.ones(hidden),
-        q_a=q_a,
+        input_norm=torch.ones(shapes.hidden_size),
+        q_a=found.get("q_a"),
         q_a_norm=None if rank is None else torch.ones(rank),
-        q_b=q_b,
-        kv_a=kv_a,
+        q_b=found["q_b"],
+        kv_a=found["kv_a"],
         kv_a_norm=torch.ones(shapes.kv_lora_rank),
-        kv_b=kv_b,
-        o=o,
+        kv_b=found["kv_b"],
+        o=found["o"],
         eps=1e-6,
         latent_eps=LATENT_NORM_EPS,
         scale=(shapes.qk_nope_head_dim + shapes.qk_rope_head_dim) ** -0.5,
-        num_attention_heads=heads,
+        num_attention_heads=shapes.num_attention_heads,
         qk_nope_head_dim=shapes.qk_nope_head_dim,
         qk_rope_head_dim=shapes.qk_rope_head_dim,
         v_head_dim=shapes.v_head_dim,
     )
-    return sum(item.nbytes for item in (q_a, q_b, kv_a, kv_b, o) if item is not None), layer
+    return sum(item.nbytes for item in found.values()), layer
 
 
 def _repeat(part: Tensor, rows: int) -> Tensor:
