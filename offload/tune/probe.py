@@ -44,7 +44,7 @@ RESIDENT_FORMATS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "bf16")
 
 @dataclass(frozen=True)
 class Effort:
-    """How long and how large: the defaults take about half a minute."""
+    """How long and how large: the defaults take well under a minute."""
 
     seconds: float = 0.8
     """Per measured figure."""
