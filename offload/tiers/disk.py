@@ -1,35 +1,38 @@
 """Reads extents of files into memory at the speed of the drive.
 
-Owns file handles, reader threads and the order of reads: demand before prefetch, first come first
-served within each. Must not know what the bytes mean nor which slot is worth what.
+Owns the order of reads and what becomes of those that fail: demand before prefetch, first come first served
+within each. Must not know what the bytes mean nor which slot is worth what.
 
-Large extents are cut into parts, so that a single expert keeps several reads in the drive's queue.
-Direct I/O needs offset, length and address to be multiples of a page: where an extent is not, the
-enclosing pages are read and `Read.skip` says where the extent begins in the destination.
+Large extents are cut into parts, so that a single expert keeps several reads in the drive's queue. Parts are handed
+to the kernel where it reads without a thread (see `aio`), otherwise to reader threads, which also try again what
+the kernel could not read. Direct I/O needs offset, length and address to be multiples of a page: where an extent is
+not, the enclosing pages are read and `Read.skip` says where the extent begins in the destination.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
-import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from shlex import quote
-from typing import Any, Protocol
+from typing import Any
 
 from offload.errors import DiskError
+from offload.tiers.aio import Request
+from offload.tiers.copies import Copies, Copy, FileSystem, Posix
 from offload.types import PAGE, Extent, align_up
 
 log = logging.getLogger("expertpager")
 
 READERS = 8
-"""Reader threads, unless told otherwise: more reads than these are never under way."""
+"""Reads under way at most, unless told otherwise."""
 
 PART_NBYTES = 4 << 20
 """Larger extents are read in parts of this size at the same time: a smaller part costs a fast drive more waiting for
@@ -42,38 +45,6 @@ CLOSE_S = 5.0
 """Patience with reads under way when the reader is closed: a drive that has vanished may never answer."""
 
 _TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ENOMEM, errno.EBUSY})
-
-
-class FileSystem(Protocol):
-    """The system calls used here; tests put a slow, reordering, failing one in their place."""
-
-    def open(self, path: Path, direct: bool) -> int:
-        """A descriptor for reading. OSError EINVAL if direct I/O is refused."""
-
-    def size(self, fd: int) -> int:
-        """Bytes of the file."""
-
-    def read(self, fd: int, buffer: memoryview, offset: int) -> int:
-        """Bytes read into `buffer`, which may be fewer than it holds."""
-
-    def close(self, fd: int) -> None:
-        """Give the descriptor back."""
-
-
-class Posix:
-    """The real system calls."""
-
-    def open(self, path: Path, direct: bool) -> int:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | (getattr(os, "O_DIRECT", 0) if direct else 0))
-
-    def size(self, fd: int) -> int:
-        return os.fstat(fd).st_size
-
-    def read(self, fd: int, buffer: memoryview, offset: int) -> int:
-        return os.preadv(fd, [buffer], offset)
-
-    def close(self, fd: int) -> None:
-        os.close(fd)
 
 
 @dataclass(eq=False)
@@ -95,6 +66,11 @@ class Read:
     def skip(self) -> int:
         """Offset of the extent's first byte in `buffer`."""
         return self.extent.offset % PAGE
+
+    @property
+    def address(self) -> int:
+        """Where `buffer` lies in memory."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
 
 
 @dataclass
@@ -118,20 +94,8 @@ class _Part:
     needed: int  # bytes of it that must arrive; the rest may lie beyond the end of the file
 
 
-@dataclass
-class _Copy:
-    """One copy of the store's files and the load on its drive."""
-
-    root: Path | None
-    outstanding: int = 0
-    files: dict[Path, int] = field(default_factory=dict)
-    buffered: set[Path] = field(default_factory=set)
-    retired: list[int] = field(default_factory=list)
-    """Descriptors that another thread may still be reading from."""
-
-
 class DiskReader:
-    """A pool of reader threads. Completed reads come back from `completed` in order of arrival.
+    """Reads `threads` parts at a time. Completed reads come back from `completed` in order of arrival.
 
     With `mirror`, a directory that holds the same files as the one of the extents, every part is read
     from the copy with the shorter queue, and from the other one if that fails.
@@ -148,49 +112,56 @@ class DiskReader:
         backoff_s: float = 0.01,
     ) -> None:
         self.counters = ReadCounters()
+        self._limit = max(1, threads)
         self._part_nbytes = align_up(part_nbytes)
         self._prefetch_limit = prefetch_limit
         self._system = system or Posix()
         self._backoff_s = backoff_s
-        self._copies = [_Copy(None)] + ([_Copy(Path(mirror))] if mirror else [])
+        self._copies = Copies(mirror, self._system)
         self._demand: deque[_Part] = deque()
         self._prefetch: deque[_Part] = deque()
         self._done: SimpleQueue[Read] = SimpleQueue()
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
         self._quiet = threading.Condition(self._lock)
-        self._active = 0
+        self._active = 0  # parts that have left the queues and have not ended
         self._open_reads = 0
         self._busy_since = 0.0
         self._closing = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"expert-reader-{n}", daemon=True) for n in range(max(1, threads))
-        ]
-        for thread in self._threads:
-            thread.start()
+        # Parts for threads, which are made when the first of those comes.
+        self._blocking: deque[_Part] = deque()
+        self._work = threading.Condition(self._lock)
+        self._threads: list[threading.Thread] = []
+        # Parts in the kernel by tag. Whoever waits for a read takes the ends of reads itself, which spares it the
+        # time that another thread needs to wake up; while nobody waits, a thread does.
+        self._kernel = self._system.kernel_reads(self._limit)
+        self._in_kernel: dict[int, tuple[_Part, Copy]] = {}
+        self._tags = list(range(self._limit))
+        self._awaited = False
+        self._unattended = threading.Condition(self._lock)
+        self._attendants = [] if self._kernel is None else [_start(self._attend, "expert-reads")]
 
     # -- the caller's side -------------------------------------------------------------------
 
     def submit(self, reads: Sequence[Read]) -> None:
         """Queue demand reads."""
-        with self._work:
+        with self._lock:
             for read in reads:
                 self._enqueue(read, self._demand)
-            self._work.notify(min(len(self._demand), len(self._threads)))
+            self._dispatch()
 
     def prefetch(self, read: Read) -> bool:
         """Queue a read that gives way to every demand; False if the queue is full."""
         read.prefetch = True
-        with self._work:
+        with self._lock:
             if len(self._prefetch) >= self._prefetch_limit:
                 return False
             self._enqueue(read, self._prefetch)
-            self._work.notify()
+            self._dispatch()
             return True
 
     def promote(self, read: Read) -> None:
         """A queued prefetch has become a demand."""
-        with self._work:
+        with self._lock:
             mine = [part for part in self._prefetch if part.read is read]
             for part in mine:
                 self._prefetch.remove(part)
@@ -218,7 +189,7 @@ class DiskReader:
             with self._lock:
                 if self._open_reads == 0:
                     return None
-            read = self._done.get()
+            read = self._await()
         with self._lock:
             self._open_reads -= 1
         return read
@@ -228,7 +199,7 @@ class DiskReader:
 
         Right also when the caller was interrupted between taking a read from `completed` and noting it.
         """
-        with self._work:
+        with self._lock:
             self._demand.clear()
             self._prefetch.clear()
             while self._active:
@@ -245,12 +216,11 @@ class DiskReader:
     @property
     def buffered(self) -> bool:
         """Whether some file was read through the page cache, because direct I/O was refused."""
-        with self._lock:
-            return any(copy.buffered for copy in self._copies)
+        return self._copies.buffered
 
     @property
     def queued_parts(self) -> int:
-        """Parts that no thread has taken yet."""
+        """Parts that nobody has begun to read yet."""
         with self._lock:
             return len(self._demand) + len(self._prefetch)
 
@@ -263,23 +233,28 @@ class DiskReader:
 
     def close(self) -> None:
         """Stop the threads and give back the files; queued reads are dropped. Harmless when repeated."""
-        with self._work:
+        with self._lock:
+            if self._closing:
+                return
             self._closing = True
             self._demand.clear()
             self._prefetch.clear()
             self._work.notify_all()
+            self._unattended.notify_all()
+        if self._kernel is not None:
+            self._kernel.wake()
         deadline = time.perf_counter() + CLOSE_S
-        for thread in self._threads:
+        threads = self._threads + self._attendants
+        for thread in threads:
             thread.join(max(0.0, deadline - time.perf_counter()))
-        if any(thread.is_alive() for thread in self._threads):
+        if any(thread.is_alive() for thread in threads):
             log.warning("the drive does not answer; its reads are left behind")
             return
-        for copy in self._copies:
-            copy.retired += copy.files.values()
-            copy.files.clear()
-        self._close_retired()
+        if self._kernel is not None:
+            self._kernel.close()
+        self._copies.close()
 
-    # -- the readers' side -------------------------------------------------------------------
+    # -- from the queues to the kernel or a thread; the lock is held ----------------------------
 
     def _enqueue(self, read: Read, queue: deque[_Part]) -> None:
         begin = read.extent.offset - read.skip
@@ -293,57 +268,155 @@ class DiskReader:
             read._parts_left += 1
             queue.append(_Part(read, begin + start, start, nbytes, min(nbytes, span - start)))
 
+    def _dispatch(self) -> None:
+        """Begin to read as many parts as may be under way."""
+        requests = []
+        while self._active < self._limit and (self._demand or self._prefetch):
+            part = self._demand.popleft() if self._demand else self._prefetch.popleft()
+            part.read.started = True
+            if self._active == 0:
+                self._busy_since = time.perf_counter()
+            self._active += 1
+            request = self._request(part)
+            if request is None:
+                self._blocking.append(part)
+            else:
+                requests.append(request)
+        if requests:
+            assert self._kernel is not None
+            taken = self._kernel.submit(requests)
+            self._blocking += [self._leave_kernel(request.tag) for request in requests[taken:]]
+        if self._blocking:
+            if not self._threads:
+                self._threads = [_start(self._run, f"expert-reader-{n}") for n in range(self._limit)]
+            self._work.notify(len(self._blocking))
+
+    def _request(self, part: _Part) -> Request | None:
+        """What the kernel is asked for; None if a thread must read the part (and tell what is wrong, if anything)."""
+        if self._kernel is None or part.read.error is not None:
+            return None
+        copy = self._copies.choose()
+        try:
+            file = self._copies.descriptor(copy, copy.path(part.read.extent.path))
+        except OSError:
+            file = None
+        if file is None or not file.kernel:
+            self._copies.done(copy)
+            return None
+        tag = self._tags.pop()
+        self._in_kernel[tag] = part, copy
+        return Request(tag, file.fd, part.read.address + part.start, part.nbytes, part.offset)
+
+    def _leave_kernel(self, tag: int) -> _Part:
+        part, copy = self._in_kernel.pop(tag)
+        self._tags.append(tag)
+        self._copies.done(copy)
+        return part
+
+    def _finish(self, part: _Part, error: DiskError | None) -> None:
+        """A part has been read, or cannot be."""
+        read = part.read
+        self._active -= 1
+        if self._active == 0:
+            self.counters.busy_s += time.perf_counter() - self._busy_since
+            self._copies.close_retired()
+            self._quiet.notify_all()
+        read.error = read.error or error
+        read._parts_left -= 1
+        if read._parts_left == 0:
+            if read.error is None:
+                self.counters.reads += 1
+                self.counters.bytes_read += read.extent.nbytes
+            self._done.put(read)
+
+    # -- reads of the kernel -----------------------------------------------------------------
+
+    def _await(self) -> Read:
+        """The next read that has ended, which will."""
+        if self._kernel is None:
+            return self._done.get()
+        with self._lock:
+            self._awaited = True
+        try:
+            while True:
+                self._reap()
+                try:
+                    return self._done.get_nowait()
+                except Empty:
+                    self._kernel.wait()
+        finally:
+            with self._lock:
+                self._awaited = False
+                self._unattended.notify()
+
+    def _attend(self) -> None:
+        """Take the ends of the kernel's reads while nobody waits for them."""
+        assert self._kernel is not None
+        while True:
+            with self._lock:
+                if self._closing and not self._in_kernel:
+                    return
+            self._kernel.wait()
+            with self._lock:
+                while self._awaited and not self._closing:
+                    self._unattended.wait()
+            self._reap()
+            with self._lock:
+                if self._awaited:  # the signal it waits for may be the one just taken
+                    self._kernel.wake()
+
+    def _reap(self) -> None:
+        assert self._kernel is not None
+        ended = self._kernel.reap()
+        if not ended:
+            return
+        with self._lock:
+            for tag, result in ended:
+                part = self._leave_kernel(tag)
+                if result >= part.needed:
+                    self._finish(part, None)
+                else:
+                    self.counters.retries += 1
+                    self._blocking.append(part)
+            self._dispatch()
+
+    # -- reads of a thread -------------------------------------------------------------------
+
     def _run(self) -> None:
         while True:
-            with self._work:
-                while not (self._demand or self._prefetch or self._closing):
+            with self._lock:
+                while not (self._blocking or self._closing):
                     self._work.wait()
                 if self._closing:
                     return
-                part = self._demand.popleft() if self._demand else self._prefetch.popleft()
-                read = part.read
-                read.started = True
-                if self._active == 0:
-                    self._busy_since = time.perf_counter()
-                self._active += 1
-                skip = read.error is not None
+                part = self._blocking.popleft()
+                skip = part.read.error is not None
             error = None if skip else self._perform(part)
-            with self._work:
-                self._active -= 1
-                if self._active == 0:
-                    self.counters.busy_s += time.perf_counter() - self._busy_since
-                    self._close_retired()
-                    self._quiet.notify_all()
-                read.error = read.error or error
-                read._parts_left -= 1
-                if read._parts_left == 0:
-                    if read.error is None:
-                        self.counters.reads += 1
-                        self.counters.bytes_read += read.extent.nbytes
-                    self._done.put(read)
+            with self._lock:
+                self._finish(part, error)
+                self._dispatch()
+                if self._awaited and self._kernel is not None:
+                    self._kernel.wake()
 
     def _perform(self, part: _Part) -> DiskError | None:
         """Read one part, from another copy or again if it fails; the error if it cannot be had."""
         fault = "no attempt was made"
-        copy: _Copy | None = None
+        copy: Copy | None = None
         for attempt in range(ATTEMPTS):
-            copy = self._choose(avoid=copy)
-            path = part.read.extent.path
-            if copy.root is not None:
-                path = copy.root / path.name
+            copy = self._copies.choose(avoid=copy)
+            path = copy.path(part.read.extent.path)
             try:
                 self._read_part(copy, path, part)
                 return None
             except OSError as error:
                 fault = f"{error.strerror or error} ({path})"
-                self._forget(copy, path)
+                self._copies.forget(copy, path)
                 if error.errno not in _TRANSIENT and len(self._copies) == 1:
                     break
             except EOFError as error:
                 fault = f"{error} ({path})"
             finally:
-                with self._lock:
-                    copy.outstanding -= 1
+                self._copies.done(copy)
             if attempt + 1 < ATTEMPTS:
                 with self._lock:
                     self.counters.retries += 1
@@ -355,16 +428,8 @@ class DiskReader:
             f"offset {part.offset}: {fault}; check the drive, then run `expertpager verify {store}`"
         )
 
-    def _choose(self, avoid: _Copy | None) -> _Copy:
-        """The copy with the shortest queue, another than the one that has just failed if there is one."""
-        with self._lock:
-            others = [copy for copy in self._copies if copy is not avoid]
-            copy = min(others or self._copies, key=lambda candidate: candidate.outstanding)
-            copy.outstanding += 1
-            return copy
-
-    def _read_part(self, copy: _Copy, path: Path, part: _Part) -> None:
-        fd = self._descriptor(copy, path)
+    def _read_part(self, copy: Copy, path: Path, part: _Part) -> None:
+        fd = self._copies.descriptor(copy, path).fd
         done = 0
         while done < part.needed:
             at = part.start + done
@@ -373,7 +438,7 @@ class DiskReader:
             except OSError as error:
                 if error.errno != errno.EINVAL or path in copy.buffered:
                     raise
-                fd = self._fall_back(copy, path)
+                fd = self._copies.fall_back(copy, path).fd
                 continue
             if done + count >= part.needed:
                 return
@@ -385,42 +450,8 @@ class DiskReader:
             with self._lock:
                 self.counters.retries += 1
 
-    def _descriptor(self, copy: _Copy, path: Path) -> int:
-        with self._lock:
-            fd = copy.files.get(path)
-            if fd is None:
-                try:
-                    fd = self._system.open(path, path not in copy.buffered)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                    self._announce(copy, path)
-                    fd = self._system.open(path, False)
-                copy.files[path] = fd
-            return fd
 
-    def _fall_back(self, copy: _Copy, path: Path) -> int:
-        with self._lock:
-            if path not in copy.buffered:
-                self._announce(copy, path)
-                if path in copy.files:
-                    copy.retired.append(copy.files.pop(path))
-            if path not in copy.files:
-                copy.files[path] = self._system.open(path, False)
-            return copy.files[path]
-
-    def _close_retired(self) -> None:
-        for copy in self._copies:
-            while copy.retired:
-                self._system.close(copy.retired.pop())
-
-    def _forget(self, copy: _Copy, path: Path) -> None:
-        """Open `path` anew next time: a drive that was away for a while has other descriptors when it is back."""
-        with self._lock:
-            if path in copy.files:
-                copy.retired.append(copy.files.pop(path))
-
-    def _announce(self, copy: _Copy, path: Path) -> None:
-        if not copy.buffered:
-            log.warning("%s: direct I/O is refused here; reading through the page cache, which is slower", path.parent)
-        copy.buffered.add(path)
+def _start(run: Callable[[], None], name: str) -> threading.Thread:
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread

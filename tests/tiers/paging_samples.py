@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import random
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout
-from offload.tiers.disk import Posix
+from offload.tiers.aio import KernelReads, Request
+from offload.tiers.copies import Posix
 from offload.types import ExpertId, Extent
 
 LAYERS, EXPERTS, TOP_K, FIRST = 3, 12, 3, 1
@@ -103,19 +106,30 @@ def random_steps(store: SmallStore, lengths: list[int], seed: int = 0) -> list[l
 
 
 class Unruly(Posix):
-    """Real reads, but late, cut short, or refused; the dice are seeded."""
+    """Real reads, but late, cut short, or refused; the dice are seeded. With `kernel` the kernel's reads are as unruly,
+    otherwise there are none."""
 
     def __init__(
-        self, *, delay_s: float = 0.0, short: float = 0.0, fail: float = 0.0, seed: int = 0, refuse: str = ""
+        self,
+        *,
+        delay_s: float = 0.0,
+        short: float = 0.0,
+        fail: float = 0.0,
+        seed: int = 0,
+        refuse: str = "",
+        kernel: bool = False,
     ) -> None:
+        self.kernel = kernel
+        self.kernel_calls: list[tuple[int, int]] = []
         self.delay_s, self.short, self.fail, self.refuse = delay_s, short, fail, refuse
         self.broken: set[str] = set()
         self.calls: list[tuple[int, int]] = []
         self.names: dict[int, str] = {}
         self.gate = threading.Event()
         self.gate.set()
+        self.seed = seed
         self._random = random.Random(seed)
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._direct: set[int] = set()
         self._faults: dict[tuple[int, str, int], int] = {}
 
@@ -129,7 +143,7 @@ class Unruly(Posix):
 
     def read(self, fd: int, buffer: memoryview, offset: int) -> int:
         self.gate.wait()
-        with self._lock:
+        with self.lock:
             self.calls.append((offset, len(buffer)))
             wait = self.delay_s * self._random.random()
             short = self._random.random() < self.short
@@ -158,3 +172,59 @@ class Unruly(Posix):
             buffer[cut:count] = bytes(count - cut)  # what did not arrive must not be used
             return cut
         return count
+
+    def kernel_reads(self, depth: int) -> KernelReads | None:
+        return UnrulyKernelReads(depth, self) if self.kernel else None
+
+    def suits_kernel_reads(self, fd: int) -> bool:
+        return True  # where submitting one waits for its end, it is slow but right
+
+
+class UnrulyKernelReads(KernelReads):
+    """Real reads of the kernel whose ends are told late, in another order, and not always truly."""
+
+    def __init__(self, depth: int, system: Unruly) -> None:
+        super().__init__(depth)
+        self._system = system
+        self._requests: dict[int, Request] = {}
+        self._held: list[tuple[int, int]] = []
+        self._dice = random.Random(system.seed)
+
+    def submit(self, requests: Sequence[Request]) -> int:
+        for request in requests:
+            assert request.offset % 4096 == request.nbytes % 4096 == request.address % 4096 == 0
+            assert request.tag not in self._requests, "a tag of a read that has not ended"
+        if self._system.refuse == "submit":
+            requests = requests[: len(requests) // 2]
+        with self._system.lock:  # before any of them can end
+            taken = super().submit(requests) if requests else 0
+            self._requests |= {request.tag: request for request in requests[:taken]}
+            self._system.kernel_calls += [(request.offset, request.nbytes) for request in requests[:taken]]
+        return taken
+
+    def reap(self) -> list[tuple[int, int]]:
+        self._system.gate.wait()
+        dice, system = self._dice, self._system
+        with system.lock:
+            ended = self._held + [(tag, self._twist(tag, result)) for tag, result in super().reap()]
+            dice.shuffle(ended)
+            keep = len(ended) // 2 if system.delay_s and dice.random() < 0.5 else 0
+            self._held = ended[:keep]
+            for tag, _ in ended[keep:]:
+                del self._requests[tag]
+        if keep:
+            time.sleep(system.delay_s * dice.random())
+            self.wake()
+        return ended[keep:]
+
+    def _twist(self, tag: int, result: int) -> int:
+        request, dice, system = self._requests[tag], self._dice, self._system
+        if system.refuse == "read":
+            return -errno.EINVAL
+        if system.names[request.fd] in system.broken or dice.random() < system.fail:
+            return -errno.EIO
+        if dice.random() < system.short:
+            cut = dice.randrange(0, request.nbytes)
+            ctypes.memset(request.address + cut, 0, request.nbytes - cut)
+            return min(result, cut)
+        return result

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import shutil
+import threading
 import time
 from dataclasses import replace
 
@@ -12,6 +14,7 @@ import pytest
 from paging_samples import Unruly, make_store
 
 from offload.errors import DiskError
+from offload.tiers.aio import KernelReads, needs_no_caller
 from offload.tiers.disk import DiskReader, Read
 from offload.tiers.host import SlotPool
 from offload.types import ExpertId, Extent
@@ -61,6 +64,17 @@ def slots(store):
     return SlotPool(12, store.layout.stride + 2 * 4096)
 
 
+@pytest.fixture(params=[False, True], ids=["threads", "kernel"])
+def kernel(request):
+    """Whether the kernel reads by itself; on a system without such reads there is nothing to test."""
+    if request.param:
+        try:
+            KernelReads(1).close()
+        except OSError as error:
+            pytest.skip(str(error))
+    return request.param
+
+
 @pytest.mark.parametrize(
     "misbehaviour",
     [
@@ -70,12 +84,13 @@ def slots(store):
         {"fail": 0.2, "seed": 5},
         {"refuse": "open"},
         {"refuse": "read", "short": 0.3},
+        {"refuse": "submit", "short": 0.2, "fail": 0.2, "delay_s": 0.002},
     ],
-    ids=["plain", "slow", "short", "eio", "no-direct-open", "no-direct-read"],
+    ids=["plain", "slow", "short", "eio", "no-direct-open", "no-direct-read", "few-taken"],
 )
-def test_every_extent_arrives_whole(store, readers, misbehaviour):
+def test_every_extent_arrives_whole(store, readers, misbehaviour, kernel):
     pool = slots(store)
-    system = Unruly(**misbehaviour)
+    system = Unruly(kernel=kernel, **misbehaviour)
     reader = readers(system=system)
     for _ in range(3):
         assert all(read.error is None for read in read_all(reader, store, pool))
@@ -83,27 +98,31 @@ def test_every_extent_arrives_whole(store, readers, misbehaviour):
     assert counters.reads == 36
     assert counters.bytes_read == 36 * store.layout.stride
     assert counters.busy_s > 0
-    assert (counters.retries > 0) == bool(system.short or system.fail)
+    refused = kernel and system.refuse == "read"  # by the kernel, after which a thread falls back
+    assert (counters.retries > 0) == bool(system.short or system.fail or refused)
+    assert bool(system.kernel_calls) == (kernel and system.refuse != "open")
+    assert bool(system.calls) == (not kernel or misbehaviour not in ({}, {"delay_s": 0.01}))
 
 
 @pytest.mark.parametrize("refuse", ["open", "read"])
-def test_the_slow_path_is_announced_once(store, readers, refuse, caplog):
+def test_the_slow_path_is_announced_once(store, readers, refuse, kernel, caplog):
     with caplog.at_level(logging.WARNING, "expertpager"):
-        reader = readers(system=Unruly(refuse=refuse))
+        reader = readers(system=Unruly(refuse=refuse, kernel=kernel))
         read_all(reader, store, slots(store))
         read_all(reader, store, slots(store), layer=1)
     assert len(caplog.records) == 1
     assert "direct I/O is refused" in caplog.text
 
 
-def test_aligned_extents_are_cut_for_queue_depth(tmp_path, readers):
+def test_aligned_extents_are_cut_for_queue_depth(tmp_path, readers, kernel):
     store = make_store(tmp_path, codec="bf16", hidden=128, lead=4096)
     assert store.layout.stride % 8192 == 0
-    system = Unruly()
+    system = Unruly(kernel=kernel)
     reader = readers(system=system, part_nbytes=8192)
     read_all(reader, store, SlotPool(12, store.layout.stride))
-    assert len(system.calls) == 12 * store.layout.stride // 8192
-    assert {nbytes for _, nbytes in system.calls} == {8192}
+    calls = system.kernel_calls if kernel else system.calls
+    assert len(calls) == 12 * store.layout.stride // 8192
+    assert {nbytes for _, nbytes in calls} == {8192}
 
 
 def test_a_file_that_ends_early_is_an_error_that_names_everything(store, readers, tmp_path):
@@ -126,8 +145,8 @@ def test_a_file_that_ends_early_is_an_error_that_names_everything(store, readers
     assert failed == [7, 8, 9, 10, 11]
 
 
-def test_a_broken_drive_fails_and_recovers(store, readers):
-    system = Unruly()
+def test_a_broken_drive_fails_and_recovers(store, readers, kernel):
+    system = Unruly(kernel=kernel)
     reader = readers(system=system)
     pool = slots(store)
     system.broken.add(str(store.path / "2.bin"))
@@ -149,8 +168,8 @@ def test_a_missing_file_is_not_tried_again(store, readers, tmp_path):
     assert reader.snapshot().retries == 0
 
 
-def test_demand_overtakes_prefetch_and_prefetch_can_be_withdrawn(store, readers):
-    system = Unruly()
+def test_demand_overtakes_prefetch_and_prefetch_can_be_withdrawn(store, readers, kernel):
+    system = Unruly(kernel=kernel)
     system.gate.clear()
     reader = readers(system=system, threads=1, part_nbytes=1 << 20)
     pool = slots(store)
@@ -177,8 +196,8 @@ def test_demand_overtakes_prefetch_and_prefetch_can_be_withdrawn(store, readers)
     assert not reader.cancel(ahead[0])
 
 
-def test_the_prefetch_queue_is_bounded(store, readers):
-    system = Unruly()
+def test_the_prefetch_queue_is_bounded(store, readers, kernel):
+    system = Unruly(kernel=kernel)
     system.gate.clear()
     reader = readers(system=system, threads=1, prefetch_limit=2, part_nbytes=1 << 20)
     pool = slots(store)
@@ -188,9 +207,9 @@ def test_the_prefetch_queue_is_bounded(store, readers):
     assert len(list(iter(reader.completed, None))) == sum(taken)
 
 
-def test_a_mirror_shares_the_load_and_covers_for_the_first_copy(store, readers, tmp_path):
+def test_a_mirror_shares_the_load_and_covers_for_the_first_copy(store, readers, tmp_path, kernel):
     mirror = shutil.copytree(store.path, tmp_path / "mirror")
-    system = Unruly(delay_s=0.003)
+    system = Unruly(delay_s=0.003, kernel=kernel)
     reader = readers(system=system, mirror=mirror)
     assert all(read.error is None for read in read_all(reader, store, slots(store)))
     assert set(system.names.values()) == {str(store.path / "2.bin"), str(mirror / "2.bin")}
@@ -198,6 +217,51 @@ def test_a_mirror_shares_the_load_and_covers_for_the_first_copy(store, readers, 
     assert all(read.error is None for read in read_all(reader, store, slots(store)))
     system.broken.add(str(mirror / "2.bin"))
     assert all(read.error is not None for read in read_all(reader, store, slots(store)))
+
+
+def test_reads_can_be_abandoned_and_the_reader_used_again(store, readers, kernel):
+    pool = slots(store)
+    reader = readers(system=Unruly(delay_s=0.003, kernel=kernel, seed=2))
+    for round in range(10):
+        reads = [Read(store.locate(ExpertId(1, e)), pool.buffer(e), str(e), tag=e) for e in range(12)]
+        reader.submit(reads)
+        for _ in range(round):
+            reader.completed()
+        reader.abandon()
+        assert reader.idle and reader.completed() is None and reader.completed(wait=False) is None
+        assert all(read.error is None for read in read_all(reader, store, pool))
+
+
+def test_reads_that_nobody_waits_for_end_all_the_same(store, readers, kernel):
+    pool = slots(store)
+    reader = readers(system=Unruly(kernel=kernel), threads=2)
+    reader.submit([Read(store.locate(ExpertId(1, e)), pool.buffer(e), str(e), tag=e) for e in range(12)])
+    until = time.monotonic() + 10
+    while not reader.idle:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    ended = [reader.completed(wait=False) for _ in range(13)]
+    assert sorted(read.tag for read in ended[:12]) == list(range(12)) and ended[12] is None
+    assert reader.snapshot().busy_s < 10
+
+
+def test_closing_ends_every_thread(store, readers, kernel):
+    before = threading.active_count()
+    for threads in (1, 4):
+        reader = readers(system=Unruly(kernel=kernel, fail=0.3), threads=threads)
+        read_all(reader, store, slots(store))
+        reader.submit([Read(store.locate(ExpertId(1, 0)), slots(store).buffer(0), "0", tag=0)])
+        reader.close()
+        reader.close()
+    assert threading.active_count() == before
+
+
+def test_files_that_would_stop_the_caller_are_left_to_threads():
+    fd = os.open("/proc/version", os.O_RDONLY)
+    try:
+        assert not needs_no_caller(fd)
+    finally:
+        os.close(fd)
 
 
 def test_slots_are_separate_aligned_and_resident():

@@ -1,0 +1,151 @@
+"""Reads that the kernel carries out by itself: Linux native asynchronous I/O.
+
+Owns the system calls and the events they end with. Must not know what is read, nor in which order it is wanted.
+
+A thread that reads must be woken twice for every read, to begin it and to tell of its end, which is a tenth of the
+time that a few megabytes take. Here whoever wants the bytes hands all reads to the kernel in one call and may wait for
+their ends itself. Containers permit these calls where they forbid io_uring, which does the same.
+
+Source: io_setup(2), io_submit(2), io_getevents(2), eventfd(2) and <linux/aio_abi.h>.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import select
+import sys
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
+"""Numbers of io_setup, io_destroy, io_getevents, io_submit; the C library has no functions for them."""
+
+_PREAD = 0
+_SIGNAL_EVENTFD = 1
+
+
+class _ControlBlock(ctypes.Structure):
+    """`struct iocb`, little-endian."""
+
+    _fields_ = (
+        ("data", ctypes.c_uint64),
+        ("key", ctypes.c_uint32),
+        ("rw_flags", ctypes.c_uint32),
+        ("opcode", ctypes.c_uint16),
+        ("priority", ctypes.c_int16),
+        ("fd", ctypes.c_uint32),
+        ("address", ctypes.c_uint64),
+        ("nbytes", ctypes.c_uint64),
+        ("offset", ctypes.c_int64),
+        ("reserved", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("eventfd", ctypes.c_uint32),
+    )
+
+
+class _Event(ctypes.Structure):
+    """`struct io_event`."""
+
+    _fields_ = (
+        ("data", ctypes.c_uint64),
+        ("block", ctypes.c_uint64),
+        ("result", ctypes.c_int64),
+        ("result2", ctypes.c_int64),
+    )
+
+
+class Request(NamedTuple):
+    """Read `nbytes` at `offset` of `fd` to `address`; all three are multiples of what direct I/O asks for."""
+
+    tag: int
+    """Comes back with the end of the read; below the depth of the queue, and of no other read under way."""
+    fd: int
+    address: int
+    nbytes: int
+    offset: int
+
+
+class KernelReads:
+    """Up to `depth` reads under way at once. Every method may be called from any thread."""
+
+    def __init__(self, depth: int) -> None:
+        """Raises OSError where the system does not have such reads, or none to spare (/proc/sys/fs/aio-max-nr)."""
+        calls = _CALLS.get(platform.machine())
+        if sys.platform != "linux" or calls is None or sys.byteorder != "little":
+            raise OSError("no asynchronous reads known for this system")
+        setup, self._destroy, self._get_events, self._submit = calls
+        self._call = ctypes.CDLL(None, use_errno=True).syscall
+        self._call.restype = ctypes.c_long
+        self._context = ctypes.c_ulong(0)
+        if self._call(ctypes.c_long(setup), ctypes.c_long(depth), ctypes.byref(self._context)) != 0:
+            raise OSError(ctypes.get_errno(), "asynchronous reads are refused")
+        self._ended = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._blocks = (_ControlBlock * depth)()
+        for tag, block in enumerate(self._blocks):
+            block.data, block.opcode, block.flags, block.eventfd = tag, _PREAD, _SIGNAL_EVENTFD, self._ended
+        first, size = ctypes.addressof(self._blocks), ctypes.sizeof(_ControlBlock)
+        self._addresses = [first + tag * size for tag in range(depth)]
+        self._events = (_Event * depth)()
+        self._reaping = threading.Lock()
+
+    def submit(self, requests: Sequence[Request]) -> int:
+        """Begin as many of `requests`, from the first on, as the kernel takes; returns how many those are."""
+        for tag, fd, address, nbytes, offset in requests:
+            block = self._blocks[tag]
+            block.fd, block.address, block.nbytes, block.offset = fd, address, nbytes, offset
+        count = len(requests)
+        pointers = (ctypes.c_void_p * count)(*[self._addresses[request.tag] for request in requests])
+        taken = self._call(ctypes.c_long(self._submit), self._context, ctypes.c_long(count), pointers)
+        return max(0, int(taken))
+
+    def fileno(self) -> int:
+        """A descriptor that can be read from once reads have ended."""
+        return self._ended
+
+    def wait(self) -> None:
+        """Until reads may have ended, or `wake`."""
+        poll = select.poll()  # of its own: one cannot be used by two threads at a time
+        poll.register(self._ended, select.POLLIN)
+        poll.poll()
+
+    def wake(self) -> None:
+        """End every `wait`; they end at once until the next `reap`."""
+        os.eventfd_write(self._ended, 1)
+
+    def reap(self) -> list[tuple[int, int]]:
+        """(tag, bytes read or a negative error number) of the reads that have ended and nobody was told of."""
+        with self._reaping:
+            try:
+                os.eventfd_read(self._ended)  # before the events are asked for: later ones signal again
+            except BlockingIOError:
+                return []
+            room = len(self._events)
+            count = self._call(ctypes.c_long(self._get_events), self._context, ctypes.c_long(0), ctypes.c_long(room),
+                               self._events, None)  # fmt: skip
+            return [(event.data, event.result) for event in self._events[: max(0, count)]]
+
+    def close(self) -> None:
+        """Give everything back; waits for reads under way."""
+        if self._context:
+            self._call(ctypes.c_long(self._destroy), self._context)
+            self._context = ctypes.c_ulong(0)
+            os.close(self._ended)
+
+
+def needs_no_caller(fd: int) -> bool:
+    """Whether reads of `fd` go on without the one who submits them; elsewhere he would wait there for their end.
+
+    A file system that can promise not to block its caller (RWF_NOWAIT) is such a one.
+    """
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        try:
+            os.preadv(fd, [page], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return True  # it would have had to wait, and did not
+        except OSError:
+            return False
+    return True
