@@ -95,7 +95,7 @@ runtime_options = options(
         "which is faster on a slow link, and then tokens depend on budgets by rounding.  [default: gpu]",
     ),
     click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per core."),
-    click.option("--readers", type=click.IntRange(1), help="Threads that read experts from the drive.  [default: 8]"),
+    click.option("--readers", type=click.IntRange(1), help="Reads of experts under way at once.  [default: 8]"),
     click.option(
         "--prefetch/--no-prefetch", default=None, help="Read experts ahead of their layer.  [default: prefetch]"
     ),

@@ -46,7 +46,7 @@ class RuntimeOptions:
     device      auto, cpu or cuda
     kernels     auto, native or reference
     threads     threads of the native kernels; None: one per core
-    readers     threads that read experts from the drive: as many parts are under way at once
+    readers     reads from the drive that are under way at once, each of a part of an expert
     context     longest prompt plus answer in tokens; None: 4096, or what the model allows
     prefill_chunk  most tokens of a prompt computed at once, from 512 on in whole blocks of 512; a bound below that, or
                 any on a GPU, may change tokens by rounding; None: chosen from context and memory
@@ -104,7 +104,7 @@ class RuntimeOptions:
             if (value is None and name == "readers") or (value is not None and (type(value) is not int or value < 1)):
                 raise UsageError(f"{name} is {value!r}: it must be a whole number, 1 or more")
         if self.readers > MOST_READERS:
-            raise UsageError(f"readers is {self.readers}: at most {MOST_READERS} threads read")
+            raise UsageError(f"readers is {self.readers}: at most {MOST_READERS} reads are under way")
         depth = self.prefetch_depth
         if type(depth) is not int or not 0 <= depth <= DEEPEST:
             raise UsageError(f"prefetch_depth is {depth!r}: it must be a whole number of layers, 0 to {DEEPEST}")
