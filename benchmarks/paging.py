@@ -35,8 +35,9 @@ from record import append  # noqa: E402
 
 from offload.engine.engine import ram_for_share  # noqa: E402
 from offload.store import Store  # noqa: E402
-from offload.tiers.disk import DiskReader, Read  # noqa: E402
+from offload.tiers.disk import DiskReader  # noqa: E402
 from offload.tiers.host import SlotPool  # noqa: E402
+from offload.tiers.reads import Read  # noqa: E402
 from offload.types import Extent  # noqa: E402
 
 CGROUP = Path("/sys/fs/cgroup/memory/expertpager-bench")

@@ -35,7 +35,8 @@ from offload.engine.bench import Phase, Sample, predictions  # noqa: E402
 from offload.engine.beside_plan import model_cost  # noqa: E402
 from offload.engine.engine import ram_for_share  # noqa: E402
 from offload.store import Store  # noqa: E402
-from offload.tune.machine import FormatRate, MachineSpec, load_machine  # noqa: E402
+from offload.tune.machine import FormatRate, MachineSpec  # noqa: E402
+from offload.tune.machine_file import load_machine  # noqa: E402
 from offload.tune.planner import hit_curve  # noqa: E402
 
 TARGET = 0.15

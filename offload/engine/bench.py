@@ -25,7 +25,8 @@ from offload.errors import UsageError
 from offload.report import Page
 from offload.tune.compare import Comparison, Measured, compare
 from offload.tune.cost import ModelCost, decode_cost, prefill_cost
-from offload.tune.machine import MachineSpec, load_machine
+from offload.tune.machine import MachineSpec
+from offload.tune.machine_file import load_machine
 from offload.tune.planner import hit_curve
 from offload.types import format_size
 

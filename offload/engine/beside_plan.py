@@ -18,7 +18,8 @@ from offload.tune.budget import RamPlan
 from offload.tune.compare import Comparison, Measured, compare
 from offload.tune.cost import ModelCost, decode_cost, prefill_cost
 from offload.tune.hits import CURVES
-from offload.tune.machine import MachineSpec, load_machine
+from offload.tune.machine import MachineSpec
+from offload.tune.machine_file import load_machine
 from offload.tune.planner import MACHINE_FILE
 
 log = logging.getLogger("expertpager")

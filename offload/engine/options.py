@@ -18,7 +18,7 @@ from offload.cache.policy import POLICIES, check_half_life
 from offload.errors import UsageError
 from offload.kernels import BACKENDS
 from offload.tiers.disk import READERS
-from offload.tune.machine import line_of
+from offload.tune.machine_file import line_of
 from offload.types import parse_size
 
 DEVICES = ("auto", "cpu", "cuda")

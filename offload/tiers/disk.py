@@ -1,7 +1,7 @@
 """Reads extents of files into memory at the speed of the drive.
 
-Owns the order of reads and what becomes of those that fail: demand before prefetch, first come first served
-within each. Must not know what the bytes mean nor which slot is worth what.
+Owns the order of reads: demand before prefetch, first come first served within each. Must not know what the bytes
+mean nor which slot is worth what.
 
 Large extents are cut into parts, so that a single expert keeps several reads in the drive's queue. Parts are handed
 to the kernel where it reads without a thread (see `aio`), otherwise to reader threads, which also try again what
@@ -11,8 +11,6 @@ not, the enclosing pages are read and `Read.skip` says where the extent begins i
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import logging
 import threading
 import time
@@ -21,13 +19,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from shlex import quote
-from typing import Any
 
 from offload.errors import DiskError
 from offload.tiers.aio import Request
+from offload.tiers.attempts import Attempts
 from offload.tiers.copies import Copies, Copy, FileSystem, Posix
-from offload.types import PAGE, Extent, align_up
+from offload.tiers.reads import Part, Read, cut
+from offload.types import align_up
 
 log = logging.getLogger("expertpager")
 
@@ -35,42 +33,11 @@ READERS = 8
 """Reads under way at most, unless told otherwise."""
 
 PART_NBYTES = 4 << 20
-"""Larger extents are read in parts of this size at the same time: a smaller part costs a fast drive more waiting for
-its thread than it gains."""
-
-ATTEMPTS = 4
-"""Reads of one part before it is given up."""
+"""Larger extents are read in parts of this size at the same time: smaller ones gain a fast drive nothing and cost
+time each."""
 
 CLOSE_S = 5.0
 """Patience with reads under way when the reader is closed: a drive that has vanished may never answer."""
-
-_TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ENOMEM, errno.EBUSY})
-
-
-@dataclass(eq=False)
-class Read:
-    """One extent on its way into `buffer`, which must be page aligned and have room for its pages."""
-
-    extent: Extent
-    buffer: memoryview
-    what: str
-    """Names the extent in error messages: `expert 3 of layer 7`."""
-    tag: Any = None
-    prefetch: bool = False
-    error: DiskError | None = None
-    started: bool = False
-    cancelled: bool = False
-    _parts_left: int = 0
-
-    @property
-    def skip(self) -> int:
-        """Offset of the extent's first byte in `buffer`."""
-        return self.extent.offset % PAGE
-
-    @property
-    def address(self) -> int:
-        """Where `buffer` lies in memory."""
-        return ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
 
 
 @dataclass
@@ -83,15 +50,6 @@ class ReadCounters:
     retries: int = 0
     busy_s: float = 0.0
     """Time with at least one read under way."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    read: Read
-    offset: int  # in the file, a multiple of PAGE
-    start: int  # in the buffer, a multiple of PAGE
-    nbytes: int  # a multiple of PAGE
-    needed: int  # bytes of it that must arrive; the rest may lie beyond the end of the file
 
 
 class DiskReader:
@@ -116,10 +74,10 @@ class DiskReader:
         self._part_nbytes = align_up(part_nbytes)
         self._prefetch_limit = prefetch_limit
         self._system = system or Posix()
-        self._backoff_s = backoff_s
         self._copies = Copies(mirror, self._system)
-        self._demand: deque[_Part] = deque()
-        self._prefetch: deque[_Part] = deque()
+        self._attempts = Attempts(self._copies, self._system, backoff_s, self._tried_again)
+        self._demand: deque[Part] = deque()
+        self._prefetch: deque[Part] = deque()
         self._done: SimpleQueue[Read] = SimpleQueue()
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
@@ -128,13 +86,13 @@ class DiskReader:
         self._busy_since = 0.0
         self._closing = False
         # Parts for threads, which are made when the first of those comes.
-        self._blocking: deque[_Part] = deque()
+        self._blocking: deque[Part] = deque()
         self._work = threading.Condition(self._lock)
         self._threads: list[threading.Thread] = []
         # Parts in the kernel by tag. Whoever waits for a read takes the ends of reads itself, which spares it the
         # time that another thread needs to wake up; while nobody waits, a thread does.
         self._kernel = self._system.kernel_reads(self._limit)
-        self._in_kernel: dict[int, tuple[_Part, Copy]] = {}
+        self._in_kernel: dict[int, tuple[Part, Copy]] = {}
         self._tags = list(range(self._limit))
         self._awaited = False
         self._unattended = threading.Condition(self._lock)
@@ -256,17 +214,9 @@ class DiskReader:
 
     # -- from the queues to the kernel or a thread; the lock is held ----------------------------
 
-    def _enqueue(self, read: Read, queue: deque[_Part]) -> None:
-        begin = read.extent.offset - read.skip
-        span = read.skip + read.extent.nbytes
-        total = align_up(span)
-        if len(read.buffer) < total:
-            raise AssertionError(f"{read.what}: {total} bytes do not fit a buffer of {len(read.buffer)}")
+    def _enqueue(self, read: Read, queue: deque[Part]) -> None:
+        queue.extend(cut(read, self._part_nbytes))
         self._open_reads += 1
-        for start in range(0, total, self._part_nbytes):
-            nbytes = min(self._part_nbytes, total - start)
-            read._parts_left += 1
-            queue.append(_Part(read, begin + start, start, nbytes, min(nbytes, span - start)))
 
     def _dispatch(self) -> None:
         """Begin to read as many parts as may be under way."""
@@ -291,7 +241,7 @@ class DiskReader:
                 self._threads = [_start(self._run, f"expert-reader-{n}") for n in range(self._limit)]
             self._work.notify(len(self._blocking))
 
-    def _request(self, part: _Part) -> Request | None:
+    def _request(self, part: Part) -> Request | None:
         """What the kernel is asked for; None if a thread must read the part (and tell what is wrong, if anything)."""
         if self._kernel is None or part.read.error is not None:
             return None
@@ -307,13 +257,13 @@ class DiskReader:
         self._in_kernel[tag] = part, copy
         return Request(tag, file.fd, part.read.address + part.start, part.nbytes, part.offset)
 
-    def _leave_kernel(self, tag: int) -> _Part:
+    def _leave_kernel(self, tag: int) -> Part:
         part, copy = self._in_kernel.pop(tag)
         self._tags.append(tag)
         self._copies.done(copy)
         return part
 
-    def _finish(self, part: _Part, error: DiskError | None) -> None:
+    def _finish(self, part: Part, error: DiskError | None) -> None:
         """A part has been read, or cannot be."""
         read = part.read
         self._active -= 1
@@ -322,8 +272,8 @@ class DiskReader:
             self._copies.close_retired()
             self._quiet.notify_all()
         read.error = read.error or error
-        read._parts_left -= 1
-        if read._parts_left == 0:
+        read.parts_left -= 1
+        if read.parts_left == 0:
             if read.error is None:
                 self.counters.reads += 1
                 self.counters.bytes_read += read.extent.nbytes
@@ -391,64 +341,16 @@ class DiskReader:
                     return
                 part = self._blocking.popleft()
                 skip = part.read.error is not None
-            error = None if skip else self._perform(part)
+            error = None if skip else self._attempts.read(part)
             with self._lock:
                 self._finish(part, error)
                 self._dispatch()
                 if self._awaited and self._kernel is not None:
                     self._kernel.wake()
 
-    def _perform(self, part: _Part) -> DiskError | None:
-        """Read one part, from another copy or again if it fails; the error if it cannot be had."""
-        fault = "no attempt was made"
-        copy: Copy | None = None
-        for attempt in range(ATTEMPTS):
-            copy = self._copies.choose(avoid=copy)
-            path = copy.path(part.read.extent.path)
-            try:
-                self._read_part(copy, path, part)
-                return None
-            except OSError as error:
-                fault = f"{error.strerror or error} ({path})"
-                self._copies.forget(copy, path)
-                if error.errno not in _TRANSIENT and len(self._copies) == 1:
-                    break
-            except EOFError as error:
-                fault = f"{error} ({path})"
-            finally:
-                self._copies.done(copy)
-            if attempt + 1 < ATTEMPTS:
-                with self._lock:
-                    self.counters.retries += 1
-                time.sleep(self._backoff_s * 2**attempt)
-        extent = part.read.extent
-        store = quote(str(extent.path.parent))
-        return DiskError(
-            f"{extent.path}: {part.read.what} ({extent.nbytes} bytes at offset {extent.offset}) cannot be read at "
-            f"offset {part.offset}: {fault}; check the drive, then run `expertpager verify {store}`"
-        )
-
-    def _read_part(self, copy: Copy, path: Path, part: _Part) -> None:
-        fd = self._copies.descriptor(copy, path).fd
-        done = 0
-        while done < part.needed:
-            at = part.start + done
-            try:
-                count = self._system.read(fd, part.read.buffer[at : part.start + part.nbytes], part.offset + done)
-            except OSError as error:
-                if error.errno != errno.EINVAL or path in copy.buffered:
-                    raise
-                fd = self._copies.fall_back(copy, path).fd
-                continue
-            if done + count >= part.needed:
-                return
-            # A short read: go on at the last whole page, which direct I/O can address.
-            progress = count // PAGE * PAGE
-            if progress == 0:
-                raise EOFError(f"only {done + count} of {part.needed} bytes arrived")
-            done += progress
-            with self._lock:
-                self.counters.retries += 1
+    def _tried_again(self) -> None:
+        with self._lock:
+            self.counters.retries += 1
 
 
 def _start(run: Callable[[], None], name: str) -> threading.Thread:

@@ -25,8 +25,9 @@ from offload.config import ModelConfig
 from offload.errors import BudgetError, UsageError
 from offload.store.layout import ExpertLayout, ExpertWeights
 from offload.telemetry import Telemetry
-from offload.tiers.disk import READERS, DiskReader, Read
+from offload.tiers.disk import READERS, DiskReader
 from offload.tiers.host import SlotPool
+from offload.tiers.reads import Read
 from offload.types import PAGE, ExpertId, Extent, align_up, format_size
 
 Use = Callable[[Sequence[tuple[int, int]]], None]

@@ -14,7 +14,7 @@ from offload.config import ModelConfig
 from offload.errors import UsageError
 from offload.tune.cost import Footprint
 from offload.tune.hits import CURVES, POLICY, HitCurve, curve_of_trace
-from offload.tune.machine import FOLDER, load_machine
+from offload.tune.machine_file import FOLDER, load_machine
 from offload.tune.plan import Setting
 from offload.tune.plan_report import PlanReport, plan_model
 

@@ -29,7 +29,8 @@ from offload.tiers.device import Device
 from offload.tiers.disk import READERS
 from offload.tiers.host import SlotPool
 from offload.tune.attention_shapes import DEEPSEEK_V3, AttentionShapes
-from offload.tune.machine import ROWS, FormatRate, Gpu, MachineSpec, save_machine
+from offload.tune.machine import ROWS, FormatRate, Gpu, MachineSpec
+from offload.tune.machine_file import save_machine
 from offload.tune.overhead import measure_overhead
 from offload.tune.probe_attention import measure_attention, measure_past
 from offload.tune.probe_drive import extents_at, measure_drive, measure_together

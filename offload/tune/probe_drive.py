@@ -22,8 +22,9 @@ import psutil
 from offload.errors import BudgetError
 from offload.store import Store
 from offload.store.layout import ExpertLayout
-from offload.tiers.disk import READERS, DiskReader, Read
+from offload.tiers.disk import READERS, DiskReader
 from offload.tiers.host import SlotPool
+from offload.tiers.reads import Read
 from offload.types import PAGE, ExpertId, Extent, align_up, format_size
 
 DEPTHS = (1, 2, 4, 8, 16, 32)

@@ -15,8 +15,9 @@ from paging_samples import Unruly, make_store
 
 from offload.errors import DiskError
 from offload.tiers.aio import KernelReads, needs_no_caller
-from offload.tiers.disk import DiskReader, Read
+from offload.tiers.disk import DiskReader
 from offload.tiers.host import SlotPool
+from offload.tiers.reads import Read
 from offload.types import ExpertId, Extent
 
 

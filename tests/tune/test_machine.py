@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from offload.errors import UsageError
-from offload.tune.machine import FOLDER, KERNEL_SHARE, SYSTEM_NBYTES, load_machine, parse_machine
+from offload.tune.machine import KERNEL_SHARE
+from offload.tune.machine_file import FOLDER, SYSTEM_NBYTES, load_machine, parse_machine
 
 GOOD = """name = "a"
 [ram]

@@ -17,7 +17,8 @@ from offload.engine.engine import ram_for_share
 from offload.errors import BudgetError, UsageError
 from offload.tune.budget import plan_ram, ram_for_slots
 from offload.tune.hits import CURVES
-from offload.tune.machine import FormatRate, MachineSpec, load_machine
+from offload.tune.machine import FormatRate, MachineSpec
+from offload.tune.machine_file import load_machine
 from offload.tune.plan import Setting, least_ram, plan_ram_of, plan_recipe, ram_demand
 from offload.tune.plan_report import plan_model
 

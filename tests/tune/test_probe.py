@@ -19,7 +19,8 @@ from offload.store.layout import ExpertLayout
 from offload.tiers.simulated import SimulatedDevice
 from offload.tune import probe as probe_module
 from offload.tune.attention_shapes import AttentionShapes
-from offload.tune.machine import FormatRate, Gpu, MachineSpec, load_machine, parse_machine, to_toml
+from offload.tune.machine import FormatRate, Gpu, MachineSpec
+from offload.tune.machine_file import load_machine, parse_machine, to_toml
 from offload.tune.overhead import _decode, measure_overhead
 from offload.tune.probe import FORMATS, RESIDENT_FORMATS, Effort, _random_expert, probe
 from offload.tune.probe_attention import measure_attention, measure_past
