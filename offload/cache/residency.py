@@ -113,17 +113,21 @@ class Residency:
         self._prefetched: set[int] = set()
         self._layer_count = [0] * shape.layers
         # Search for victims: `closed` is 0 where an expert may be evicted and infinite elsewhere,
-        # `worth` = values + closed, and per layer the cheapest expert and its worth. `guard` is
-        # infinite for layers at their floor.
+        # `worth` = values + closed, and per layer the cheapest expert and its worth. `offer` is
+        # that worth, but infinite for layers at their floor.
         self._values = policy.values
         self._revision = policy.revision
         self._closed = np.full_like(self._values, np.inf)
         self._worth = np.full_like(self._values, np.inf)
+        self._offer = np.full(shape.layers, np.inf)
         self._rows = list(zip(self._values, self._closed, self._worth, strict=True))
-        self._closed_at: Any = self._closed.reshape(-1).data  # item assignment without numpy's overhead
-        self._cheapest = np.full(shape.layers, np.inf)
+        # Single items without numpy's overhead.
+        self._closed_at: Any = self._closed.reshape(-1).data
+        self._lowest = [row.argmin for row in self._worth]
+        self._worth_at: Any = self._worth.reshape(-1).data
+        self._offer_at: Any = self._offer.data
+        self._cheapest = [np.inf] * shape.layers
         self._cheapest_expert = [0] * shape.layers
-        self._guard = np.full(shape.layers, np.inf if self.floor else 0.0)
         self._unranked: set[int] = set()  # layers where anything has changed since their cheapest was found
         overridden = type(policy).evicted is not CachePolicy.evicted
         self._tell = policy.evicted if overridden and leads else None
@@ -147,7 +151,9 @@ class Residency:
         np.add(self._values, self._closed, out=self._worth)
         cheapest = self._worth.argmin(axis=1)
         self._cheapest_expert = cheapest.tolist()
-        self._cheapest[:] = self._worth[np.arange(self.shape.layers), cheapest]
+        self._offer[:] = self._worth[np.arange(self.shape.layers), cheapest]
+        self._cheapest = self._offer.tolist()
+        self._offer[np.asarray(self._layer_count) <= self.floor] = np.inf
 
     def serve(
         self, layer: int, ids: Routing, start: Callable[[Decision], None], finish: Callable[[Decision], None]
@@ -204,12 +210,10 @@ class Residency:
         service; it must let go of a slot or settle a load.
         """
         held, waiting = service.held, service.waiting
-        while waiting or not held.empty:
-            following = Decision(service.layer)
-            if waiting:
-                following, waiting = self._decide(service.layer, waiting, first=False)
-                if not following.empty:
-                    start(following)
+        while waiting:
+            following, waiting = self._decide(service.layer, waiting, first=False)
+            if not following.empty:
+                start(following)
             if not held.empty:
                 finish(held)
                 self.release(held)
@@ -217,55 +221,71 @@ class Residency:
                 assert stuck is not None, "no slot can be had, and nobody is there to let one go"
                 stuck()
             held = following
+        if not held.empty:
+            finish(held)
+            self.release(held)
 
     def _decide(self, layer: int, wanted: list[int], first: bool) -> tuple[Decision, list[int]]:
-        decision = Decision(layer)
+        decision = Decision(layer, [], [], [])
         missing = self._find(decision, wanted) if first else wanted
         if not missing:
             return decision, missing
         count = min(len(missing), self.width)
-        taken = self._pinned | self._loading.keys()
-        room = self.slots - len(self._lent) - len(taken | self._held.keys() if self._held else taken)
-        if (first and count < len(missing)) or count > room:
-            # More waves follow: leave room for the next one to be read during this one.
-            count = min(count, max(room // 2, 1) if first else room)
+        usable, pinned, loading, held = self.slots - len(self._lent), self._pinned, self._loading, self._held
+        # A slot in two of the three is counted twice here, which matters only where slots are scarce.
+        plenty = count <= usable - len(pinned) - len(loading) - len(held)
+        if not plenty or (first and count < len(missing)):
+            room = usable - len(pinned | loading.keys() | held.keys())
+            if count > room or (first and count < len(missing)):
+                # More waves follow: leave room for the next one to be read during this one.
+                count = min(count, max(room // 2, 1) if first else room)
         loads = decision.loads = self._place(layer, missing[:count])
-        self._pinned.update([slot for _, slot, _ in loads])
+        pinned.update([slot for _, slot, _ in loads])
         self.events.misses += len(loads)
         return decision, missing[len(loads) :]
 
     def _find(self, decision: Decision, wanted: list[int]) -> list[int]:
         """Pin those of `wanted` that have a slot; return the others."""
-        slot_of, loading, events = self._slot_of, self._loading, self.events
-        base = decision.layer * self.shape.experts
-        closed, pinned, prefetched = self._closed_at, self._pinned, self._prefetched
-        hits, joins = decision.hits, decision.joins
-        missing, infinity = [], np.inf
+        slot_of, closed, pin = self._slot_of, self._closed_at, self._pinned.add
+        base, infinity = decision.layer * self.shape.experts, np.inf
+        found, missing = decision.hits, []
         for expert in wanted:
             slot = slot_of[base + expert]
             if slot < 0:
                 missing.append(expert)
                 continue
             closed[base + expert] = infinity
-            pinned.add(slot)
-            late = slot in loading
-            (joins if late else hits).append((expert, slot))
-            if slot in prefetched:
-                prefetched.discard(slot)
-                if late:
-                    events.prefetch_late += 1
-                else:
-                    events.prefetch_useful += 1
-        events.hits += len(wanted) - len(missing)
+            pin(slot)
+            found.append((expert, slot))
+        self.events.hits += len(found)
+        if self._prefetched:
+            self._count_prefetched(found)
+        if self._loading:
+            loading = self._loading
+            decision.hits = [pair for pair in found if pair[1] not in loading]
+            decision.joins = [pair for pair in found if pair[1] in loading]
         return missing
+
+    def _count_prefetched(self, found: list[tuple[int, int]]) -> None:
+        for _, slot in found:
+            if slot in self._prefetched:
+                self._prefetched.discard(slot)
+                if slot in self._loading:
+                    self.events.prefetch_late += 1
+                else:
+                    self.events.prefetch_useful += 1
 
     def release(self, decision: Decision) -> None:
         """The computation of `decision` is over; its slots may become victims."""
         closed, key_of, loading, held = self._closed_at, self._key_of, self._loading, self._held
-        for slot in decision.slots():
-            self._pinned.discard(slot)
-            if key_of[slot] >= 0 and slot not in loading and slot not in held:
-                closed[key_of[slot]] = 0.0
+        unpin = self._pinned.discard
+        for taken in (decision.hits, decision.joins, decision.loads):
+            for item in taken:
+                slot = item[1]
+                unpin(slot)
+                key = key_of[slot]
+                if key >= 0 and slot not in loading and slot not in held:
+                    closed[key] = 0.0
         self._unranked.add(decision.layer)
 
     def hold(self, slot: int) -> None:
@@ -342,14 +362,13 @@ class Residency:
         if self._slot_of[layer * self.shape.experts + expert] >= 0:
             return None
         if not self._free:
-            victims = self._victims(layer, 1)
-            if not victims:
+            self._rank_changed()
+            owner = self._cheapest_owner(layer)
+            if owner < 0:
                 return None
-            lost = self._values[divmod(victims[0], self.shape.experts)]
+            lost = self._values[owner, self._cheapest_expert[owner]]
             if lost + abs(lost) * (margin - 1.0) >= max(self._values[layer, expert], worth):
-                self._open(victims[0])
                 return None
-            self._open(victims[0])
         load = self._place(layer, [expert])[0]
         self._prefetched.add(load.slot)
         self.events.prefetch_issued += 1
@@ -450,8 +469,8 @@ class Residency:
             counts[key // self.shape.experts] += 1
         assert counts == self._layer_count, "slots per layer are miscounted"
         for layer, count in enumerate(counts):
-            guarded = self.floor > 0 and count <= self.floor
-            assert (self._guard[layer] == np.inf) == guarded, "the floor of a layer is not kept"
+            guarded = count <= self.floor
+            assert self._offer[layer] == (np.inf if guarded else self._cheapest[layer]), "an offer is out of date"
         taken = self._pinned | self._held.keys()
         assert taken <= used.keys(), "a pinned slot holds nothing"
         open_keys = {key for slot, key in used.items() if slot not in taken | self._loading.keys()}
@@ -466,77 +485,73 @@ class Residency:
 
     def _place(self, layer: int, experts: list[int]) -> list[Load]:
         """Give slots to as many of `experts` as there are victims for; mark them loading."""
-        free, slot_of, key_of = self._free, self._slot_of, self._key_of
-        victims = self._victims(layer, len(experts) - len(free)) if len(free) < len(experts) else []
+        free, slot_of, key_of, loading = self._free, self._slot_of, self._key_of, self._loading
+        places = [(free.pop(), -1) for _ in experts[: len(free)]] if free else []
+        if len(places) < len(experts):
+            places += self._evict(layer, len(experts) - len(places))
         base = layer * self.shape.experts
         loads = []
-        for expert in experts:
-            if free:
-                slot, victim = free.pop(), -1
-            elif victims:
-                victim = victims.pop()
-                slot = slot_of[victim]
-                slot_of[victim] = -1
-                self._count(victim // self.shape.experts, -1)
-                self.events.evictions += 1
-                if slot in self._prefetched:
-                    self._prefetched.discard(slot)
-                    self.events.prefetch_wasted += 1
-                if self._tell is not None:
-                    self._tell(*divmod(victim, self.shape.experts))
-                    # A follower may still hold it; here it is no candidate, and every other one has just been ranked.
-                    self._revision = self.policy.revision
-            else:
-                break
+        for expert, (slot, victim) in zip(experts, places, strict=False):
             slot_of[base + expert] = slot
             key_of[slot] = base + expert
-            load = Load(expert, slot, victim)
-            self._loading[slot] = load
+            load = loading[slot] = Load(expert, slot, victim)
             loads.append(load)
-        if loads:
-            self._count(layer, len(loads))
+        self._count(layer, len(loads))
         return loads
 
-    def _victims(self, layer: int, count: int) -> list[int]:
-        """Keys of up to `count` evictable experts of lowest value, the lowest last; now closed."""
+    def _evict(self, layer: int, count: int) -> list[tuple[int, int]]:
+        """Take the slots of up to `count` evictable experts of lowest value: (slot, key), the lowest first."""
         self._rank_changed()
-        offer = self._cheapest + self._guard
-        offer[layer] = self._cheapest[layer]
-        chosen: list[int] = []
-        left: dict[int, int] = {}
-        guarded = self.floor > 0
-        infinity = np.inf
-        while len(chosen) < count:
-            owner = int(offer.argmin())
-            if offer[owner] == infinity:
-                if not guarded:
-                    break
-                guarded = False
-                offer = self._cheapest.copy()
-                continue
-            expert = self._cheapest_expert[owner]
-            key = owner * self.shape.experts + expert
-            chosen.append(key)
-            self._closed_at[key] = infinity
-            row = self._rows[owner][2]
-            row[expert] = infinity
-            expert = self._cheapest_expert[owner] = int(row.argmin())
-            worth = row[expert]
-            self._cheapest[owner] = worth
-            if guarded and owner != layer:
-                left[owner] = left.get(owner, self._layer_count[owner]) - 1
-                if left[owner] <= self.floor:
-                    worth = infinity
-            offer[owner] = worth
-        chosen.reverse()
-        return chosen
+        experts, floor, slot_of, layer_count = self.shape.experts, self.floor, self._slot_of, self._layer_count
+        cheapest, cheapest_expert, lowest = self._cheapest, self._cheapest_expert, self._lowest
+        closed_at, worth_at, offer_at, infinity = self._closed_at, self._worth_at, self._offer_at, np.inf
+        taken: list[tuple[int, int]] = []
+        for _ in range(count):
+            owner = self._cheapest_owner(layer)
+            if owner < 0:
+                break
+            base = owner * experts
+            key = base + cheapest_expert[owner]
+            taken.append((slot_of[key], key))
+            slot_of[key] = -1
+            closed_at[key] = worth_at[key] = infinity
+            expert = cheapest_expert[owner] = int(lowest[owner]())
+            worth = cheapest[owner] = worth_at[base + expert]
+            left = layer_count[owner] = layer_count[owner] - 1
+            offer_at[owner] = worth if left > floor else infinity
+        self.events.evictions += len(taken)
+        if self._prefetched:
+            wasted = self._prefetched.intersection([slot for slot, _ in taken])
+            self._prefetched -= wasted
+            self.events.prefetch_wasted += len(wasted)
+        if self._tell is not None:
+            for _, key in taken:
+                self._tell(*divmod(key, experts))
+            # A follower may still hold them; here they are no candidates, and every other one has just been ranked.
+            self._revision = self.policy.revision
+        return taken
+
+    def _cheapest_owner(self, layer: int) -> int:
+        """The layer of the evictable expert of lowest value, for `layer` to take; -1 if there is none.
+
+        A floor does not keep a layer from replacing its own, nor anyone if nothing else is left.
+        """
+        owner, own = int(self._offer.argmin()), self._cheapest[layer]
+        least = self._offer_at[owner]
+        if own < least or (own == least and layer < owner):
+            return layer
+        if least == np.inf:
+            least = min(self._cheapest)
+            owner = self._cheapest.index(least) if least < np.inf else -1
+        return owner
 
     def _rank(self, layer: int) -> None:
         """Find the cheapest evictable expert of `layer`; its worth is infinite if there is none."""
         values, closed, row = self._rows[layer]
         np.add(values, closed, row)
         expert = self._cheapest_expert[layer] = int(row.argmin())
-        self._cheapest[layer] = row[expert]
+        worth = self._cheapest[layer] = float(row[expert])
+        self._offer_at[layer] = worth if self._layer_count[layer] > self.floor else np.inf
 
     def _rank_changed(self) -> None:
         """Rank every layer where anything has changed."""
@@ -562,7 +577,5 @@ class Residency:
         self._count(key // self.shape.experts, -1)
 
     def _count(self, layer: int, change: int) -> None:
-        count = self._layer_count[layer]
-        self._layer_count[layer] = count + change
-        if self.floor and (count <= self.floor) != (count + change <= self.floor):
-            self._guard[layer] = np.inf if change < 0 else 0.0
+        count = self._layer_count[layer] = self._layer_count[layer] + change
+        self._offer_at[layer] = self._cheapest[layer] if count > self.floor else np.inf
