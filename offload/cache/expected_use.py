@@ -92,6 +92,7 @@ class ExpectedUse(CachePolicy):
         # ... of that what memory says, and its value before it has run without what memory says.
         self._rest = np.zeros_like(self.values)
         self._base = np.zeros_like(self.values)
+        self._rows = list(zip(self._after, self.values, strict=True))
         self._offset = (np.arange(shape.layers) * shape.experts)[:, None]
         self._values_at: Any = self.values.reshape(-1).data  # item assignment without numpy's overhead
         self._refine_at = -1 if large else int(REFINE * shape.layers)
@@ -131,15 +132,15 @@ class ExpectedUse(CachePolicy):
 
     def observe(self, layer: int, ids: Routing) -> None:
         lift = self.successors.lift(layer, ids[-1])
-        row = self.values[layer]
+        after, row = self._rows[layer]
         self._routing.append(ids)
         if len(ids) > 1:
             rates = self._rates[:, layer]
             self._observe_many(rates, ids)
-            np.multiply(np.dot(self._frequency, rates), self._far[layer], out=self._after[layer])
-            np.add(lift, self._after[layer], out=row)
+            np.multiply(np.dot(self._frequency, rates), self._far[layer], out=after)
+        np.add(lift, after, row)
+        if len(ids) > 1:
             return
-        np.add(lift, self._after[layer], out=row)
         at, first, bump = self._values_at, layer * self.shape.experts, self._bump[layer]
         for expert in ids[0]:
             at[first + expert] += bump
