@@ -45,13 +45,12 @@ class TokenTable:
         self.width = min(shape.experts, width or max(12, 2 * shape.top_k))
         self._row_of: OrderedDict[int, int] = OrderedDict()
         self._capacity = capacity
-        size = (capacity, shape.layers, self.width)
+        # Layers come last, so that what is done to each of them runs along memory.
+        size = (capacity, self.width, shape.layers)
         self._ids = np.zeros(size, np.uint16 if shape.experts > 256 else np.uint8)
         self._counts = np.zeros(size, np.uint8)
         self._seen = np.zeros(capacity, np.int32)
         self._column = np.arange(shape.layers)[:, None]
-        self._first_key, self._first_place = self._column * shape.experts, self._column * self.width
-        self._place = np.full(shape.keys, -1, np.int16)  # of every expert in the row being changed
 
     @property
     def nbytes(self) -> int:
@@ -62,18 +61,16 @@ class TokenTable:
         """`token` used experts `ids` [L, K]."""
         row = self._row(token)
         table, counts = self._ids[row], self._counts[row]
-        keys = table + self._first_key
-        self._place[keys] = np.arange(self.width, dtype=np.int16)
-        found = self._place[ids + self._first_key]
-        self._place[keys] = -1
-        new = found < 0
-        counts.reshape(-1)[(found + self._first_place)[~new]] += 1
+        used = ids.T.astype(table.dtype, "C")
+        same = used[:, None] == table  # [K, W, L]
+        counts += np.logical_or.reduce(same, 0)
+        new = ~np.logical_or.reduce(same, 1)
         # As many new experts of a layer as it has places of the least count, if that is at most 1, take those.
-        least = counts.min(1, keepdims=True)
-        cheap = (counts == least) & (least <= 1)
-        new &= new.cumsum(1, dtype=np.int16) <= cheap.sum(1, keepdims=True, dtype=np.int16)
-        cheap &= cheap.cumsum(1, dtype=np.int16) <= new.sum(1, keepdims=True, dtype=np.int16)
-        table[cheap] = ids[new]
+        cheap = counts == np.minimum(np.minimum.reduce(counts, 0), 1)
+        rank, place = np.add.accumulate(new, 0, np.int16), np.add.accumulate(cheap, 0, np.int16)
+        new &= rank <= place[-1]
+        cheap &= place <= rank[-1]
+        table.T[cheap.T] = used.T[new.T]
         counts[cheap] = 1
         self._seen[row] += 1
         if self._seen[row] >= 250:
@@ -90,7 +87,7 @@ class TokenTable:
             return False
         share = scale / (seen + PRIOR)
         out -= (share * seen) * rate
-        out[self._column, self._ids[row]] += share * self._counts[row]
+        out[self._column, self._ids[row].T] += share * self._counts[row].T
         return True
 
     def likely(self, token: int, least: float = 0.0) -> list[list[tuple[int, float]]]:
@@ -102,10 +99,10 @@ class TokenTable:
         if row is None or not self._seen[row]:
             return []
         found: list[list[tuple[int, float]]] = [[] for _ in range(self.shape.layers)]
-        share = self._counts[row] / (float(self._seen[row]) + 1.0)
+        share = self._counts[row].T / (float(self._seen[row]) + 1.0)
         layers, places = np.nonzero((share >= least) & (share > 0.0))
         order = np.lexsort((places, -share[layers, places], layers))
-        chosen = self._ids[row, layers, places], share[layers, places]
+        chosen = self._ids[row, places, layers], share[layers, places]
         for at in order.tolist():
             found[layers[at]].append((int(chosen[0][at]), float(chosen[1][at])))
         return found
@@ -114,15 +111,17 @@ class TokenTable:
         """Arrays that `restore` takes."""
         tokens = np.fromiter(self._row_of, np.int64, len(self._row_of))
         rows = np.fromiter(self._row_of.values(), np.intp, len(self._row_of))
-        return {"tokens": tokens, "ids": self._ids[rows], "counts": self._counts[rows], "seen": self._seen[rows]}
+        ids, counts = (array[rows].transpose(0, 2, 1) for array in (self._ids, self._counts))
+        return {"tokens": tokens, "ids": ids, "counts": counts, "seen": self._seen[rows]}
 
     def restore(self, state: dict[str, NDArray[Any]]) -> None:
         """Begin with what an earlier run learned; the ids seen last are kept if not all fit."""
         count = min(len(state["tokens"]), self._capacity)
         first = len(state["tokens"]) - count
         self._row_of = OrderedDict((int(token), row) for row, token in enumerate(state["tokens"][first:]))
-        for own, name in ((self._ids, "ids"), (self._counts, "counts"), (self._seen, "seen")):
-            own[:count] = state[name][first:]
+        for own, name in ((self._ids, "ids"), (self._counts, "counts")):
+            own[:count] = state[name][first:].transpose(0, 2, 1)
+        self._seen[:count] = state["seen"][first:]
 
     def _row(self, token: int) -> int:
         row = self._row_of.get(token)
@@ -134,7 +133,7 @@ class TokenTable:
         else:
             _, row = self._row_of.popitem(last=False)
         self._row_of[token] = row
-        self._ids[row] = np.arange(self.width)  # the experts of a layer's places always differ
+        self._ids[row] = np.arange(self.width)[:, None]  # the experts of a layer's places always differ
         self._counts[row] = 0
         self._seen[row] = 0
         return row

@@ -84,7 +84,7 @@ class Recall:
     def add(self, token: int, ids: NDArray[np.intp]) -> None:
         """A token has used `ids` [L, K], best first."""
         n, head, like = self._count, self._head, self.likeness
-        marks = ids[self._marked, 0].astype(self._marks.dtype)
+        marks = ids[:, 0].take(self._marked).astype(self._marks.dtype)
         score = self._score
         np.multiply(self._past, np.float32(like.fade), out=score)
         if n:

@@ -149,11 +149,12 @@ class Residency:
         self._revision = self.policy.revision
         self._unranked.clear()
         np.add(self._values, self._closed, out=self._worth)
-        cheapest = self._worth.argmin(axis=1)
-        self._cheapest_expert = cheapest.tolist()
-        self._offer[:] = self._worth[np.arange(self.shape.layers), cheapest]
+        self._cheapest_expert = self._worth.argmin(axis=1).tolist()
+        self._worth.min(axis=1, out=self._offer)
         self._cheapest = self._offer.tolist()
-        self._offer[np.asarray(self._layer_count) <= self.floor] = np.inf
+        for layer, count in enumerate(self._layer_count):
+            if count <= self.floor:
+                self._offer_at[layer] = np.inf
 
     def serve(
         self, layer: int, ids: Routing, start: Callable[[Decision], None], finish: Callable[[Decision], None]
