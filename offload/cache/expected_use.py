@@ -153,7 +153,7 @@ class ExpectedUse(CachePolicy):
 
     def _look_back(self, done: int) -> None:
         """Take in what followed the places most like the present one, of whose layers `done` have run."""
-        weights, rest, recall, after, values = self.weights, self._rest, self.recall, self._after, self.values
+        weights, recall, after, values = self.weights, self.recall, self._after, self.values
         places, share = recall.neighbours()
         future = recall.future(places, share * weights.future)
         expected = recall.present(places, share * weights.present, done)
@@ -161,12 +161,12 @@ class ExpectedUse(CachePolicy):
         expected += self._base[done:]
         np.multiply(expected, self._near[done:], out=values[done:])
         if done:  # replace what was expected before
-            change = (future - rest) * self._far
+            change = (future - self._rest) * self._far
             after += change
             values[:done] += change[:done]
         else:
             after += future * self._far
-        rest[:] = future
+        self._rest = future
 
     def _frequencies(self, weights: NDArray[np.float32]) -> NDArray[np.float32]:
         """Weighted sum of the decayed frequencies [L, E]."""

@@ -181,15 +181,14 @@ class Successors:
         # Per layer what `lift` calls: looking a method up costs a tenth of it.
         self._gather = [table.take for table in self.weights]
         self._combine = [rank.dot for rank in self._rank * self._scale[:, None]]
-        self._rows_before = self._rows.copy()
-        self._lifts_before = self._lifts.copy()
         self._buffer = np.empty((self.sources * top_k, experts), np.float32)
         turn = -(-layers // self._turns)
         self._learned = np.empty((2, turn, self.sources * top_k, experts), np.float32)
         self._offset = (np.arange(layers) * (self._nowhere + 1))[:, None]
-        self._column = np.arange(layers)[:, None]
+        self._first = (np.arange(turn) * experts)[:, None]
         self._seen = 0  # tokens learned from
-        self._ready = False
+        # What was predicted of the token under way: of which layers, by which rows of the weights, and minus lifts.
+        self._before: tuple[slice, NDArray[np.intp], Floats] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -215,14 +214,11 @@ class Successors:
 
         `rate` [L, E]: uses per token in the long run, of which a lift is the difference.
         """
-        if self._ready:
-            part = slice(self._seen % self._turns, None, self._turns)
-            error = self._lifts_before[part] * self._unscale[part]
+        if self._before is not None:
+            part, flat, error = self._before
             error -= rate[part]
-            error[self._column[: len(error)], ids[part]] += 1.0
+            error.reshape(-1)[ids[part] + self._first[: len(error)]] += 1.0
             step = self.STEP + (self.FIRST_STEP - self.STEP) / (1.0 + self._seen / self.WARM_UP)
-            flat = np.minimum(self._rows_before[part], self._nowhere)
-            flat += self._offset[part]
             error *= step
             # Through buffers that stay: so much memory taken anew costs as much as the arithmetic.
             count, table = len(flat), self.weights.reshape(-1, self.shape.experts)
@@ -233,9 +229,10 @@ class Successors:
             table[flat] = learned
             self.weights[part, self._nowhere] = 0.0
             self._seen += 1
-        self._rows_before[:] = self._rows
-        self._lifts_before[:] = self._lifts
-        self._ready = True
+        part = slice(self._seen % self._turns, None, self._turns)
+        rows = np.minimum(self._rows[part], self._nowhere)
+        rows += self._offset[part]
+        self._before = part, rows, self._lifts[part] * self._unscale[part]
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Arrays that `restore` takes."""

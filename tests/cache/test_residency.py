@@ -215,7 +215,8 @@ def test_prefetch_needs_a_victim_worth_less_and_can_be_withdrawn():
     assert residency.prefetch(0, 0) is None, "already resident"
     residency.check()
     residency.policy.values[0, 7] = 0.5
-    residency._rank(0)
+    residency._unranked.add(0)
+    residency._rank_changed()
     load = residency.prefetch(0, 7)
     assert load is not None
     assert load.victim in (2, 3)
