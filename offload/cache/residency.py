@@ -128,6 +128,7 @@ class Residency:
         # Single items without numpy's overhead.
         self._closed_at: Any = self._closed.reshape(-1).data
         self._lowest = [row.argmin for row in self._worth]
+        self._values_at: Any = self._values.reshape(-1).data
         self._worth_at: Any = self._worth.reshape(-1).data
         self._offer_at: Any = self._offer.data
         self._cheapest = [np.inf] * shape.layers
@@ -245,7 +246,8 @@ class Residency:
                 # More waves follow: leave room for the next one to be read during this one.
                 count = min(count, max(room // 2, 1) if first else room)
         loads = decision.loads = self._place(layer, missing[:count])
-        pinned.update([slot for _, slot, _ in loads])
+        for _, slot, _ in loads:
+            pinned.add(slot)
         self.events.misses += len(loads)
         return decision, missing[len(loads) :]
 
@@ -282,16 +284,24 @@ class Residency:
 
     def release(self, decision: Decision) -> None:
         """The computation of `decision` is over; its slots may become victims."""
-        closed, key_of, loading, held = self._closed_at, self._key_of, self._loading, self._held
-        unpin = self._pinned.discard
+        slot_of, loading, held, unpin = self._slot_of, self._loading, self._held, self._pinned.discard
+        closed_at, worth_at, values_at = self._closed_at, self._worth_at, self._values_at
+        layer = decision.layer
+        base = layer * self.shape.experts
+        # Only what is released can have become the cheapest of the layer: there is no need to look at all of it.
+        cheapest, cheapest_key = self._cheapest[layer], base + self._cheapest_expert[layer]
         for taken in (decision.hits, decision.joins, decision.loads):
             for item in taken:
                 slot = item[1]
                 unpin(slot)
-                key = key_of[slot]
-                if key >= 0 and slot not in loading and slot not in held:
-                    closed[key] = 0.0
-        self._unranked.add(decision.layer)
+                key = base + item[0]
+                if slot_of[key] == slot and slot not in loading and slot not in held:
+                    closed_at[key] = 0.0
+                    worth = worth_at[key] = values_at[key]
+                    if worth <= cheapest and (worth < cheapest or key < cheapest_key):
+                        cheapest, cheapest_key = worth, key
+        self._cheapest[layer], self._cheapest_expert[layer] = cheapest, cheapest_key - base
+        self._count(layer, 0)
 
     def hold(self, slot: int) -> None:
         """Keep `slot` from becoming a victim until `let_go`, released or not: a copy or kernel is on its way.
@@ -501,8 +511,9 @@ class Residency:
         base = layer * self.shape.experts
         loads = []
         for expert, (slot, victim) in zip(experts, places, strict=False):
-            slot_of[base + expert] = slot
-            key_of[slot] = base + expert
+            key = base + expert
+            slot_of[key] = slot
+            key_of[slot] = key
             load = loading[slot] = _new_load((expert, slot, victim))
             loads.append(load)
         self._count(layer, len(loads))
