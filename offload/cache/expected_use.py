@@ -115,8 +115,8 @@ class ExpectedUse(CachePolicy):
         weights, base, after, values = self.weights, self._base, self._after, self.values
         # Every layer's next use is in this step, and its tokens are known.
         if complete:
-            values *= self._per_far
-            np.subtract(values, self._rest, out=base)
+            np.multiply(values, self._per_far, out=base)
+            base -= self._rest
         else:
             base[:] = self._frequencies(self._frequency)
         # Once a layer has run, its next use is in the step after this one.

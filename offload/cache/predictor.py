@@ -172,15 +172,15 @@ class Successors:
         self._experts = np.array(experts)  # numpy adds an array faster than a number
         # A row beyond the last one stands for the last one, which belongs to sources that do not exist.
         self._rows = np.full((layers, self.sources * top_k), self._nowhere, np.intp)
-        # Per layer: its own experts, what the layer below hands up and where that goes, all its rows, and where
-        # its lift goes.
+        # Per layer: its own experts, what the layer below hands up and where that goes, all its rows, where its lift
+        # goes, and what `lift` calls, since looking methods up costs a tenth of it.
+        scaled = self._rank * self._scale[:, None]
         self._views = [
-            (rows[:top_k], self._rows[at - 1, :-top_k], rows[top_k:], rows, self._lifts[at])
-            for at, rows in enumerate(self._rows)
+            (rows[:top_k], self._rows[at - 1, :-top_k], rows[top_k:], rows, lift, table.take, rank.dot)
+            for at, (rows, lift, table, rank) in enumerate(
+                zip(self._rows, self._lifts, self.weights, scaled, strict=True)
+            )
         ]
-        # Per layer what `lift` calls: looking a method up costs a tenth of it.
-        self._gather = [table.take for table in self.weights]
-        self._combine = [rank.dot for rank in self._rank * self._scale[:, None]]
         self._buffer = np.empty((self.sources * top_k, experts), np.float32)
         turn = -(-layers // self._turns)
         self._learned = np.empty((2, turn, self.sources * top_k, experts), np.float32)
@@ -202,12 +202,12 @@ class Successors:
 
     def lift(self, layer: int, ids: Sequence[int]) -> Floats:
         """Lift [E] of `layer` at the next token; the one under way uses `ids`, best first. Layers come in order."""
-        own, below, passed_on, rows, lift = self._views[layer]
+        own, below, passed_on, rows, lift, gather, combine = self._views[layer]
         own[:] = ids
         if layer:
             np.add(below, self._experts, passed_on)
-        self._gather[layer](rows, 0, self._buffer, "clip")
-        return self._combine[layer](self._buffer, lift)
+        gather(rows, 0, self._buffer, "clip")
+        return combine(self._buffer, lift)
 
     def learn(self, ids: NDArray[np.intp], rate: Floats) -> None:
         """A token has used `ids` [L, K] and `lift` has seen it: correct what was predicted of it before.

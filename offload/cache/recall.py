@@ -142,8 +142,8 @@ class Recall:
 
     def _uses(self, places: NDArray[np.intp], weights: NDArray[np.float64], first: int) -> Floats:
         shape = self.shape
-        keys = self._keys[places, first:].reshape(-1)
-        repeated = np.repeat(weights, (shape.layers - first) * shape.top_k)
+        keys = self._keys.take(places, 0)[:, first:].reshape(-1)
+        repeated = weights.repeat((shape.layers - first) * shape.top_k)
         sums: Floats = np.bincount(keys, repeated, shape.keys).astype(np.float32)
         return sums.reshape(shape.layers, shape.experts)[first:]
 

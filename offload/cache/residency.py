@@ -124,6 +124,7 @@ class Residency:
         self._closed = np.full_like(self._values, np.inf)
         self._worth = np.full_like(self._values, np.inf)
         self._offer = np.full(shape.layers, np.inf)
+        self._first_key = np.arange(shape.layers) * shape.experts
         self._rows = list(zip(self._values, self._closed, self._worth, strict=True))
         # Single items without numpy's overhead.
         self._closed_at: Any = self._closed.reshape(-1).data
@@ -154,8 +155,9 @@ class Residency:
         self._revision = self.policy.revision
         self._unranked.clear()
         np.add(self._values, self._closed, out=self._worth)
-        self._cheapest_expert = self._worth.argmin(axis=1).tolist()
-        self._worth.min(axis=1, out=self._offer)
+        cheapest = self._worth.argmin(axis=1)
+        self._cheapest_expert = cheapest.tolist()
+        self._offer[:] = self._worth.reshape(-1)[cheapest + self._first_key]
         self._cheapest = self._offer.tolist()
         for layer, count in enumerate(self._layer_count):
             if count <= self.floor:
