@@ -172,11 +172,12 @@ class Successors:
         self._experts = np.array(experts)  # numpy adds an array faster than a number
         # A row beyond the last one stands for the last one, which belongs to sources that do not exist.
         self._rows = np.full((layers, self.sources * top_k), self._nowhere, np.intp)
-        # Per layer: its own experts, what the layer below hands up and where that goes, all its rows, where its lift
-        # goes, and what `lift` calls, since looking methods up costs a tenth of it.
+        self._rows_at: Any = self._rows.reshape(-1).data  # item assignment without numpy's overhead
+        # Per layer: what the layer below hands up and where that goes, all its rows, where its lift goes, and what
+        # `lift` calls, since looking methods up costs a tenth of it.
         scaled = self._rank * self._scale[:, None]
         self._views = [
-            (rows[:top_k], self._rows[at - 1, :-top_k], rows[top_k:], rows, lift, table.take, rank.dot)
+            (self._rows[at - 1, :-top_k], rows[top_k:], rows, lift, table.take, rank.dot)
             for at, (rows, lift, table, rank) in enumerate(
                 zip(self._rows, self._lifts, self.weights, scaled, strict=True)
             )
@@ -202,8 +203,10 @@ class Successors:
 
     def lift(self, layer: int, ids: Sequence[int]) -> Floats:
         """Lift [E] of `layer` at the next token; the one under way uses `ids`, best first. Layers come in order."""
-        own, below, passed_on, rows, lift, gather, combine = self._views[layer]
-        own[:] = ids
+        below, passed_on, rows, lift, gather, combine = self._views[layer]
+        rows_at = self._rows_at
+        for place, expert in enumerate(ids, layer * len(rows)):
+            rows_at[place] = expert
         if layer:
             np.add(below, self._experts, passed_on)
         gather(rows, 0, self._buffer, "clip")

@@ -259,11 +259,12 @@ class Residency:
         base, infinity = decision.layer * self.shape.experts, np.inf
         found, missing = decision.hits, []
         for expert in wanted:
-            slot = slot_of[base + expert]
+            key = base + expert
+            slot = slot_of[key]
             if slot < 0:
                 missing.append(expert)
                 continue
-            closed[base + expert] = infinity
+            closed[key] = infinity
             pin(slot)
             found.append((expert, slot))
         self.events.hits += len(found)
