@@ -117,6 +117,13 @@ def _policies() -> Iterator[tuple[str, str, str]]:
         ", ".join(f"{mean:.0%} at {share:.0%} of slots" for share, mean in zip(shares, means, strict=True)),
         "-",
     )
+    cost = newest("policies", lambda row: row["benchmark"] == "decision cost" and row["policy"] == "ema+tokens")
+    least, *_, most = cost["us_per_layer_by_run"]
+    yield (
+        f"what `ema+tokens` decides per layer and token, {cost['experts']} experts, top-{cost['top_k']}",
+        f"{cost['us_per_layer_median']} µs (runs: {least} to {most})",
+        "-",
+    )
 
 
 def _tuning() -> Iterator[tuple[str, str, str]]:
