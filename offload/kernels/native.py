@@ -182,8 +182,8 @@ class NativeKernels:
         self._weights: dict[int, tuple[weakref.ref[QuantizedTensor], Any, _Weight]] = {}
         self._layouts: dict[int, tuple[Any, Any]] = {}
         self._every: dict[int, Tensor] = {}  # positions 0..n-1 by n
-        # Results are made as `tensor.new_empty(sizes)`: with code and data out of the processor's caches, as between two
-        # weights, that takes half the time of `torch.empty` with a type.
+        # Results are made as `tensor.new_empty(sizes)`: with code and data out of the processor's caches, as between
+        # two weights, that takes half the time of `torch.empty` with a type.
         self._no_ids = torch.empty(0, dtype=torch.int64)
         self._routers: dict[tuple[RouterShape, int], Any] = {}
         self._attentions: dict[int, tuple[AttentionLayer, Any]] = {}

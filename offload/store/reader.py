@@ -62,8 +62,8 @@ class Store:
 
     def locate(self, expert: ExpertId) -> Extent:
         """The extent of `expert`: one contiguous read."""
-        file = self.layer_file(expert.layer)
-        return Extent(self.path / file.name, file.offset(expert.expert), self.layout.stride)
+        path, file = self._expert_files[expert.layer]
+        return Extent(path, file.offset(expert.expert), self.layout.stride)
 
     def layer_file(self, layer: int) -> LayerFile:
         """Layout of the file with the routed experts of `layer`."""
@@ -147,6 +147,12 @@ class Store:
     def _layer_files(self) -> dict[int, LayerFile]:
         count = self.config.n_routed_experts
         return {layer: LayerFile(layer, count, self.layout, self._scale_suffix) for layer in self._expert_layers}
+
+    @cached_property
+    def _expert_files(self) -> dict[int, tuple[Path, LayerFile]]:
+        """Path and layout by layer. One path for all experts of a file: making and comparing paths takes longer than
+        the rest of a read's preparation."""
+        return {layer: (self.path / file.name, file) for layer, file in self._layer_files.items()}
 
     @property
     def _expert_layers(self) -> list[int]:

@@ -3,8 +3,8 @@
 Owns the system calls and the events they end with. Must not know what is read, nor in which order it is wanted.
 
 A thread that reads must be woken twice for every read, to begin it and to tell of its end, which is a tenth of the
-time that a few megabytes take. Here whoever wants the bytes hands all reads to the kernel in one call and may wait for
-their ends itself. Containers permit these calls where they forbid io_uring, which does the same.
+time that a few megabytes take. Here whoever wants the bytes hands the reads to the kernel and may wait for their ends
+itself. Containers permit these calls where they forbid io_uring, which does the same.
 
 Source: io_setup(2), io_submit(2), io_getevents(2), eventfd(2) and <linux/aio_abi.h>.
 """
@@ -18,11 +18,12 @@ import platform
 import select
 import sys
 import threading
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 _CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
-"""Numbers of io_setup, io_destroy, io_getevents, io_submit; the C library has no functions for them."""
+"""Numbers of io_setup, io_destroy, io_getevents, io_submit."""
 
 _PREAD = 0
 _SIGNAL_EVENTFD = 1
@@ -77,30 +78,33 @@ class KernelReads:
         calls = _CALLS.get(platform.machine())
         if sys.platform != "linux" or calls is None or sys.byteorder != "little":
             raise OSError("no asynchronous reads known for this system")
-        setup, self._destroy, self._get_events, self._submit = calls
-        self._call = ctypes.CDLL(None, use_errno=True).syscall
-        self._call.restype = ctypes.c_long
+        (setup, *numbers) = calls
         self._context = ctypes.c_ulong(0)
-        if self._call(ctypes.c_long(setup), ctypes.c_long(depth), ctypes.byref(self._context)) != 0:
+        if _system_call(setup, ctypes.c_long, ctypes.c_void_p)(depth, ctypes.addressof(self._context)) != 0:
             raise OSError(ctypes.get_errno(), "asynchronous reads are refused")
+        self._destroy = _system_call(numbers[0], ctypes.c_ulong)
+        self._get_events = _system_call(numbers[1], ctypes.c_ulong, *[ctypes.c_long] * 2, *[ctypes.c_void_p] * 2)
+        self._submit = _system_call(numbers[2], ctypes.c_ulong, ctypes.c_long, ctypes.c_void_p)
         self._ended = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._blocks = (_ControlBlock * depth)()
         for tag, block in enumerate(self._blocks):
             block.data, block.opcode, block.flags, block.eventfd = tag, _PREAD, _SIGNAL_EVENTFD, self._ended
-        first, size = ctypes.addressof(self._blocks), ctypes.sizeof(_ControlBlock)
-        self._addresses = [first + tag * size for tag in range(depth)]
+        # What io_submit is handed: the address of a block's address.
+        self._pointers = (ctypes.c_void_p * depth)(*(ctypes.addressof(block) for block in self._blocks))
+        first, size = ctypes.addressof(self._pointers), ctypes.sizeof(ctypes.c_void_p)
+        self._handles = [first + tag * size for tag in range(depth)]
         self._events = (_Event * depth)()
         self._reaping = threading.Lock()
 
-    def submit(self, requests: Sequence[Request]) -> int:
-        """Begin as many of `requests`, from the first on, as the kernel takes; returns how many those are."""
-        for tag, fd, address, nbytes, offset in requests:
-            block = self._blocks[tag]
-            block.fd, block.address, block.nbytes, block.offset = fd, address, nbytes, offset
-        count = len(requests)
-        pointers = (ctypes.c_void_p * count)(*[self._addresses[request.tag] for request in requests])
-        taken = self._call(ctypes.c_long(self._submit), self._context, ctypes.c_long(count), pointers)
-        return max(0, int(taken))
+    def submit(self, request: Request) -> bool:
+        """Begin a read; False if the kernel does not take it.
+
+        One at a time: the kernel lets the drive begin when it has seen the last of those that it is handed at once.
+        """
+        tag, fd, address, nbytes, offset = request
+        block = self._blocks[tag]
+        block.fd, block.address, block.nbytes, block.offset = fd, address, nbytes, offset
+        return bool(self._submit(self._context.value, 1, self._handles[tag]) == 1)
 
     def fileno(self) -> int:
         """A descriptor that can be read from once reads have ended."""
@@ -123,17 +127,23 @@ class KernelReads:
                 os.eventfd_read(self._ended)  # before the events are asked for: later ones signal again
             except BlockingIOError:
                 return []
-            room = len(self._events)
-            count = self._call(ctypes.c_long(self._get_events), self._context, ctypes.c_long(0), ctypes.c_long(room),
-                               self._events, None)  # fmt: skip
-            return [(event.data, event.result) for event in self._events[: max(0, count)]]
+            events = self._events
+            count = self._get_events(self._context.value, 0, len(events), ctypes.addressof(events), None)
+            return [(event.data, event.result) for event in events[: max(0, count)]]
 
     def close(self) -> None:
         """Give everything back; waits for reads under way."""
         if self._context:
-            self._call(ctypes.c_long(self._destroy), self._context)
+            self._destroy(self._context.value)
             self._context = ctypes.c_ulong(0)
             os.close(self._ended)
+
+
+def _system_call(number: int, *arguments: Any) -> Callable[..., int]:
+    """The system call of that number, for which the C library has no function."""
+    function = ctypes.CDLL(None, use_errno=True).syscall  # a new object, with argument types of its own
+    function.restype, function.argtypes = ctypes.c_long, (ctypes.c_long, *arguments)
+    return partial(function, number)
 
 
 def needs_no_caller(fd: int) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from errno import EINVAL
 from pathlib import Path
@@ -106,8 +105,10 @@ class Copies:
     def choose(self, avoid: Copy | None = None) -> Copy:
         """The copy with the shortest queue, another than `avoid` if there is one; `done` ends the read from it."""
         with self._lock:
-            others: Sequence[Copy] = [copy for copy in self._copies if copy is not avoid]
-            copy = min(others or self._copies, key=lambda candidate: candidate.outstanding)
+            copy = self._copies[0]
+            if len(self._copies) > 1:
+                others = [copy for copy in self._copies if copy is not avoid]
+                copy = min(others, key=lambda candidate: candidate.outstanding)
             copy.outstanding += 1
             return copy
 

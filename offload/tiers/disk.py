@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -100,12 +100,12 @@ class DiskReader:
 
     # -- the caller's side -------------------------------------------------------------------
 
-    def submit(self, reads: Sequence[Read]) -> None:
-        """Queue demand reads."""
+    def submit(self, reads: Iterable[Read]) -> None:
+        """Queue demand reads. The drive begins with the first of them while the next ones are made."""
         with self._lock:
             for read in reads:
                 self._enqueue(read, self._demand)
-            self._dispatch()
+                self._dispatch()
 
     def prefetch(self, read: Read) -> bool:
         """Queue a read that gives way to every demand; False if the queue is full."""
@@ -220,31 +220,23 @@ class DiskReader:
 
     def _dispatch(self) -> None:
         """Begin to read as many parts as may be under way."""
-        requests = []
         while self._active < self._limit and (self._demand or self._prefetch):
             part = self._demand.popleft() if self._demand else self._prefetch.popleft()
             part.read.started = True
             if self._active == 0:
                 self._busy_since = time.perf_counter()
             self._active += 1
-            request = self._request(part)
-            if request is None:
+            if not self._enter_kernel(part):
                 self._blocking.append(part)
-            else:
-                requests.append(request)
-        if requests:
-            assert self._kernel is not None
-            taken = self._kernel.submit(requests)
-            self._blocking += [self._leave_kernel(request.tag) for request in requests[taken:]]
         if self._blocking:
             if not self._threads:
                 self._threads = [_start(self._run, f"expert-reader-{n}") for n in range(self._limit)]
             self._work.notify(len(self._blocking))
 
-    def _request(self, part: Part) -> Request | None:
-        """What the kernel is asked for; None if a thread must read the part (and tell what is wrong, if anything)."""
+    def _enter_kernel(self, part: Part) -> bool:
+        """Let the kernel read `part`; False if a thread must, and tell what is wrong, if anything."""
         if self._kernel is None or part.read.error is not None:
-            return None
+            return False
         copy = self._copies.choose()
         try:
             file = self._copies.descriptor(copy, copy.path(part.read.extent.path))
@@ -252,10 +244,13 @@ class DiskReader:
             file = None
         if file is None or not file.kernel:
             self._copies.done(copy)
-            return None
+            return False
         tag = self._tags.pop()
         self._in_kernel[tag] = part, copy
-        return Request(tag, file.fd, part.read.address + part.start, part.nbytes, part.offset)
+        if self._kernel.submit(Request(tag, file.fd, part.read.address + part.start, part.nbytes, part.offset)):
+            return True
+        self._leave_kernel(tag)
+        return False
 
     def _leave_kernel(self, tag: int) -> Part:
         part, copy = self._in_kernel.pop(tag)

@@ -283,7 +283,7 @@ class RamTier:
 
     def _begin_reads(self, decision: Decision) -> None:
         if decision.loads:
-            self.reader.submit([self._read(decision.layer, load.expert, load.slot) for load in decision.loads])
+            self.reader.submit(self._read(decision.layer, load.expert, load.slot) for load in decision.loads)
         for _, slot in decision.joins:
             self._speculative.pop(slot, None)
             if slot in self._reads:

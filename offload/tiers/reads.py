@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from offload.errors import DiskError
 from offload.types import PAGE, Extent, align_up
@@ -40,8 +40,7 @@ class Read:
         return ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
+class Part(NamedTuple):
     """What one request to the drive asks for."""
 
     read: Read

@@ -7,7 +7,6 @@ import errno
 import random
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,17 +189,17 @@ class UnrulyKernelReads(KernelReads):
         self._held: list[tuple[int, int]] = []
         self._dice = random.Random(system.seed)
 
-    def submit(self, requests: Sequence[Request]) -> int:
-        for request in requests:
-            assert request.offset % 4096 == request.nbytes % 4096 == request.address % 4096 == 0
-            assert request.tag not in self._requests, "a tag of a read that has not ended"
-        if self._system.refuse == "submit":
-            requests = requests[: len(requests) // 2]
-        with self._system.lock:  # before any of them can end
-            taken = super().submit(requests) if requests else 0
-            self._requests |= {request.tag: request for request in requests[:taken]}
-            self._system.kernel_calls += [(request.offset, request.nbytes) for request in requests[:taken]]
-        return taken
+    def submit(self, request: Request) -> bool:
+        assert request.offset % 4096 == request.nbytes % 4096 == request.address % 4096 == 0
+        assert request.tag not in self._requests, "a tag of a read that has not ended"
+        with self._system.lock:  # before it can end
+            if self._system.refuse == "submit" and self._dice.random() < 0.5:
+                return False
+            taken = super().submit(request)
+            if taken:
+                self._requests[request.tag] = request
+                self._system.kernel_calls.append((request.offset, request.nbytes))
+            return taken
 
     def reap(self) -> list[tuple[int, int]]:
         self._system.gate.wait()
