@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -100,8 +100,8 @@ class DiskReader:
 
     # -- the caller's side -------------------------------------------------------------------
 
-    def submit(self, reads: Iterable[Read]) -> None:
-        """Queue demand reads. The drive begins with the first of them while the next ones are made."""
+    def submit(self, reads: Sequence[Read]) -> None:
+        """Queue demand reads. The drive begins with the first of them while the next ones are prepared."""
         with self._lock:
             for read in reads:
                 self._enqueue(read, self._demand)

@@ -283,7 +283,7 @@ class RamTier:
 
     def _begin_reads(self, decision: Decision) -> None:
         if decision.loads:
-            self.reader.submit(self._read(decision.layer, load.expert, load.slot) for load in decision.loads)
+            self.reader.submit([self._read(decision.layer, load.expert, load.slot) for load in decision.loads])
         for _, slot in decision.joins:
             self._speculative.pop(slot, None)
             if slot in self._reads:
@@ -307,7 +307,8 @@ class RamTier:
                     del missing[expert]
                 continue
             since = time.perf_counter()
-            self._collect(wait=True)
+            arrived = self._collect(wait=True)
+            assert arrived is not None, f"experts {sorted(missing)} are awaited, but nothing is being read"
             self.telemetry.layer_stall_s[decision.layer] += time.perf_counter() - since
 
     def _collect(self, wait: bool) -> Read | None:
