@@ -63,7 +63,7 @@ def _decode() -> Iterator[tuple[str, str, str]]:
 
 def _paging() -> Iterator[tuple[str, str, str]]:
     for share in (0.57, 0.3):
-        row = newest("paging", lambda row, share=share: row["numbers"]["share"] == share)  # type: ignore[misc]
+        row = [r for r in rows("paging") if r["numbers"]["share"] == share and "times llama.cpp" in r["numbers"]][-1]
         n = row["numbers"]
         yield (
             f"memory limit of {share:.0%} of the store, decode, beside llama.cpp's mmap",
@@ -71,6 +71,19 @@ def _paging() -> Iterator[tuple[str, str, str]]:
             f"peak RAM {n['peak RAM / --ram']:.0%} of `--ram`",
             _load(row),
         )
+        yield (
+            "the same, drive while it reads, beside the same bytes read by a process that does nothing else",
+            _drive(n),
+            _load(row),
+        )
+    row = newest("paging", lambda row: "--slots" in row["command"])
+    n = row["numbers"]
+    yield f"the drive with {n['runs'][0]['slots']} expert slots, below one token's working set", _drive(n), _load(row)
+
+
+def _drive(n: Row) -> str:
+    read, alone = n["read MB/s while reading"] / 1e3, n["drive MB/s alone"] / 1e3
+    return f"{read:.2f} : {alone:.2f} GB/s = {n['share of the drive while reading']:.2f}"
 
 
 def _convert() -> Iterator[tuple[str, str, str]]:
@@ -145,9 +158,9 @@ def _tuning() -> Iterator[tuple[str, str, str]]:
         )
     for row in rows("probe_reference")[-1:]:
         n = row["numbers"]
-        ratios = {link: [item["ratio"] for item in n[link].values()] for link in ("drive", "RAM")}
+        ratios = {link: [item["ratio"] for item in n[link].values()] for link in n if link != "load_average"}
         text = ", ".join(f"{link} {min(found)} to {max(found)}" for link, found in ratios.items())
-        yield "figures of `probe` over those of fio and a read loop in C", text, _load(row)
+        yield "figures of `probe` over those of fio and of read loops in C", text, _load(row)
 
 
 def _routing() -> Iterator[tuple[str, str, str]]:

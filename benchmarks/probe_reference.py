@@ -1,12 +1,14 @@
-"""Figures of `expertpager probe` beside fio and a STREAM-like read loop in C on the same machine.
+"""Figures of `expertpager probe` beside fio and read loops in C on the same machine.
 
     python benchmarks/probe_reference.py --store STORE [--seconds 3]
 
 Needs `fio` (a package of every distribution) and a C compiler. fio reads one of the store's expert files by direct I/O
-at random in blocks of an expert's size with as many threads as `probe` has reads under way; the C program sums a buffer
-of huge pages, much larger than the caches, in four streams a thread that are asked for ahead of time, with each number
-of threads. Probe and reference take turns at every figure, `--rounds` times; the row holds the medians of both and of
-the ratios, which should lie within 10% of 1.
+at random in blocks of an expert's size with as many threads as `probe` has reads under way. Every thread of fio reads
+into one buffer, which few threads keep in the processor's caches, where a virtual drive copies to faster; a C program
+reads the same blocks into one slot after another of as much memory as `probe` uses. Another sums a buffer of huge
+pages, much larger than the caches, in four streams a thread that are asked for ahead of time, with each number of
+threads. Probe and references take turns at every figure, `--rounds` times; the row holds their medians and those of the
+ratios, which should lie within 10% of 1.
 """
 
 from __future__ import annotations
@@ -33,9 +35,59 @@ from offload.tune.probe import Effort, ram_rate  # noqa: E402
 from offload.tune.probe_drive import drive_rate  # noqa: E402
 from offload.types import ExpertId, Extent, align_up  # noqa: E402
 
-FIO_DEPTHS = (1, 2, 4, 8, 16)
+DEPTHS = (1, 2, 4, 8, 16)
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 LEAST_HUGE_PAGES = 200
+
+DRIVE_LOOP = r"""
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+static char *slots;
+static size_t block, count, blocks, next_slot, done;
+static double until;
+static int fd;
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+static void *reads(void *number) {
+    unsigned seed = 1 + (unsigned)(size_t)number;
+    while (now() < until) {
+        char *slot = slots + __atomic_fetch_add(&next_slot, 1, __ATOMIC_RELAXED) % count * block;
+        if (pread(fd, slot, block, (off_t)(rand_r(&seed) % blocks * block)) != (ssize_t)block) exit(1);
+        __atomic_fetch_add(&done, 1, __ATOMIC_RELAXED);
+    }
+    return NULL;
+}
+
+int main(int argc, char **argv) {
+    size_t size = strtoull(argv[2], NULL, 10), memory = strtoull(argv[4], NULL, 10);
+    size_t threads = strtoull(argv[5], NULL, 10);
+    block = strtoull(argv[3], NULL, 10), count = memory / block, blocks = size / block;
+    fd = open(argv[1], O_RDONLY | O_DIRECT);
+    slots = aligned_alloc(1 << 21, memory);
+    madvise(slots, memory, MADV_HUGEPAGE);
+    memset(slots, 1, memory);
+    pthread_t id[256];
+    double begun = now();
+    until = begun + strtod(argv[6], NULL);
+    for (size_t t = 0; t < threads; t++) pthread_create(&id[t], NULL, reads, (void *)t);
+    for (size_t t = 0; t < threads; t++) pthread_join(id[t], NULL);
+    printf("%.0f\n", done * block / (now() - begun));
+}
+"""
 
 READ_LOOP = r"""
 #define _GNU_SOURCE
@@ -115,21 +167,23 @@ def main() -> None:
     layers = store.config.moe_layers
     extents = [store.locate(ExpertId(layers[0], expert)) for expert in range(store.config.n_routed_experts)]
     rounds: list[dict[str, dict[str, tuple[float, float]]]] = []
+    memory = align_up(Effort().buffer_nbytes, 2 << 20)
     with tempfile.TemporaryDirectory(prefix="expertpager-reference-") as folder:
-        program = compiled(Path(folder))
+        program, reader = compiled(Path(folder), "read", READ_LOOP), compiled(Path(folder), "drive", DRIVE_LOOP)
         data = SlotPool(1, Effort().buffer_nbytes).bytes
         for _ in range(arguments.rounds):
-            drive = {
-                str(depth): (drive_rate(extents, depth, seconds)[0], drive_by_fio(extents[0], depth, seconds))
-                for depth in FIO_DEPTHS
-            }
+            fio, loop = {}, {}
+            for depth in DEPTHS:
+                mine = drive_rate(extents, depth, seconds)[0]
+                fio[str(depth)] = mine, drive_by_fio(extents[0], depth, seconds)
+                loop[str(depth)] = mine, drive_by_loop(reader, extents[0], memory, depth, seconds)
             ram = {
                 str(count): (ram_rate(data, count, seconds), ram_by_loop(program, data.nbytes, count, seconds))
                 for count in range(1, usable_cpus() + 1)
             }
-            rounds.append({"drive": drive, "RAM": ram})
+            rounds.append({"drive by fio": fio, "drive": loop, "RAM": ram})
             print(json.dumps(rounds[-1]), file=sys.stderr)
-    numbers = {what: beside([one[what] for one in rounds]) for what in ("drive", "RAM")}
+    numbers = {what: beside([one[what] for one in rounds]) for what in rounds[0]}
     command = f"python benchmarks/probe_reference.py --store STORE --seconds {arguments.seconds:g}"
     append("probe_reference", f"{command} --rounds {arguments.rounds}", numbers)
     print(json.dumps(numbers, indent=1))
@@ -157,10 +211,16 @@ def drive_by_fio(extent: Extent, threads: int, seconds: float) -> float:
     return float(json.loads(done[done.index("{") :])["jobs"][0]["read"]["bw_bytes"])
 
 
-def compiled(folder: Path) -> Path:
-    """The read loop as a program."""
-    source, program = folder / "read.c", folder / "read"
-    source.write_text(READ_LOOP, encoding="utf-8")
+def drive_by_loop(program: Path, extent: Extent, memory: int, threads: int, seconds: float) -> float:
+    """The same reads into one slot after another of `memory` bytes."""
+    sizes = extent.path.stat().st_size, align_up(extent.nbytes), memory, threads, seconds
+    return float(output([str(program), str(extent.path), *map(str, sizes)]))
+
+
+def compiled(folder: Path, name: str, text: str) -> Path:
+    """A read loop as a program."""
+    source, program = folder / f"{name}.c", folder / name
+    source.write_text(text, encoding="utf-8")
     output(["cc", "-O3", "-march=native", "-pthread", "-o", str(program), str(source)])
     return program
 
