@@ -70,7 +70,8 @@ def main() -> None:
     cells = chosen([(s, share, p) for s in stores for share in arguments.shares for p in arguments.policies], arguments)
     rows = []
     with tempfile.TemporaryDirectory(prefix="expertpager-grid-") as folder:
-        traces = {store: recorded(store, Path(folder) / f"{store.name}.npz", arguments) for store, *_ in cells}
+        used = dict.fromkeys(store for store, *_ in cells)
+        traces = {store: recorded(store, Path(folder) / f"{store.name}.npz", arguments) for store in used}
         before = probed(cells[0][0], Path(folder))
         for store, share, policy in cells:
             report = measured(store, share, policy, arguments)
