@@ -35,7 +35,7 @@ def show_paging(store: Path, *, max_tokens: int, echo: Callable[..., None]) -> N
     for share in (0.25, 1.0):
         ram = ram_for_share(store, share, context=CONTEXT)
         with Engine(store, RuntimeOptions(ram=ram, context=CONTEXT, usage="off")) as engine:
-            echo(f"\n--ram {ram // 2**20 + 1}MiB holds {share:.0%} of the experts\n{engine.describe()[1]}")
+            echo(f"\n--ram {ram // 2**20 + 1}MiB, meant for {share:.0%} of the experts\n{engine.describe()[1]}")
             tokens[share] = []
             for prompt in PROMPTS:
                 steps = list(engine.generate(engine.encode(prompt), max_tokens=max_tokens, **SAMPLING))
