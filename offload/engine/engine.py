@@ -215,7 +215,12 @@ class Engine:
                 assert progress is not None
                 progress((before + tokens * layers / self.config.num_hidden_layers) / len(token_ids))
 
-            yield self._model.forward(part, self._cache, layer_done if progress else None)
+            try:
+                hidden = self._model.forward(part, self._cache, layer_done if progress else None)
+            except BaseException:  # Ctrl-C may come anywhere
+                self._executor.abandon()
+                raise
+            yield hidden
 
     def _step(self, token_ids: Sequence[int], progress: Progress | None) -> Any:
         *_, hidden = self._chunks(token_ids, progress=progress if len(token_ids) > 1 else None)

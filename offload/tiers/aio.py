@@ -17,7 +17,6 @@ import os
 import platform
 import select
 import sys
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -71,20 +70,25 @@ class Request(NamedTuple):
 
 
 class KernelReads:
-    """Up to `depth` reads under way at once. Every method may be called from any thread."""
+    """Up to `depth` reads under way at once.
+
+    `wait` and `wake` may be called from any thread, all else by one at a time.
+    """
 
     def __init__(self, depth: int) -> None:
         """Raises OSError where the system does not have such reads, or none to spare (/proc/sys/fs/aio-max-nr)."""
         calls = _CALLS.get(platform.machine())
-        if sys.platform != "linux" or calls is None or sys.byteorder != "little":
+        if sys.platform != "linux" or calls is None or sys.byteorder != "little" or not hasattr(os, "eventfd"):
             raise OSError("no asynchronous reads known for this system")
-        (setup, *numbers) = calls
+        self._depth = depth
+        setup, destroy, get_events, submit = calls
+        self._setup = _system_call(setup, ctypes.c_long, ctypes.c_void_p)
+        self._destroy = _system_call(destroy, ctypes.c_ulong)
+        self._get_events = _system_call(get_events, ctypes.c_ulong, *[ctypes.c_long] * 2, *[ctypes.c_void_p] * 2)
+        self._submit = _system_call(submit, ctypes.c_ulong, ctypes.c_long, ctypes.c_void_p)
         self._context = ctypes.c_ulong(0)
-        if _system_call(setup, ctypes.c_long, ctypes.c_void_p)(depth, ctypes.addressof(self._context)) != 0:
+        if self._setup(depth, ctypes.addressof(self._context)) != 0:
             raise OSError(ctypes.get_errno(), "asynchronous reads are refused")
-        self._destroy = _system_call(numbers[0], ctypes.c_ulong)
-        self._get_events = _system_call(numbers[1], ctypes.c_ulong, *[ctypes.c_long] * 2, *[ctypes.c_void_p] * 2)
-        self._submit = _system_call(numbers[2], ctypes.c_ulong, ctypes.c_long, ctypes.c_void_p)
         self._ended = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._blocks = (_ControlBlock * depth)()
         for tag, block in enumerate(self._blocks):
@@ -94,7 +98,6 @@ class KernelReads:
         first, size = ctypes.addressof(self._pointers), ctypes.sizeof(ctypes.c_void_p)
         self._handles = [first + tag * size for tag in range(depth)]
         self._events = (_Event * depth)()
-        self._reaping = threading.Lock()
 
     def submit(self, request: Request) -> bool:
         """Begin a read; False if the kernel does not take it.
@@ -105,10 +108,6 @@ class KernelReads:
         block = self._blocks[tag]
         block.fd, block.address, block.nbytes, block.offset = fd, address, nbytes, offset
         return bool(self._submit(self._context.value, 1, self._handles[tag]) == 1)
-
-    def fileno(self) -> int:
-        """A descriptor that can be read from once reads have ended."""
-        return self._ended
 
     def wait(self) -> None:
         """Until reads may have ended, or `wake`."""
@@ -122,21 +121,27 @@ class KernelReads:
 
     def reap(self) -> list[tuple[int, int]]:
         """(tag, bytes read or a negative error number) of the reads that have ended and nobody was told of."""
-        with self._reaping:
-            try:
-                os.eventfd_read(self._ended)  # before the events are asked for: later ones signal again
-            except BlockingIOError:
-                return []
-            events = self._events
-            count = self._get_events(self._context.value, 0, len(events), ctypes.addressof(events), None)
-            return [(event.data, event.result) for event in events[: max(0, count)]]
+        try:
+            os.eventfd_read(self._ended)  # before the events are asked for: later ones signal again
+        except BlockingIOError:
+            return []
+        events = self._events
+        count = self._get_events(self._context.value, 0, len(events), ctypes.addressof(events), None)
+        return [(event.data, event.result) for event in events[: max(0, count)]]
+
+    def restart(self) -> None:
+        """Wait for reads under way and forget them; every tag is free.
+
+        If the system does not allow a new beginning, nothing will be taken from now on.
+        """
+        self._destroy(self._context.value)
+        self._context = ctypes.c_ulong(0)
+        self._setup(self._depth, ctypes.addressof(self._context))
 
     def close(self) -> None:
         """Give everything back; waits for reads under way."""
-        if self._context:
-            self._destroy(self._context.value)
-            self._context = ctypes.c_ulong(0)
-            os.close(self._ended)
+        self._destroy(self._context.value)
+        os.close(self._ended)
 
 
 def _system_call(number: int, *arguments: Any) -> Callable[..., int]:
@@ -151,6 +156,8 @@ def needs_no_caller(fd: int) -> bool:
 
     A file system that can promise not to block its caller (RWF_NOWAIT) is such a one.
     """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
     with mmap.mmap(-1, mmap.PAGESIZE) as page:
         try:
             os.preadv(fd, [page], 0, os.RWF_NOWAIT)

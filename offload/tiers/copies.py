@@ -117,6 +117,13 @@ class Copies:
         with self._lock:
             copy.outstanding -= 1
 
+    def all_done(self) -> None:
+        """Nothing is being read."""
+        with self._lock:
+            for copy in self._copies:
+                copy.outstanding = 0
+        self.close_retired()
+
     def descriptor(self, copy: Copy, path: Path) -> Descriptor:
         """The open file; through the page cache, which is announced, where direct I/O is refused. Raises OSError."""
         with self._lock:

@@ -201,7 +201,7 @@ class DeviceExecutor:
                     self._serve(index, desk, x, partial, ids.shape)
                 return device.call(lambda: self.kernels[index].combine(partial, ids, weights))
         except BaseException:
-            self._abandon()
+            self.abandon()
             raise
 
     def lookahead(self) -> int:
@@ -279,7 +279,8 @@ class DeviceExecutor:
             if layer - self.ram.layers[0] > index:
                 self.expect(layer, experts)
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
+        """The forward pass broke off, wherever it was: wait for what is under way, so that the next one can begin."""
         self._hinted = None
         for desk in self._each_desk:
             desk.forget_early()

@@ -82,6 +82,7 @@ class DiskReader:
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._active = 0  # parts that have left the queues and have not ended
+        self._in_threads = 0  # of those, parts that a thread is reading
         self._open_reads = 0
         self._busy_since = 0.0
         self._closing = False
@@ -155,13 +156,24 @@ class DiskReader:
     def abandon(self) -> None:
         """Forget every read: what is queued is dropped, what is under way is waited for, nothing is delivered.
 
-        Right also when the caller was interrupted between taking a read from `completed` and noting it.
+        Right also when the caller was interrupted anywhere in this class, whatever that left half done.
         """
         with self._lock:
             self._demand.clear()
             self._prefetch.clear()
-            while self._active:
+            self._blocking.clear()
+            self._awaited = False
+            self._unattended.notify()
+            while self._in_threads:
                 self._quiet.wait()
+            if self._kernel is not None:
+                self._kernel.restart()
+                self._in_kernel.clear()
+                self._tags = list(range(self._limit))
+            if self._active:
+                self.counters.busy_s += time.perf_counter() - self._busy_since
+            self._active = 0
+            self._copies.all_done()
             self._done = SimpleQueue()
             self._open_reads = 0
 
@@ -265,7 +277,6 @@ class DiskReader:
         if self._active == 0:
             self.counters.busy_s += time.perf_counter() - self._busy_since
             self._copies.close_retired()
-            self._quiet.notify_all()
         read.error = read.error or error
         read.parts_left -= 1
         if read.parts_left == 0:
@@ -312,10 +323,8 @@ class DiskReader:
 
     def _reap(self) -> None:
         assert self._kernel is not None
-        ended = self._kernel.reap()
-        if not ended:
-            return
         with self._lock:
+            ended = self._kernel.reap()
             for tag, result in ended:
                 part = self._leave_kernel(tag)
                 if result >= part.needed:
@@ -323,7 +332,8 @@ class DiskReader:
                 else:
                     self.counters.retries += 1
                     self._blocking.append(part)
-            self._dispatch()
+            if ended:
+                self._dispatch()
 
     # -- reads of a thread -------------------------------------------------------------------
 
@@ -335,9 +345,12 @@ class DiskReader:
                 if self._closing:
                     return
                 part = self._blocking.popleft()
+                self._in_threads += 1
                 skip = part.read.error is not None
             error = None if skip else self._attempts.read(part)
             with self._lock:
+                self._in_threads -= 1
+                self._quiet.notify_all()
                 self._finish(part, error)
                 self._dispatch()
                 if self._awaited and self._kernel is not None:

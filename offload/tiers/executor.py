@@ -47,8 +47,7 @@ class Executor:
     def begin_step(self, tokens: Sequence[int], upcoming: Sequence[int] = ()) -> None:
         """A forward pass over `tokens` begins; `upcoming` are tokens already known to follow them."""
         if self._open is not None:  # the last step broke off between a hint and its call
-            self._open = None
-            self.ram.abandon()
+            self.abandon()
         self.ram.begin_step(tokens, upcoming)
 
     def preference(self, layer: int, ids: Tensor) -> Tensor | None:
@@ -109,6 +108,11 @@ class Executor:
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """A router applied early chose `experts` (best first) for `layer`: read them if the drive idles."""
         self.ram.expect(layer - self.ram.layers[0], experts)
+
+    def abandon(self) -> None:
+        """The forward pass broke off, wherever it was: drop its reads, so that the next one can begin."""
+        self._open = None
+        self.ram.abandon()
 
     # -- around a run ------------------------------------------------------------------------
 

@@ -201,8 +201,15 @@ class UnrulyKernelReads(KernelReads):
                 self._system.kernel_calls.append((request.offset, request.nbytes))
             return taken
 
+    def restart(self) -> None:
+        super().restart()
+        self._requests.clear()
+        self._held.clear()
+
     def reap(self) -> list[tuple[int, int]]:
-        self._system.gate.wait()
+        if not self._system.gate.is_set():
+            time.sleep(0.001)
+            return []
         dice, system = self._dice, self._system
         with system.lock:
             ended = self._held + [(tag, self._twist(tag, result)) for tag, result in super().reap()]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import linecache
 import logging
 import os
 import random
 import shutil
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -231,6 +233,53 @@ def test_reads_can_be_abandoned_and_the_reader_used_again(store, readers, kernel
         reader.abandon()
         assert reader.idle and reader.completed() is None and reader.completed(wait=False) is None
         assert all(read.error is None for read in read_all(reader, store, pool))
+
+
+def interrupted(run, at):
+    """Call `run` with a KeyboardInterrupt before the `at`-th line of the reader's modules; False if it ended before."""
+    left = at
+
+    def trace(frame, event, _):
+        nonlocal left
+        if "/tiers/" not in frame.f_code.co_filename or "tests" in frame.f_code.co_filename:
+            return None
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        # Signals are not looked for there, while the event of such a line may come before a lock is given back.
+        if event == "line" and not line.startswith(("with ", "try:")):
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_an_interrupt_anywhere_leaves_a_reader_that_can_go_on(store, readers, kernel):
+    pool = slots(store)
+    reader = readers(system=Unruly(kernel=kernel), threads=2)
+
+    def run():
+        extents = [store.locate(ExpertId(1, expert)) for expert in range(4)]
+        reads = [Read(extent, pool.buffer(slot), str(slot), tag=slot) for slot, extent in enumerate(extents)]
+        reader.prefetch(reads[0])
+        reader.submit(reads[1:])
+        reader.promote(reads[0])
+        while reader.completed():
+            pass
+
+    at = 1
+    while interrupted(run, at):
+        reader.abandon()
+        assert all(read.error is None for read in read_all(reader, store, pool))
+        at += 1 if at < 150 else 7
+    assert at > 100, "the lines that were interrupted are those of the reader"
 
 
 def test_reads_that_nobody_waits_for_end_all_the_same(store, readers, kernel):
