@@ -338,38 +338,51 @@ class Residency:
 
     def failed(self, slot: int) -> None:
         """The bytes of a load will not come: the slot is free, the expert not resident."""
-        del self._loading[slot]
         self._prefetched.discard(slot)
         self._pinned.discard(slot)
         self._vacate(slot)
         self._free.append(slot)
+        del self._loading[slot]
 
     def cancelled(self, slot: int) -> None:
         """A queued prefetch was withdrawn before its read began: the victim's bytes are intact."""
-        load = self._loading.pop(slot)
+        load = self._loading[slot]
         self._prefetched.discard(slot)
         self._vacate(slot)
         self.events.prefetch_cancelled += 1
         if load.victim < 0 or self._slot_of[load.victim] >= 0:
             self._free.append(slot)
-            return
-        self._occupy(slot, load.victim)
-        self._open(load.victim)
-        self.events.evictions -= 1
+        else:
+            self._occupy(slot, load.victim)
+            self._open(load.victim)
+            self.events.evictions -= 1
+        del self._loading[slot]
 
     def abandon(self) -> None:
         """A step broke off: nothing computes from a slot or copies it any more, nothing is being read.
 
-        Slots whose bytes had not arrived become free.
+        Slots whose bytes had not arrived become free. Right also when the step was interrupted anywhere in this class:
+        an expert is resident if it and its slot name each other and no load does, which is why loads are noted before
+        anything else changes and crossed out after everything else.
         """
-        for slot in list(self._loading):
-            self._held.pop(slot, None)
-            self.failed(slot)
-        for slot in self._pinned | self._held.keys():
-            self._closed_at[self._key_of[slot]] = 0.0
+        experts, slot_of, key_of = self.shape.experts, self._slot_of, self._key_of
+        loading = self._loading
+        resident = {s: key for s, key in enumerate(key_of) if key >= 0 and slot_of[key] == s and s not in loading}
+        slot_of[:] = [-1] * len(slot_of)
+        key_of[:] = [-1] * len(key_of)
+        self._layer_count[:] = [0] * self.shape.layers
+        self._closed.fill(np.inf)
+        for slot, key in resident.items():
+            slot_of[key], key_of[slot] = slot, key
+            self._layer_count[key // experts] += 1
+            self._closed_at[key] = 0.0
+        taken = resident.keys() | self._lent
+        self._free[:] = [slot for slot in range(self.slots - 1, -1, -1) if slot not in taken]
+        self._prefetched &= resident.keys()
         self._pinned.clear()
         self._held.clear()
-        self._unranked.update(range(self.shape.layers))
+        loading.clear()
+        self.refresh()
 
     def prefetch(self, layer: int, expert: int, *, worth: float = 0.5, margin: float = 1.25) -> Load | None:
         """A slot for an expert that is only expected, or None if nothing worth less is there.
@@ -515,9 +528,9 @@ class Residency:
         loads = []
         for expert, (slot, victim) in zip(experts, places, strict=False):
             key = base + expert
+            load = loading[slot] = _new_load((expert, slot, victim))
             slot_of[key] = slot
             key_of[slot] = key
-            load = loading[slot] = _new_load((expert, slot, victim))
             loads.append(load)
         self._count(layer, len(loads))
         return loads

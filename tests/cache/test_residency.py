@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -344,3 +345,53 @@ def test_values_that_another_tier_changed_count_for_the_next_victim():
 def _loaded(residency: Residency, decision: Decision) -> None:
     for load in decision.loads:
         residency.loaded(load.slot)
+
+
+@pytest.mark.parametrize("policy", ["lru", "ema+tokens"])
+def test_after_an_interrupt_anywhere_only_what_has_arrived_is_resident(policy):
+    """A resident expert is what was read last into its slot, wherever the step broke off."""
+    residency = make(policy, 12, [], floor=1, width=4)
+    bytes_of: dict[int, tuple[int, int]] = {}
+    shape, rng = residency.shape, random.Random(3)
+
+    def finish(decision):
+        for load in decision.loads:
+            bytes_of[load.slot] = decision.layer, load.expert
+            residency.loaded(load.slot)
+
+    def step():
+        residency.begin_step([rng.randrange(9)])
+        for layer in range(shape.layers):
+            load = residency.prefetch(layer, rng.randrange(shape.experts))
+            residency.serve(layer, [rng.sample(range(shape.experts), shape.top_k)], lambda _: None, finish)
+            if load is not None and rng.random() < 0.5 and residency.is_loading(load.slot):
+                residency.cancelled(load.slot)
+            elif load is not None and residency.is_loading(load.slot):
+                residency.failed(load.slot)
+
+    left = 0
+
+    def trace(frame, event, _):
+        nonlocal left
+        if not frame.f_code.co_filename.endswith("cache/residency.py"):
+            return None
+        left -= event == "line"
+        if left == 0 and event == "line":
+            raise KeyboardInterrupt
+        return trace
+
+    interrupts = 0
+    for at in range(1, 900):
+        left = at
+        sys.settrace(trace)
+        try:
+            step()
+        except KeyboardInterrupt:
+            interrupts += 1
+        finally:
+            sys.settrace(None)
+        residency.abandon()
+        residency.check()
+        for layer, expert in residency.contents():
+            assert bytes_of[residency.slot(layer, expert)] == (layer, expert)
+    assert interrupts > 200
