@@ -68,4 +68,4 @@ def test_its_routing_is_real(embedded_store: Path) -> None:
 def test_demo_generates_the_same_text_with_a_quarter_of_the_experts() -> None:
     done = CliRunner().invoke(cli.cli, ["demo", "-n", "8"], catch_exceptions=False)
     assert done.exit_code == 0
-    assert "holds 25% of the experts" in done.stdout and "All 40 tokens are the same" in done.stdout
+    assert "meant for 25% of the experts" in done.stdout and "All 40 tokens are the same" in done.stdout
