@@ -63,7 +63,11 @@ def _decode() -> Iterator[tuple[str, str, str]]:
 
 def _paging() -> Iterator[tuple[str, str, str]]:
     for share in (0.57, 0.3):
-        row = [r for r in rows("paging") if r["numbers"]["share"] == share and "times llama.cpp" in r["numbers"]][-1]
+
+        def beside_llama(row: Row, share: float = share) -> bool:
+            return row["numbers"]["share"] == share and "times llama.cpp" in row["numbers"]
+
+        row = newest("paging", beside_llama)
         n = row["numbers"]
         yield (
             f"memory limit of {share:.0%} of the store, decode, beside llama.cpp's mmap",

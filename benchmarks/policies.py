@@ -218,7 +218,7 @@ def main() -> None:
             for row in hit_rates(shape, train, test, shares):
                 done.append(row)
                 yield row | {"seed": seed}
-        if len(done) > 1 and arguments.splits > 1:
+        if done and arguments.splits > 1:
             yield from over_splits(done)
         if arguments.only != "hits":
             for policy in ("lru", "ema", "ema+tokens"):

@@ -39,7 +39,7 @@ DEPTHS = (1, 2, 4, 8, 16)
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 LEAST_HUGE_PAGES = 200
 
-DRIVE_LOOP = r"""
+LOOP_HEAD = r"""
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <pthread.h>
@@ -51,16 +51,18 @@ DRIVE_LOOP = r"""
 #include <time.h>
 #include <unistd.h>
 
-static char *slots;
-static size_t block, count, blocks, next_slot, done;
-static double until;
-static int fd;
-
 static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
+"""
+
+DRIVE_LOOP = r"""
+static char *slots;
+static size_t block, count, blocks, next_slot, done;
+static double until;
+static int fd;
 
 static void *reads(void *number) {
     unsigned seed = 1 + (unsigned)(size_t)number;
@@ -90,15 +92,6 @@ int main(int argc, char **argv) {
 """
 
 READ_LOOP = r"""
-#define _GNU_SOURCE
-#include <pthread.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <time.h>
-
 static uint64_t *data;
 static size_t words, threads;
 static volatile uint64_t sink;
@@ -122,12 +115,6 @@ static void *sum(void *number) {
 
 static int ascending(const void *a, const void *b) {
     return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
-}
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
 int main(int argc, char **argv) {
@@ -220,7 +207,7 @@ def drive_by_loop(program: Path, extent: Extent, memory: int, threads: int, seco
 def compiled(folder: Path, name: str, text: str) -> Path:
     """A read loop as a program."""
     source, program = folder / f"{name}.c", folder / name
-    source.write_text(text, encoding="utf-8")
+    source.write_text(LOOP_HEAD + text, encoding="utf-8")
     output(["cc", "-O3", "-march=native", "-pthread", "-o", str(program), str(source)])
     return program
 

@@ -1,8 +1,13 @@
-"""Small checkpoints and stores that many tests share. Built once per process."""
+"""What many tests share: small checkpoints and stores, built once per process, and Ctrl-C at a chosen line."""
 
 from __future__ import annotations
 
+import linecache
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -36,3 +41,37 @@ def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stores") / "int4"
     convert(checkpoint, out)
     return out
+
+
+@pytest.fixture
+def interrupted() -> Callable[[Callable[[], object], int, str], bool]:
+    """Calls a function with a KeyboardInterrupt before the n-th line of certain modules; False if it ended before.
+
+    The modules are those whose path holds the given text.
+    """
+
+    def call(run: Callable[[], object], at: int, modules: str) -> bool:
+        left = at
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal left
+            if modules not in frame.f_code.co_filename:
+                return None
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            # Signals are not looked for there, while the event of such a line may come before a lock is given back.
+            if event == "line" and not line.startswith(("with ", "try:")):
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            run()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    return call

@@ -14,7 +14,7 @@ Every slot is in one of four states:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,11 +41,11 @@ class Decision:
     """What one wave of a layer needs. All its slots are pinned until `release`."""
 
     layer: int
-    hits: list[tuple[int, int]] = field(default_factory=list)
+    hits: list[tuple[int, int]]
     """(expert, slot) whose bytes are there."""
-    joins: list[tuple[int, int]] = field(default_factory=list)
+    joins: list[tuple[int, int]]
     """(expert, slot) that a prefetch is already reading."""
-    loads: list[Load] = field(default_factory=list)
+    loads: list[Load]
 
     @property
     def empty(self) -> bool:
@@ -395,9 +395,7 @@ class Residency:
         if not self._free:
             self._rank_changed()
             self._offer_at[layer] = self._cheapest[layer]
-            owner = int(self._offer.argmin())
-            if self._offer_at[owner] == np.inf:
-                owner = self._cheapest_kept()
+            owner = self._cheapest_layer()
             self._count(layer, 0)
             if owner < 0:
                 return None
@@ -544,15 +542,12 @@ class Residency:
         experts, floor, slot_of, layer_count = self.shape.experts, self.floor, self._slot_of, self._layer_count
         cheapest, cheapest_expert, lowest = self._cheapest, self._cheapest_expert, self._lowest
         closed_at, worth_at, offer_at, infinity = self._closed_at, self._worth_at, self._offer_at, np.inf
-        lowest_offer = self._offer.argmin
         offer_at[layer] = cheapest[layer]  # a layer may replace its own, floor or not
         taken: list[tuple[int, int]] = []
         for _ in range(count):
-            owner = int(lowest_offer())
-            if offer_at[owner] == infinity:
-                owner = self._cheapest_kept()
-                if owner < 0:
-                    break
+            owner = self._cheapest_layer()
+            if owner < 0:
+                break
             base = owner * experts
             key = base + cheapest_expert[owner]
             taken.append((slot_of[key], key))
@@ -574,8 +569,11 @@ class Residency:
             self._revision = self.policy.revision
         return taken
 
-    def _cheapest_kept(self) -> int:
-        """The layer of the evictable expert of lowest value, floors or not; -1 if there is none."""
+    def _cheapest_layer(self) -> int:
+        """The layer of the evictable expert of lowest value, one at its floor only for want of others; -1 if none."""
+        layer = int(self._offer.argmin())
+        if self._offer_at[layer] < np.inf:
+            return layer
         least = min(self._cheapest)
         return self._cheapest.index(least) if least < np.inf else -1
 

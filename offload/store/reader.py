@@ -62,12 +62,12 @@ class Store:
 
     def locate(self, expert: ExpertId) -> Extent:
         """The extent of `expert`: one contiguous read."""
-        path, file = self._expert_files[expert.layer]
+        path, file = self._layer_files[expert.layer]
         return Extent(path, file.offset(expert.expert), self.layout.stride)
 
     def layer_file(self, layer: int) -> LayerFile:
         """Layout of the file with the routed experts of `layer`."""
-        return self._layer_files[layer]
+        return self._layer_files[layer][1]
 
     def resident(self, module: str) -> QuantizedTensor:
         """The weight of the resident linear `module` (HF name without `.weight`), read into memory."""
@@ -125,8 +125,8 @@ class Store:
         if set(self.manifest.tensors) != expected:
             names = sorted(set(self.manifest.tensors) ^ expected)
             raise StoreError(f"{self.path / MANIFEST_NAME}: unexpected or missing resident files: {', '.join(names)}")
-        for file in self._layer_files.values():
-            _check_layer_file(self.path / file.name, file)
+        for path, file in self._layer_files.values():
+            _check_layer_file(path, file)
 
     def _module_shape(self, module: str, codec: Codec) -> tuple[int, int]:
         payload = codec.parts(1, 1)[0].suffix
@@ -144,15 +144,12 @@ class Store:
         return scale_suffix(self.hf_config)
 
     @cached_property
-    def _layer_files(self) -> dict[int, LayerFile]:
-        count = self.config.n_routed_experts
-        return {layer: LayerFile(layer, count, self.layout, self._scale_suffix) for layer in self._expert_layers}
-
-    @cached_property
-    def _expert_files(self) -> dict[int, tuple[Path, LayerFile]]:
+    def _layer_files(self) -> dict[int, tuple[Path, LayerFile]]:
         """Path and layout by layer. One path for all experts of a file: making and comparing paths takes longer than
         the rest of a read's preparation."""
-        return {layer: (self.path / file.name, file) for layer, file in self._layer_files.items()}
+        count = self.config.n_routed_experts
+        files = [LayerFile(layer, count, self.layout, self._scale_suffix) for layer in self._expert_layers]
+        return {file.layer: (self.path / file.name, file) for file in files}
 
     @property
     def _expert_layers(self) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections import OrderedDict
 
 import pytest
@@ -348,7 +347,7 @@ def _loaded(residency: Residency, decision: Decision) -> None:
 
 
 @pytest.mark.parametrize("policy", ["lru", "ema+tokens"])
-def test_after_an_interrupt_anywhere_only_what_has_arrived_is_resident(policy):
+def test_after_an_interrupt_anywhere_only_what_has_arrived_is_resident(policy, interrupted):
     """A resident expert is what was read last into its slot, wherever the step broke off."""
     residency = make(policy, 12, [], floor=1, width=4)
     bytes_of: dict[int, tuple[int, int]] = {}
@@ -369,27 +368,9 @@ def test_after_an_interrupt_anywhere_only_what_has_arrived_is_resident(policy):
             elif load is not None and residency.is_loading(load.slot):
                 residency.failed(load.slot)
 
-    left = 0
-
-    def trace(frame, event, _):
-        nonlocal left
-        if not frame.f_code.co_filename.endswith("cache/residency.py"):
-            return None
-        left -= event == "line"
-        if left == 0 and event == "line":
-            raise KeyboardInterrupt
-        return trace
-
     interrupts = 0
     for at in range(1, 900):
-        left = at
-        sys.settrace(trace)
-        try:
-            step()
-        except KeyboardInterrupt:
-            interrupts += 1
-        finally:
-            sys.settrace(None)
+        interrupts += interrupted(step, at, "cache/residency.py")
         residency.abandon()
         residency.check()
         for layer, expert in residency.contents():

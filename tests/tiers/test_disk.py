@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import linecache
 import logging
 import os
 import random
 import shutil
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -235,33 +233,7 @@ def test_reads_can_be_abandoned_and_the_reader_used_again(store, readers, kernel
         assert all(read.error is None for read in read_all(reader, store, pool))
 
 
-def interrupted(run, at):
-    """Call `run` with a KeyboardInterrupt before the `at`-th line of the reader's modules; False if it ended before."""
-    left = at
-
-    def trace(frame, event, _):
-        nonlocal left
-        if "/tiers/" not in frame.f_code.co_filename or "tests" in frame.f_code.co_filename:
-            return None
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        # Signals are not looked for there, while the event of such a line may come before a lock is given back.
-        if event == "line" and not line.startswith(("with ", "try:")):
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        run()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-    return False
-
-
-def test_an_interrupt_anywhere_leaves_a_reader_that_can_go_on(store, readers, kernel):
+def test_an_interrupt_anywhere_leaves_a_reader_that_can_go_on(store, readers, kernel, interrupted):
     pool = slots(store)
     reader = readers(system=Unruly(kernel=kernel), threads=2)
 
@@ -275,7 +247,7 @@ def test_an_interrupt_anywhere_leaves_a_reader_that_can_go_on(store, readers, ke
             pass
 
     at = 1
-    while interrupted(run, at):
+    while interrupted(run, at, "/offload/tiers/"):
         reader.abandon()
         assert all(read.error is None for read in read_all(reader, store, pool))
         at += 1 if at < 150 else 7
