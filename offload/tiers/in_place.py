@@ -50,10 +50,11 @@ class InPlace:
         self._arrived.wait()
         wave = [(self._ram.weights(slot), torch.from_numpy(np.flatnonzero(flat == expert))) for expert, slot in there]
         begun = time.perf_counter()
-        self._kernels.experts(self._x[: len(flat) // self._k], wave, self._k, self._partial)
+        outputs = self._partial[: len(flat)]  # kernels check that there is a row for every position and no more
+        self._kernels.experts(self._x[: len(flat) // self._k], wave, self._k, outputs)
         self.model.observed("cpu", time.perf_counter() - begun, len(wave))
         self.experts += len(wave)
         for _, positions in wave:
             for position in positions.tolist():
                 # On the compute stream, in order before the sum; the next layer's ids come after it.
-                self._device.compute.copy(partial[position], self._partial[position])
+                self._device.compute.copy(partial[position], outputs[position])

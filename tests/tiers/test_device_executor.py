@@ -13,6 +13,7 @@ from offload.cache.lookahead import EARLY_ROUTERS
 from offload.cache.split import Rates, SplitModel
 from offload.errors import DeviceError, DiskError
 from offload.kernels import select
+from offload.kernels.native import available
 from offload.kernels.reference_device import ReferenceDeviceKernels
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare
 from offload.tiers.disk import DiskReader
@@ -20,6 +21,7 @@ from offload.tiers.simulated import SimulatedDevice
 from offload.tiers.vram import lent_slots
 
 LENGTHS = [1, 1, 7, 1, 1, 23, 1, 1, 1]
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(available() is not None, reason="no compiled kernels here"))
 ALL = LAYERS * EXPERTS
 
 
@@ -201,12 +203,17 @@ def test_nothing_is_foreseen_where_nothing_is_missing(store, kernels, depth):
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize(("vram", "ram"), [(3, 4), (9, 30)])
 @pytest.mark.parametrize("cpu", [1e3, 2e5, 1e9])
-def test_experts_computed_in_place_join_the_sum(store, kernels, steps, expected, cpu, vram, ram, seed):
-    # The processor's reference kernels have the bits of the simulated device's, so even the split changes none.
-    executor = make(store, kernels, vram, ram, seeds=[seed, None], below=select("reference"))
+@pytest.mark.parametrize("below", ["reference", NATIVE])
+def test_experts_computed_in_place_join_the_sum(store, kernels, steps, expected, below, cpu, vram, ram, seed):
+    executor = make(store, kernels, vram, ram, seeds=[seed, None], below=select(below))
     for tier in executor.tiers:
         tier.split = tier._in_place.model = SplitModel(store.layout.stride, Rates(1e5, 1e9, cpu, 1e9))
-    assert_same(run(executor, steps), expected)
+    outputs = run(executor, steps)
+    if below == "reference":  # these have the bits of the simulated device's kernels, so even the split changes none
+        assert_same(outputs, expected)
+    for ours, right in zip(outputs, expected, strict=True):
+        # The compiled kernels round inputs to int8; 3% of the largest output is far from another expert's.
+        torch.testing.assert_close(ours, right, rtol=0, atol=0.03 * float(right.abs().max()))
     telemetry = executor.counters()
     short = sum(len(ids.unique()) for step in steps for _, ids, _ in step if len(ids) == 1)
     demanded = sum(len(ids.unique()) for step in steps for _, ids, _ in step)
