@@ -100,13 +100,13 @@ class Store:
     @cached_property
     def resident_nbytes(self) -> int:
         """Bytes of the tensors that stay in memory, as stored: all but experts and multi-token prediction."""
-        unused = {self.path / resident_file_name(layer) for layer in self.config.mtp_layers}
-        return sum(entry.nbytes for path, entry in self._resident_entries.values() if path not in unused)
+        return sum(self.resident_sizes.values())
 
     @cached_property
     def resident_sizes(self) -> dict[str, int]:
-        """Bytes of every resident tensor by name, as stored."""
-        return {name: entry.nbytes for name, (_, entry) in self._resident_entries.items()}
+        """Bytes of each of these tensors by name."""
+        unused = {self.path / resident_file_name(layer) for layer in self.config.mtp_layers}
+        return {name: entry.nbytes for name, (path, entry) in self._resident_entries.items() if path not in unused}
 
     @cached_property
     def resident_headers(self) -> dict[Path, Header]:

@@ -12,15 +12,17 @@ from conftest import SMALL, digests
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import offload
 from convert.dry_run import DryRun
 from convert.footprint import footprints
 from convert.inspect import inspect
 from convert.pipeline import convert
 from convert.synthetic import write_checkpoint
 from convert.verify import verify
+from offload.engine.engine import Engine
+from offload.engine.options import RuntimeOptions
 from offload.errors import CheckpointError, StoreError
 from offload.store import Store
+from offload.tiers.simulated import SimulatedDevice
 from offload.types import ExpertId
 
 LAYER = 3  # of the shared checkpoint: the one behind its last
@@ -60,7 +62,8 @@ def test_every_tensor_of_the_layer_is_kept(checkpoint: Path, stores: tuple[Path,
     assert store.config.moe_layers == range(1, LAYER)
 
 
-def test_the_rest_of_the_store_and_the_answers_are_the_same(stores: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("count", [0, 1])
+def test_the_rest_of_the_store_and_the_answers_are_the_same(stores: tuple[Path, Path], count: int) -> None:
     ours, plain = (digests(path) for path in stores)
     layer = {name for name in ours if f"{LAYER:05d}" in name}
     assert len(layer) == 2
@@ -68,7 +71,8 @@ def test_the_rest_of_the_store_and_the_answers_are_the_same(stores: tuple[Path, 
     assert {name for name in ours if ours[name] != plain.get(name)} == layer | texts
     logits = []
     for path in stores:
-        with offload.load(path, kernels="reference") as engine:
+        devices = [SimulatedDevice() for _ in range(count)]
+        with Engine(path, RuntimeOptions(kernels="reference", context=64, usage="off"), devices) as engine:
             logits.append(engine.logits([3, 1, 4, 1, 5]))
     assert torch.equal(*logits)
     assert Store.open(stores[0]).resident_nbytes == Store.open(stores[1]).resident_nbytes
