@@ -87,14 +87,6 @@ def test_a_recorded_step_gives_the_bits_of_the_calls(store):
         assert torch.equal(recorded, engine.logits(PROMPT, chunk=1))
 
 
-def test_the_gpu_agrees_with_the_processor(store):
-    with Engine(store, RuntimeOptions(device="cuda", context=64)) as gpu:
-        ours = gpu.logits(PROMPT)
-    with Engine(store, RuntimeOptions(device="cpu", kernels="reference", context=64)) as cpu:
-        right = cpu.logits(PROMPT)
-    torch.testing.assert_close(ours, right, rtol=0.05, atol=0.05 * float(right.abs().max()))
-
-
 def test_recorded_work_is_repeated_over_the_same_tensors(device):
     x, out = torch.zeros(8, device="cuda"), torch.zeros(8, device="cuda")
     with device.guard():

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
 CHECKS = sorted(path.name for path in HERE.glob("check_*.py"))
+ENGINE = "engine_checks.py"
 
 
 def run_checks(file: str, environment: dict[str, str], selection: str) -> None:
@@ -30,6 +31,6 @@ def test_under_the_interpreter(file: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["check_experts.py", "check_linear.py"])
+@pytest.mark.parametrize("file", ["check_experts.py", "check_linear.py", ENGINE])
 def test_under_the_interpreter_in_all_sizes(file: str) -> None:
     run_checks(file, {"TRITON_INTERPRET": "1"}, "slow")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from test_interpreted import CHECKS, run_checks
+from test_interpreted import CHECKS, ENGINE, run_checks
 
 pytestmark = [
     pytest.mark.cuda,
@@ -14,6 +14,6 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("file", CHECKS)
+@pytest.mark.parametrize("file", [*CHECKS, ENGINE])
 def test_on_the_device(file: str) -> None:
     run_checks(file, {"TRITON_INTERPRET": "0"}, "slow or not slow")
