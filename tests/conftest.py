@@ -1,8 +1,13 @@
-"""What many tests share: small checkpoints and stores, built once per process, and Ctrl-C at a chosen line."""
+"""What many tests share: small checkpoints and stores, built once per process, and Ctrl-C at a chosen line.
+
+Tests mean the processor unless they are marked `cuda`, so a GPU is hidden from all others and from the processes
+that they start: without that, `--device auto` would make them tests of the GPU.
+"""
 
 from __future__ import annotations
 
 import linecache
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +18,12 @@ import pytest
 
 from convert import convert
 from convert.synthetic import write_checkpoint
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU, which torch has not looked for yet, unless `-m` asks for the tests that need it."""
+    if "cuda" not in config.getoption("markexpr").replace("not cuda", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

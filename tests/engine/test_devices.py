@@ -138,6 +138,11 @@ def test_a_lost_device_ends_the_generation_with_its_name(store):
 # -- which devices ---------------------------------------------------------------------------
 
 
+def test_tests_without_a_mark_mean_the_processor():
+    assert not torch.cuda.is_available()  # also where there is a GPU
+    assert open_devices(RuntimeOptions()) == []
+
+
 def test_vram_needs_a_device():
     with pytest.raises(UsageError, match="--vram needs a CUDA device"):
         open_devices(RuntimeOptions(device="cpu", vram="1GiB"))

@@ -16,4 +16,4 @@ pytestmark = [
 
 @pytest.mark.parametrize("file", [*CHECKS, ENGINE])
 def test_on_the_device(file: str) -> None:
-    run_checks(file, {"TRITON_INTERPRET": "0"}, "slow or not slow")
+    run_checks(file, {"TRITON_INTERPRET": "0"}, "cuda or not cuda")
