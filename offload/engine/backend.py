@@ -208,10 +208,11 @@ def _plan_devices(
     kv = device_kv_nbytes(config, range(1), context)
     names = [device.name for device in devices]
     owned = dispatch_layers([size + kv for size in sizes], limits, names)
+    blas = [device.blas_nbytes if kernels.uses_blas else 0 for device in devices]
     return [
         plan_vram(
             config,
-            DeviceDemand(layers, sum(sizes[layer] for layer in layers), context, chunk, few, recorded),
+            DeviceDemand(layers, sum(sizes[layer] for layer in layers), context, chunk, few, recorded, libraries),
             name=device.name,
             limit=limit,
             slot_nbytes=slot_nbytes(store.layout),
@@ -219,7 +220,7 @@ def _plan_devices(
             driver=device.driver_nbytes,
             rounding=device.rounding_nbytes,
         )
-        for device, limit, layers in zip(devices, limits, owned, strict=True)
+        for device, limit, layers, libraries in zip(devices, limits, owned, blas, strict=True)
     ]
 
 

@@ -93,6 +93,9 @@ def check_alignment(layout: SlabLayout) -> None:
 class DeviceKernels(Kernels, Protocol):
     """A backend for tensors on an accelerator."""
 
+    uses_blas: bool
+    """Whether it multiplies with cuBLAS, which takes workspaces from the memory of the tensors and keeps them."""
+
     def check_experts(self, layout: SlabLayout) -> None:
         """Raise KernelError, saying what to do, if experts of this layout cannot be read in a slab."""
         ...

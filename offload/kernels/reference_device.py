@@ -15,6 +15,8 @@ from offload.kernels.reference import ReferenceKernels
 class ReferenceDeviceKernels(ReferenceKernels):
     """`DeviceKernels` in torch. On the CPU, too: that is how tiers are tested without an accelerator."""
 
+    uses_blas = True
+
     def check_experts(self, layout: SlabLayout) -> None:
         check_alignment(layout)
 

@@ -76,6 +76,11 @@ class Device(Protocol):
         """Device memory that driver and libraries take besides what is allocated."""
         ...
 
+    @property
+    def blas_nbytes(self) -> int:
+        """Device memory that cuBLAS allocates beside the tensors, and keeps, where anything multiplies with it."""
+        ...
+
     def rounding_nbytes(self, nbytes: int) -> int:
         """What its allocator may lose, of `nbytes` in many tensors, to rounding and to blocks that were split."""
         ...

@@ -153,6 +153,7 @@ class SimulatedDevice:
 
     torch_device = torch.device("cpu")
     driver_nbytes = 0
+    blas_nbytes = 0
 
     def __init__(self, memory: int = 1 << 30, *, seed: int | None = None, name: str = "simulated device") -> None:
         self.name = name

@@ -87,6 +87,8 @@ class DeviceDemand:
     """Bytes that latent attention takes for the longest pass it splits over the context (`scratch_nbytes`)."""
     recorded: int = 0
     """The same for one token. Recorded steps keep it: their memory is nobody else's."""
+    libraries: int = 0
+    """Bytes that libraries allocate beside the tensors and keep."""
 
 
 def device_kv_nbytes(config: ModelConfig, layers: range, context: int) -> int:
@@ -107,7 +109,8 @@ def device_working_nbytes(config: ModelConfig, demand: DeviceDemand, own_tokens:
     )
     moe_layers = sum(layer in config.moe_layers for layer in demand.layers)
     lists = 4 * LISTS * demand.chunk * config.num_experts_per_tok + 4 * moe_layers * config.n_routed_experts
-    return turns + own_tokens * outputs + lists + demand.recorded + working_nbytes(config, 1, 1)
+    kept = demand.recorded + demand.libraries + working_nbytes(config, 1, 1)
+    return turns + own_tokens * outputs + lists + kept
 
 
 def plan_vram(

@@ -66,6 +66,16 @@ def test_a_bound_on_chunks_makes_room_for_slots(store, chunk):
         assert torch.allclose(engine.logits(PROMPT), whole, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("uses_blas", [True, False])
+def test_workspaces_of_cublas_are_set_aside_where_it_is_used(store, monkeypatch, uses_blas):
+    fixed, _ = fixed_nbytes(store)
+    device = SimulatedDevice()
+    device.blas_nbytes = 96 << 20
+    monkeypatch.setattr("offload.kernels.reference_device.ReferenceDeviceKernels.uses_blas", uses_blas)
+    with load(store, [device]) as engine:
+        assert engine._backend.vram[0].fixed == fixed + (96 << 20) * uses_blas
+
+
 @pytest.mark.parametrize("limits", [(1, 1), (3, 1), (1, 1, 1)])
 def test_tokens_do_not_depend_on_the_number_of_devices(store, expected, limits):
     fixed, slot = fixed_nbytes(store)

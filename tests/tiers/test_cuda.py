@@ -87,6 +87,16 @@ def test_a_recorded_step_gives_the_bits_of_the_calls(store):
         assert torch.equal(recorded, engine.logits(PROMPT, chunk=1))
 
 
+@pytest.mark.parametrize("context", [64, 4096])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_small_models_find_all_their_memory_one_after_the_other(store, kernels, context):
+    """Small tensors take whole blocks of the allocator, and cuBLAS keeps its workspaces from one engine to the next."""
+    for _ in range(3):
+        with Engine(store, RuntimeOptions(device="cuda", kernels=kernels, context=context)) as engine:
+            assert engine.logits(PROMPT).isfinite().all()
+            assert len(list(engine.generate(PROMPT, max_tokens=4, ignore_eos=True))) == 4
+
+
 def test_recorded_work_is_repeated_over_the_same_tensors(device):
     x, out = torch.zeros(8, device="cuda"), torch.zeros(8, device="cuda")
     with device.guard():

@@ -28,6 +28,7 @@ class TritonKernels:
     """Kernels in Triton. `launch` stands in for the device in tools and tests."""
 
     name = "triton"
+    uses_blas = False
 
     def __init__(self, launch: Launcher = start) -> None:
         self._launch = launch

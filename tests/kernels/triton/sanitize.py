@@ -23,7 +23,8 @@ def check(tool: str, file: Path) -> int:
     """Exit status of the checks in `file` under `tool`."""
     print(f"== {tool} {file.name}", flush=True)
     sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file), "-m", "(cuda or not cuda) and not slow"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
+    tests += ["-m", "(cuda or not cuda) and not slow"]
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return subprocess.run(sanitizer + tests, env=environment, check=False).returncode
 
