@@ -30,8 +30,9 @@ ROWS = 16
 KEYS = 256
 """Cached tokens per step of attention."""
 
-WIDTH = 16
-"""Floats of a cache line: rows of such a multiple are all aligned alike."""
+WIDTH = 32
+"""Floats of two vectors of AVX-512, which torch's vector functions take at once; what is left of a tensor is computed
+one by one, with other last bits. They are two cache lines, too: rows of such a multiple are all aligned alike."""
 
 
 class ReferenceKernels:
