@@ -24,6 +24,9 @@ from offload.types import PROJECTIONS, ExpertId
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
+TRIED = "5.23.0"
+"""The version of transformers that the tests are installed with."""
+
 WHOLE_BLOCKS: dict[str, Any] = {
     **{"moe_intermediate_size": 128, "intermediate_size": 384, "q_lora_rank": 128, "kv_lora_rank": 128},
     **{"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "num_hidden_layers": 2, "n_routed_experts": 4},
@@ -98,6 +101,8 @@ def test_its_matrix_product_is_ours(store: Store, tokens: int) -> None:
 def test_transformers_reads_the_resident_part_and_refuses_the_experts(store: Store) -> None:
     """Version 5 fuses experts into one tensor, which it does not read from NF4: an error, not a model of noise."""
     transformers = pytest.importorskip("transformers")
+    if transformers.__version__ != TRIED:
+        pytest.skip(f"what becomes of packed experts depends on the version; known of {TRIED}")
     load = transformers.AutoModelForCausalLM.from_pretrained
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         load(store.path)
