@@ -64,10 +64,10 @@ class Backend:
         return [*(plan.describe() for plan in self.vram), self.plan.describe()]
 
 
-def load_on_cpu(store: Store, options: RuntimeOptions, context: int, record: bool) -> Backend:
-    """Everything in RAM, computed by the processor."""
+def load_on_cpu(store: Store, options: RuntimeOptions, context: int, record: bool, share: float = 1.0) -> Backend:
+    """Everything in RAM, computed by the processor. `share`: of the experts, where no budget is given."""
     kernels = select(options.kernels, options.threads)  # before the plan: what it takes counts to the process
-    plan = make_plan(store, options, _cpu_demand(store, context))
+    plan = make_plan(store, options, _cpu_demand(store, context), share)
     tier = _tier_options(store, options, record)
     executor = Executor(store, kernels, slots=plan.slots, max_tokens=plan.chunk, **tier)
     warmed = executor.ram.warm(Trace.load(options.warm)) if options.warm else 0
@@ -77,9 +77,15 @@ def load_on_cpu(store: Store, options: RuntimeOptions, context: int, record: boo
 
 
 def load_on_devices(
-    store: Store, options: RuntimeOptions, context: int, record: bool, devices: Sequence[Device]
+    store: Store,
+    options: RuntimeOptions,
+    context: int,
+    record: bool,
+    devices: Sequence[Device],
+    share: float = 1.0,
 ) -> Backend:
-    """Resident weights and the KV cache on `devices`, experts in their slots above those of RAM."""
+    """Resident weights and the KV cache on `devices`, experts in their slots above those of RAM. `share`: of the
+    experts, in each of the two, where no budget is given."""
     processor = select(options.kernels, options.threads)
     kernels = select_device(device_kernels(options.kernels))
     kernels.check_experts(store.layout)  # before anything is read or allocated
@@ -87,8 +93,8 @@ def load_on_devices(
     # The embedding stays in RAM; caches and activations of any length do not lie there.
     ram_demand = _cpu_demand(store, 1) | {"resident": _embedding_nbytes(store)}
     chunk = min(DEVICE_CHUNK, longest_chunk(context, options.prefill_chunk))
-    plan = replace(make_plan(store, options, ram_demand), chunk=chunk)
-    vram_plans = _plan_devices(store, options, kernels, context, chunk, devices)
+    plan = replace(make_plan(store, options, ram_demand, share), chunk=chunk)
+    vram_plans = _plan_devices(store, options, kernels, context, chunk, devices, share)
     places = [
         Place(device.torch_device, device.guard, device.record)
         for device, vram in zip(devices, vram_plans, strict=True)
@@ -113,15 +119,15 @@ def load_on_devices(
     return Backend(kernels, executor, model, cache, plan, vram_plans, devices, warmed)
 
 
-def make_plan(store: Store, options: RuntimeOptions, demand: dict[str, int]) -> RamPlan:
-    """The RAM budget: the one given, or what is free, up to the whole model."""
+def make_plan(store: Store, options: RuntimeOptions, demand: dict[str, int], share: float = 1.0) -> RamPlan:
+    """The RAM budget: the one given, or what is free, up to the whole model or this share of its experts."""
     process, here = demand["process"], memory()
     free = process + int(here.available * FREE_SHARE)
     if options.ram is not None:
         limit = parse_size(options.ram)
     else:
-        everything = store.config.n_routed_experts * len(store.config.moe_layers)
-        limit = min(free, ram_for_slots(store.config, everything, prefill_chunk=options.prefill_chunk, **demand))
+        enough = _slots_of_share(store, share)
+        limit = min(free, ram_for_slots(store.config, enough, prefill_chunk=options.prefill_chunk, **demand))
     plan = plan_ram(
         store.config, limit=limit, allow_slow=options.allow_slow, prefill_chunk=options.prefill_chunk, **demand
     )
@@ -142,8 +148,11 @@ def make_plan(store: Store, options: RuntimeOptions, demand: dict[str, int]) -> 
 
 def ram_for_share(store: Store, share: float, context: int) -> int:
     """The RAM budget with which `share` (0..1) of the routed experts of `store` have a slot."""
-    slots = round(share * store.config.n_routed_experts * len(store.config.moe_layers))
-    return ram_for_slots(store.config, slots, **_cpu_demand(store, context))
+    return ram_for_slots(store.config, _slots_of_share(store, share), **_cpu_demand(store, context))
+
+
+def _slots_of_share(store: Store, share: float) -> int:
+    return round(share * store.config.n_routed_experts * len(store.config.moe_layers))
 
 
 def _cpu_demand(store: Store, context: int) -> dict[str, int]:
@@ -196,6 +205,7 @@ def _plan_devices(
     context: int,
     chunk: int,
     devices: Sequence[Device],
+    share: float,
 ) -> list[VramPlan]:
     config = store.config
     attention = config.num_attention_heads, config.kv_lora_rank, context
@@ -217,6 +227,7 @@ def _plan_devices(
             limit=limit,
             slot_nbytes=slot_nbytes(store.layout),
             lendable=lent_slots(store.layout, chunk, config.num_experts_per_tok),
+            share=share if options.vram is None else 1.0,
             driver=device.driver_nbytes,
             rounding=device.rounding_nbytes,
         )

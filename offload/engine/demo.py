@@ -1,4 +1,4 @@
-"""Showing that paging works: the same prompts with a quarter of the experts in RAM, then with all of them.
+"""Showing that paging works: the same prompts with a quarter of the experts in memory, then with all of them.
 
 Owns the comparison and what it prints. Must not know how the store was made.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from offload.engine.engine import Engine, ram_for_share
+from offload.engine.engine import Engine
 from offload.engine.options import RuntimeOptions
 from offload.errors import OffloadError
 
@@ -27,15 +27,17 @@ SAMPLING: dict[str, Any] = {"temperature": 0.7, "seed": 1, "ignore_eos": True}
 
 
 def show_paging(store: Path, *, max_tokens: int, echo: Callable[..., None]) -> None:
-    """Continue the prompts with 25% and with 100% of the experts in RAM and compare the tokens.
+    """Continue the prompts with 25% and with 100% of the experts in RAM, on a GPU also in VRAM, and compare the tokens.
 
     Raises OffloadError when they differ, which would be a defect.
     """
     tokens: dict[float, list[list[int]]] = {}
     for share in (0.25, 1.0):
-        ram = ram_for_share(store, share, context=CONTEXT)
-        with Engine(store, RuntimeOptions(ram=ram, context=CONTEXT, usage="off")) as engine:
-            echo(f"\n--ram {ram // 2**20 + 1}MiB, meant for {share:.0%} of the experts\n{engine.describe()[1]}")
+        # The engine makes the budget itself: what the process takes is known when GPU, kernels and tokenizer are there.
+        with Engine(store, RuntimeOptions(context=CONTEXT, usage="off"), share=share) as engine:
+            echo(f"\n{_budgets(engine)}, meant for {share:.0%} of the experts")
+            for line in engine.describe()[1:]:
+                echo(line)
             tokens[share] = []
             for prompt in PROMPTS:
                 steps = list(engine.generate(engine.encode(prompt), max_tokens=max_tokens, **SAMPLING))
@@ -44,6 +46,12 @@ def show_paging(store: Path, *, max_tokens: int, echo: Callable[..., None]) -> N
                     echo(f"\n{prompt}{''.join(step.text for step in steps)}")
                 echo(engine.summary().line())
     if tokens[0.25] != tokens[1.0]:
-        raise OffloadError(f"the tokens depend on the RAM budget: {tokens}; please report this")
+        raise OffloadError(f"the tokens depend on the budget: {tokens}; please report this")
     count = sum(map(len, tokens[1.0]))
     echo(f"\nAll {count} tokens are the same: where experts lie never changes the answer.")
+
+
+def _budgets(engine: Engine) -> str:
+    """The options that give the engine's budgets."""
+    vram = f" --vram {max(plan.total for plan in engine.vram_plans) // 2**20 + 1}MiB" if engine.vram_plans else ""
+    return f"--ram {engine.plan.total // 2**20 + 1}MiB{vram}"

@@ -48,9 +48,11 @@ class Engine:
         devices: Sequence[Device] | None = None,
         *,
         saved_profile: Path | None = None,
+        share: float = 1.0,
     ) -> None:
         """See `offload.load`. `devices` takes the place of those that `options` would find; `saved_profile` is the
-        file that `options` came from without having been asked for."""
+        file that `options` came from without having been asked for. Budgets that `options` leave open are made for
+        `share` (0..1) of the routed experts, in RAM and in VRAM."""
         self._saved_profile = saved_profile
         self.options = options = options or RuntimeOptions()
         found = open_devices(options) if devices is None else devices
@@ -63,10 +65,11 @@ class Engine:
         self.tokenizer = load_tokenizer(self.store.path)  # before the plan: what it takes counts to the process
         record = self._trace_path is not None
         if found:
-            self._backend = load_on_devices(self.store, options, self.context, record, found)
+            self._backend = load_on_devices(self.store, options, self.context, record, found, share)
         else:
-            self._backend = load_on_cpu(self.store, options, self.context, record)
+            self._backend = load_on_cpu(self.store, options, self.context, record, share)
         self.kernels, self.plan = self._backend.kernels, self._backend.plan
+        self.vram_plans = self._backend.vram
         self.generation_config = read_generation_config(self.store.path)
         self.eos_ids = end_of_sequence_ids(self.store.path, self.tokenizer)
         self._executor, self._cache, self._model = self._backend.executor, self._backend.cache, self._backend.model

@@ -122,10 +122,11 @@ def plan_vram(
     slot_nbytes: int,
     lendable: int,
     driver: int,
+    share: float = 1.0,
     rounding: Callable[[int], int] = lambda nbytes: 0,
 ) -> VramPlan:
     """Split `limit` bytes of the device `name`; `driver` of them go to driver and libraries, `rounding(n)` are lost
-    where n bytes are allocated in many tensors.
+    where n bytes are allocated in many tensors. No more slots are made than for `share` (0..1) of the experts.
 
     `lendable`: slots that hold the expert outputs of a chunk. Where not all experts fit but enough of them, these
     outputs get no memory of their own: decoding has it as slots, and a long prompt borrows them. Raises BudgetError,
@@ -142,8 +143,8 @@ def plan_vram(
     if (room - working) // slot_nbytes < experts and (room - short) // slot_nbytes >= lendable + LEAST_WITH_LENDING:
         lent, working = lendable, short
     fixed = VramPlan(name, demand.layers, driver, demand.resident, kv_cache, working, slot_nbytes, 0, lent, experts)
-    slots = min(experts, max(0, limit - fixed.fixed) // slot_nbytes)
     least = min(MIN_SLOTS, experts)
+    slots = min(max(least, round(share * experts)), max(0, limit - fixed.fixed) // slot_nbytes)
     if slots < least or fixed.fixed > limit:
         need = fixed.fixed + least * slot_nbytes
         raise BudgetError(

@@ -16,7 +16,11 @@ import offload
 from convert import convert
 from convert.demo import EMBEDDED
 from offload.config import ModelConfig
+from offload.engine.demo import show_paging
+from offload.engine.options import RuntimeOptions
 from offload.engine.routing import explain
+from offload.kernels.reference_device import ReferenceDeviceKernels
+from offload.tiers.simulated import SimulatedDevice
 
 SNIPPETS = {
     "python": "    def __init__(self, name, value=None):\n        self.name = name\n        self.value = value\n",
@@ -69,3 +73,19 @@ def test_demo_generates_the_same_text_with_a_quarter_of_the_experts() -> None:
     done = CliRunner().invoke(cli.cli, ["demo", "-n", "8"], catch_exceptions=False)
     assert done.exit_code == 0
     assert "meant for 25% of the experts" in done.stdout and "All 40 tokens are the same" in done.stdout
+    assert " 96 expert slots" in done.stdout and " 384 expert slots" in done.stdout
+
+
+def test_demo_counts_what_opening_a_gpu_takes(embedded_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver makes the process larger by more than all experts of the model take."""
+    ballast, lines = [], []
+
+    def opened(options: RuntimeOptions) -> list[SimulatedDevice]:
+        ballast.append(b"x" * (64 << 20))
+        return [SimulatedDevice()]
+
+    monkeypatch.setattr("offload.engine.engine.open_devices", opened)
+    monkeypatch.setattr("offload.engine.backend.select_device", lambda name: ReferenceDeviceKernels())
+    show_paging(embedded_store, max_tokens=2, echo=lines.append)
+    assert [line.count(" 96 expert slots") for line in lines if "VRAM of" in line or "RAM: " in line] == [1, 1, 0, 0]
+    assert "--vram" in lines[0] and "All 10 tokens are the same" in lines[-1]

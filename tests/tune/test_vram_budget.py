@@ -21,10 +21,10 @@ LENDABLE = lent_slots(LAYOUT, DEVICE_CHUNK, 8)
 DEMAND = DeviceDemand(range(61), resident=11 << 30, context=4096, chunk=DEVICE_CHUNK)
 
 
-def plan(gib, demand=DEMAND, lendable=LENDABLE):
+def plan(gib, demand=DEMAND, lendable=LENDABLE, share=1.0):
     limit = int(gib * 2**30)
     return limit, plan_vram(
-        CONFIG, demand, name="card", limit=limit, slot_nbytes=SLOT, lendable=lendable, driver=640 << 20
+        CONFIG, demand, name="card", limit=limit, slot_nbytes=SLOT, lendable=lendable, driver=640 << 20, share=share
     )
 
 
@@ -50,6 +50,13 @@ def test_nothing_is_borrowed_where_all_experts_fit_or_too_few_slots_would_stay()
     least = plan(24)[1].fixed / 2**30 + (LENDABLE + LEAST_WITH_LENDING - 1) * SLOT / 2**30
     assert plan(least)[1].lent == 0
     assert plan(least + 2 * SLOT / 2**30)[1].lent == LENDABLE
+
+
+def test_a_share_of_the_experts_gets_slots_and_the_rest_of_the_budget_is_left():
+    limit, found = plan(500, share=0.25)
+    assert found.slots == found.experts // 4 and found.total < limit / 2
+    assert plan(500, share=0.0)[1].slots == MIN_SLOTS
+    assert plan(24, share=0.9)[1].slots == plan(24)[1].slots < plan(24)[1].experts
 
 
 def test_too_little_is_refused_with_what_would_do():
