@@ -89,3 +89,11 @@ def test_demo_counts_what_opening_a_gpu_takes(embedded_store: Path, monkeypatch:
     show_paging(embedded_store, max_tokens=2, echo=lines.append)
     assert [line.count(" 96 expert slots") for line in lines if "VRAM of" in line or "RAM: " in line] == [1, 1, 0, 0]
     assert "--vram" in lines[0] and "All 10 tokens are the same" in lines[-1]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_demo_on_a_gpu() -> None:
+    done = CliRunner().invoke(cli.cli, ["demo", "-n", "8"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "VRAM of" in done.stdout and "All 40 tokens are the same" in done.stdout
