@@ -7,8 +7,8 @@ imported only when one is asked for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from typing import TypeVar, cast
 
@@ -36,10 +36,10 @@ _BLAS_BEFORE = (8 << 20) + (128 << 10)
 
 
 class CudaEvent:
-    """A CUDA event with time stamps."""
+    """A CUDA event, with a time stamp if it is `timed`."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)
+    def __init__(self, stream: torch.cuda.Stream, timed: bool) -> None:
+        self._event = torch.cuda.Event(enable_timing=timed)
         self._event.record(stream)
 
     def done(self) -> bool:
@@ -52,26 +52,74 @@ class CudaEvent:
         return 1e-3 * float(cast(CudaEvent, earlier)._event.elapsed_time(self._event))
 
 
-class CudaStream:
-    """A CUDA stream. `None` stands for the current one, where the model's own calls go."""
+def _current_stream(index: int) -> tuple[int, int, int]:
+    """Number, device and type of the current stream.
 
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self._stream = stream
+    Streams are asked for and selected many times per layer and token. torch's public calls ask each time anew which
+    devices there are, and take several times as long as these.
+    """
+    return torch._C._cuda_getCurrentStream(index)
+
+
+class CudaStream:
+    """A CUDA stream of the device `index`, used within its guard."""
+
+    def __init__(self, index: int, stream: torch.cuda.Stream | None) -> None:
+        """`None` stands for the current one, where the model's own calls go."""
+        self._index = index
+        self._side = stream
+        self._name: tuple[int, int, int] | None = None
+        self._current: torch.cuda.Stream
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         # Slots and staging live as long as the tier, so the allocator need not be told with record_stream.
-        with torch.cuda.stream(self._stream):
+        with self._selected():
             target.copy_(source, non_blocking=True)
 
     def launch(self, work: Callable[[], None], *, reads: Sequence[Tensor] = (), writes: Sequence[Tensor] = ()) -> None:
-        with torch.cuda.stream(self._stream):
+        with self._selected():
             work()
 
-    def record(self) -> Event:
-        return CudaEvent(self._stream or torch.cuda.current_stream())
+    def record(self, timed: bool = False) -> Event:
+        return CudaEvent(self._stream(), timed)
 
     def wait(self, event: Event) -> None:
-        (self._stream or torch.cuda.current_stream()).wait_event(cast(CudaEvent, event)._event)
+        self._stream().wait_event(cast(CudaEvent, event)._event)
+
+    def _stream(self) -> torch.cuda.Stream:
+        if self._side is not None:
+            return self._side
+        name = _current_stream(self._index)
+        if name != self._name:  # made once: it is nearly always the same
+            self._current = torch.cuda.current_stream(self._index)
+            self._name = name
+        return self._current
+
+    def _selected(self) -> AbstractContextManager[None]:
+        return _NOTHING if self._side is None else _Selected(self._index, self._side)
+
+
+class _Selected(AbstractContextManager[None]):
+    """`torch.cuda.stream` for a stream of the current device."""
+
+    __slots__ = ("_before", "_index", "_stream")
+
+    def __init__(self, index: int, stream: torch.cuda.Stream) -> None:
+        self._index, self._stream = index, stream
+
+    def __enter__(self) -> None:
+        self._before = _current_stream(self._index)
+        _select(self._stream.stream_id, self._index, self._stream.device_type)
+
+    def __exit__(self, *_: object) -> None:
+        _select(*self._before)
+
+
+def _select(stream: int, device: int, kind: int) -> None:
+    torch._C._cuda_setStream(stream_id=stream, device_index=device, device_type=kind)
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class CudaDevice:
@@ -86,10 +134,10 @@ class CudaDevice:
         with self.guard():
             torch.cuda.init()
             self._properties = torch.cuda.get_device_properties(index)
-            self.compute = CudaStream(None)
-            # A non-blocking stream: it does not wait for the default stream, nor that one for it.
             self._graph_memory = torch.cuda.graph_pool_handle()
-            self.copies = CudaStream(torch.cuda.Stream(self.torch_device))
+            self.compute = CudaStream(index, None)
+            # A non-blocking stream: it does not wait for the default stream, nor that one for it.
+            self.copies = CudaStream(index, torch.cuda.Stream(self.torch_device))
 
     @property
     def name(self) -> str:
@@ -183,25 +231,8 @@ class CudaDevice:
         with self.guard():
             torch.cuda.synchronize(self.torch_device)
 
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        try:
-            with torch.cuda.device(self.torch_device):
-                yield
-        except OffloadError:
-            raise
-        except torch.cuda.OutOfMemoryError as fault:
-            raise DeviceError(
-                f"{self.torch_device}: out of memory although everything was set aside at load: {_first_line(fault)}; "
-                "close other programs that use the GPU, or give a smaller --vram or --context"
-            ) from fault
-        except RuntimeError as fault:  # torch.AcceleratorError is one
-            if "CUDA" not in str(fault) and "cuda" not in str(fault):
-                raise
-            raise DeviceError(
-                f"{self.torch_device} failed: {_first_line(fault)}; the model must be loaded again. The system log "
-                "(dmesg, NVRM: Xid) says more; --device cpu runs without the GPU"
-            ) from fault
+    def guard(self) -> AbstractContextManager[None]:
+        return _Guard(self.torch_device)
 
     def peak_nbytes(self) -> int:
         with self.guard():
@@ -220,6 +251,34 @@ def _aside(device: torch.device) -> torch.cuda.Stream:
     """The stream on which work is recorded. One for the whole process: a new one every time would leave a workspace of
     cuBLAS behind every time."""
     return torch.cuda.Stream(device)
+
+
+class _Guard(AbstractContextManager[None]):
+    """`CudaDevice.guard`. A class, since it is entered many times per token and a generator takes longer."""
+
+    __slots__ = ("_device", "_selected")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._selected = torch.cuda.device(device.index)  # by number: looking a device up takes long
+
+    def __enter__(self) -> None:
+        self._selected.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: object) -> None:
+        self._selected.__exit__(kind, fault, trace)
+        if not isinstance(fault, RuntimeError) or isinstance(fault, OffloadError):
+            return
+        if isinstance(fault, torch.cuda.OutOfMemoryError):
+            raise DeviceError(
+                f"{self._device}: out of memory although everything was set aside at load: {_first_line(fault)}; "
+                "close other programs that use the GPU, or give a smaller --vram or --context"
+            ) from fault
+        if "CUDA" in str(fault) or "cuda" in str(fault):  # torch.AcceleratorError is a RuntimeError
+            raise DeviceError(
+                f"{self._device} failed: {_first_line(fault)}; the model must be loaded again. The system log "
+                "(dmesg, NVRM: Xid) says more; --device cpu runs without the GPU"
+            ) from fault
 
 
 def _first_line(fault: BaseException) -> str:

@@ -35,7 +35,7 @@ class Event(Protocol):
         ...
 
     def seconds_since(self, earlier: Event) -> float:
-        """Time between two points of one stream, both passed."""
+        """Time between two points of one stream, both timed and passed."""
         ...
 
 
@@ -51,8 +51,8 @@ class Stream(Protocol):
         name what other streams may touch too."""
         ...
 
-    def record(self) -> Event:
-        """The point behind everything queued so far."""
+    def record(self, timed: bool = False) -> Event:
+        """The point behind everything queued so far; `timed` if its time will be asked for."""
         ...
 
     def wait(self, event: Event) -> None:

@@ -199,7 +199,12 @@ class DeviceExecutor:
                     desk.tier.serve_resident(LayerJob(index, x, _NO_IDS, partial), ids)
                 else:
                     self._serve(index, desk, x, partial, ids.shape)
-                return device.call(lambda: self.kernels[index].combine(partial, ids, weights))
+                out = device.call(lambda: self.kernels[index].combine(partial, ids, weights))
+                if not self._resident:  # the device has what it needs: now whatever it does not wait for
+                    self._take_early(index, desk)
+                    desk.tier.end_layer(index)
+                    self.ram.end_layer()
+                return out
         except BaseException:
             self.abandon()
             raise
@@ -267,12 +272,9 @@ class DeviceExecutor:
     # -- inside ------------------------------------------------------------------------------
 
     def _serve(self, index: int, desk: _Desk, x: Tensor, partial: Tensor, shape: Sequence[int]) -> None:
-        routing = desk.receive(shape)
-        self._take_early(index, desk)  # that of the layer before has come with these ids, at the latest
-        wanted = self.ram.begin_layer(index, routing)
+        desk.tier.settle()
+        wanted = self.ram.begin_layer(index, desk.receive(shape))
         desk.tier.serve(LayerJob(index, x, desk.ids[: partial.shape[0]].numpy(), partial), wanted)
-        self._take_early(index, desk)
-        self.ram.end_layer()
 
     def _take_early(self, index: int, desk: _Desk) -> None:
         for layer, experts in desk.early():

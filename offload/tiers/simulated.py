@@ -62,6 +62,7 @@ class SimulatedEvent:
     position: int
     before: _Point
     clock_s: float
+    timed: bool
 
     def done(self) -> bool:
         device = self.stream.device
@@ -79,6 +80,7 @@ class SimulatedEvent:
 
     def seconds_since(self, earlier: Event) -> float:
         first = cast(SimulatedEvent, earlier)
+        assert self.timed and first.timed, "an event without a time was asked for it"
         assert self.stream is first.stream, "times of different streams do not compare"
         assert self.stream.finished >= self.position, "the event has not been passed"
         return self.clock_s - first.clock_s
@@ -105,9 +107,9 @@ class SimulatedStream:
     def launch(self, work: Callable[[], None], *, reads: Sequence[Tensor] = (), writes: Sequence[Tensor] = ()) -> None:
         self._enter(reads, writes, work)
 
-    def record(self) -> Event:
+    def record(self, timed: bool = False) -> Event:
         self.device.check()
-        return SimulatedEvent(self, self._queued, _Point(list(self._before.seen)), self._clock_s)
+        return SimulatedEvent(self, self._queued, _Point(list(self._before.seen)), self._clock_s, timed)
 
     def wait(self, event: Event) -> None:
         point = cast(SimulatedEvent, event)

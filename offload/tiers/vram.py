@@ -5,9 +5,13 @@ the same policy as below decide what is kept. Every slot that a queued copy or k
 is held until an event says that it is over; only then may it become a victim. Must not know files, nor the
 architecture around the experts.
 
-A wave is computed like this: kernels of the hits are queued at once; every other expert is copied as soon
-as its bytes are in RAM, on a stream of its own, and its kernel is queued behind its copy. The host waits
-for none of it, except for the wave before the last one.
+A wave is computed like this: experts whose bytes are in RAM are copied, on a stream of its own; kernels of
+the hits are queued; every other expert is copied as soon as its bytes are in RAM, and its kernel is queued
+behind its copy. The host waits for none of it, except for the wave before the last one.
+
+The device must not wait for the host: what it can begin with is queued first, in the order in which the
+link and then the kernels need it. What only keeps books is done while the device works (`settle`, before the
+ids of a layer are awaited, and `end_layer`).
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from offload.cache.residency import Decision, Residency, Service
 from offload.cache.split import SplitModel
 from offload.errors import DeviceError
 from offload.kernels import Kernels
-from offload.kernels.device import DeviceKernels, ExpertSlab
+from offload.kernels.device import FEW_TOKENS, DeviceKernels, ExpertSlab
 from offload.store.layout import ExpertLayout
 from offload.telemetry import TierCounters
 from offload.tiers.device import Device, Event
@@ -78,8 +82,8 @@ class _Wave:
 
     slots: list[int]
     used: Event
-    hits: tuple[Event, Event, int]
-    """Begin and end of the kernels of this many experts that needed no copy."""
+    hits: tuple[Event, Event, int] | None
+    """Begin and end of the kernels of this many experts that needed no copy, where that is of interest."""
 
 
 @dataclass
@@ -142,6 +146,8 @@ class VramTier:
         width = max(1, min(16, ram.residency.slots // 4))
         self.residency = Residency(ram.residency.policy, slots, floor=shape.top_k, width=width, leads=False)
         self.slab = ExpertSlab(layout, device.empty((slots, slot_nbytes(layout)), torch.uint8))
+        self._bytes = self.slab.data.unbind()  # of every slot: a view takes as long to make as a copy to queue
+        self._targets = self.slab.data[:, : self._stride].unbind()
         own = (SHORT if lend else max_tokens) * shape.top_k
         self._own = device.empty((own, layout.hidden_size), torch.float32)
         lent = lent_slots(layout, max_tokens, shape.top_k) if lend else 0
@@ -149,7 +155,9 @@ class VramTier:
         self._lendable = range(slots - lent, slots)
         self._borrowed = False
         self.link = LinkCounters()
-        self._lists = SlotLists(device, max_tokens * shape.top_k, shape.experts)
+        few = min(max_tokens, FEW_TOKENS) * shape.top_k
+        # A wave of a short pass has at most one list per position, all sent at once.
+        self._lists = SlotLists(device, max_tokens * shape.top_k, shape.experts, few * few)
         self._table = device.empty((shape.layers, shape.experts), torch.int32)
         self._table_valid = False
         self._lookahead = LookAhead(ram.residency.policy, prefetch_depth=prefetch_depth) if prefetch else None
@@ -186,8 +194,10 @@ class VramTier:
         return room[: positions * hidden].view(positions, hidden)
 
     def serve(self, job: LayerJob, wanted: list[int]) -> None:
-        """Queue the outputs of the experts `wanted` (ascending, all of `job.flat`) for every position."""
-        self.settle()
+        """Queue the outputs of the experts `wanted` (ascending, all of `job.flat`) for every position.
+
+        `settle` comes before it, `end_layer` after it.
+        """
         self._job = job
         side, below = self._in_place, self._computed_below(job, wanted)
         # Opened even when it is empty: what the router chose counts for RAM, too.
@@ -201,8 +211,11 @@ class VramTier:
         if side is not None and below:
             self._ram.complete(demand, lambda there: side.compute(there, job.flat, job.partial))
         self._job = None
+
+    def end_layer(self, layer: int) -> None:
+        """Everything that the device can do for `layer` is queued: use the link for later ones, if it idles."""
         if self._decoding:
-            self._promote(job.layer + 1)
+            self._promote(layer + 1)
 
     @property
     def foreseeing(self) -> bool:
@@ -221,7 +234,8 @@ class VramTier:
     def settle(self) -> None:
         """Let go of everything that earlier layers queued, and admit what has been promoted.
 
-        The ids of a layer come from the device behind all work of the layers before it: nothing is waited for.
+        The ids of a layer come from the device behind all work of the layers before it, so this waits for nothing
+        that they would not wait for; called before they are awaited, it is done while the device is busy.
         """
         while self._waves:
             self._retire()
@@ -324,52 +338,35 @@ class VramTier:
     def _finish(self, decision: Decision) -> None:
         expected, demand = self._open.popleft()
         assert expected is decision, "waves are finished in the order in which they were started"
-        begun = self.device.compute.record()
-        self._launch(decision.hits)
-        kernels = (begun, self.device.compute.record(), len(decision.hits))
-        for expert, slot in decision.joins:
-            self._join(slot)
-            self._launch([(expert, slot)])
+        wave = _Launches(self, decision)
+        if demand is None or not demand.held.hits:
+            wave.resident()  # the first expert from RAM may take a while
         if demand is not None:
-            slots = {load.expert: load.slot for load in decision.loads}
-            self._ram.complete(demand, lambda there: self._copy_in(there, slots))
+            self._ram.complete(demand, wave.arrived)
         held = decision.slots()
         for slot in held:
             self.residency.hold(slot)
-        self._waves.append(_Wave(held, self.device.compute.record(), kernels))
+        self._waves.append(_Wave(held, wave.end(), wave.hits))
         while len(self._waves) > 1:
             self._retire()
 
-    def _copy_in(self, there: Sequence[tuple[int, int]], slots: dict[int, int]) -> None:
-        """Copy experts from their RAM slots and compute each behind its copy."""
+    def _copy_in(self, there: Sequence[tuple[int, int]], slots: dict[int, int]) -> list[_Copy]:
+        """Copy experts from their RAM slots, one behind the other."""
+        copies, begin = [], None
         for expert, source in there:
-            slot = slots[expert]
-            copy = self._copy(source, slot)
+            copy = self._copy(source, slots[expert], begin)
             self._sources.append(copy)
-            self.device.compute.wait(copy.end)
-            # Whatever the compute stream does from now on finds the bytes there.
-            self.residency.loaded(slot)
-            self._launch([(expert, slot)])
+            copies.append(copy)
+            begin = copy.end
+        return copies
 
-    def _copy(self, source: int, slot: int) -> _Copy:
+    def _copy(self, source: int, slot: int, begin: Event | None = None) -> _Copy:
+        """`begin`: the end of a copy queued right before this one, if there is any."""
         copies = self.device.copies
         self._ram.residency.hold(source)
-        begin = copies.record()
-        copies.copy(self.slab.data[slot, : self._stride], self._ram.weights(source).buffer[: self._stride])
-        return _Copy(begin, copies.record(), source)
-
-    def _launch(self, experts: Sequence[tuple[int, int]]) -> None:
-        """Queue the kernels of (expert, slot) pairs, for all positions of each."""
-        job = self._job
-        assert job is not None
-        if not experts or not len(job.flat):
-            return
-        with self._lists.of(experts, job.flat) as slots:
-            self.device.compute.launch(
-                lambda: self._kernels.slot_experts(self.slab, job.x, slots, job.partial),
-                reads=[self.slab.data[slot] for _, slot in experts],
-                writes=[job.partial],
-            )
+        begin = begin or copies.record(timed=True)
+        copies.copy(self._targets[slot], self._ram.weights(source).buffer[: self._stride])
+        return _Copy(begin, copies.record(timed=True), source)
 
     def _join(self, slot: int) -> None:
         """A promotion under way is demanded: the compute stream waits for it, the host does not."""
@@ -396,8 +393,8 @@ class VramTier:
     def _retire(self) -> None:
         wave = self._waves.popleft()
         wave.used.wait()
-        begun, ended, experts = wave.hits
-        if experts and self._decoding:
+        if wave.hits is not None:
+            begun, ended, experts = wave.hits
             self.split.observed("kernel", ended.seconds_since(begun), experts)
         for slot in wave.slots:
             self.residency.let_go(slot)
@@ -470,6 +467,80 @@ class VramTier:
         self._count(copy)
         self._ram.residency.let_go(copy.source)
         self.residency.loaded(slot)
+
+
+class _Launches:
+    """The kernels of one wave, as the bytes of its experts come to lie in their slots."""
+
+    def __init__(self, tier: VramTier, decision: Decision) -> None:
+        self.hits: tuple[Event, Event, int] | None = None
+        self._tier = tier
+        self._decision = decision
+        self._slots = {expert: slot for expert, slot, _ in decision.loads}
+        self._resident = False
+        self._lists: dict[int, Tensor] = {}
+        job = tier._job
+        assert job is not None
+        self._job = job
+        if len(job.flat) and job.x.shape[0] <= FEW_TOKENS:
+            self._send_all()
+
+    def resident(self) -> None:
+        """Queue the kernels of what is there or on its way already."""
+        self._resident = True
+        tier, hits, compute = self._tier, self._decision.hits, self._tier.device.compute
+        timed = bool(hits) and tier._decoding and tier._in_place is not None  # nobody else asks how long they take
+        begun = compute.record(timed=True) if timed else None
+        self._launch(hits)
+        if begun is not None:
+            self.hits = begun, compute.record(timed=True), len(hits)
+        for expert, slot in self._decision.joins:
+            tier._join(slot)
+            self._launch([(expert, slot)])
+
+    def arrived(self, there: Sequence[tuple[int, int]]) -> None:
+        """Experts lie in RAM slots: copy them and compute each behind its copy."""
+        tier = self._tier
+        copies = tier._copy_in(there, self._slots)
+        if not self._resident:  # the link comes first: it is what everything waits for
+            self.resident()
+        for (expert, _), copy in zip(there, copies, strict=True):
+            slot = self._slots[expert]
+            tier.device.compute.wait(copy.end)
+            # Whatever the compute stream does from now on finds the bytes there.
+            tier.residency.loaded(slot)
+            self._launch([(expert, slot)])
+
+    def end(self) -> Event:
+        """The point behind all kernels of the wave."""
+        used = self._tier.device.compute.record()
+        if self._lists:
+            self._tier._lists.free(used)
+        return used
+
+    def _send_all(self) -> None:
+        """The slot lists of all launches in one copy."""
+        decision = self._decision
+        groups = [decision.hits] if decision.hits else []
+        groups += [[pair] for pair in decision.joins]
+        groups += [[(expert, slot)] for expert, slot, _ in decision.loads]
+        lists = self._tier._lists.send(groups, self._job.flat)
+        self._lists = {group[0][0]: row for group, row in zip(groups, lists.unbind(), strict=True)}
+
+    def _launch(self, experts: Sequence[tuple[int, int]]) -> None:
+        """Queue the kernels of (expert, slot) pairs, for all positions of each."""
+        job, tier = self._job, self._tier
+        if not experts or not len(job.flat):
+            return
+        sent = self._lists.get(experts[0][0])
+        slots = tier._lists.send([experts], job.flat)[0] if sent is None else sent
+        tier.device.compute.launch(
+            lambda: tier._kernels.slot_experts(tier.slab, job.x, slots, job.partial),
+            reads=[tier._bytes[slot] for _, slot in experts],
+            writes=[job.partial],
+        )
+        if sent is None:
+            tier._lists.free(tier.device.compute.record())
 
 
 def _assign(target: Tensor, values: Tensor) -> None:

@@ -115,9 +115,9 @@ def test_pages_are_locked_once_and_copies_run_beside_the_host(device):
         there = device.empty((pool.stride,), torch.uint8)
         for slot in range(4):
             pool.tensor(slot).fill_(slot + 1)
-            begun = device.copies.record()
+            begun = device.copies.record(timed=True)
             device.copies.copy(there, pool.tensor(slot))
-            end = device.copies.record()
+            end = device.copies.record(timed=True)
             device.compute.wait(end)
             assert int(there.max()) == int(there.min()) == slot + 1
             assert end.done()

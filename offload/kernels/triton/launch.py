@@ -2,15 +2,28 @@
 
 A `Launcher` is called with a kernel, its grid, its arguments and its constants. `start` runs the kernel;
 `offload.kernels.triton.compiled` only compiles it, for any architecture, without a GPU.
+
+Triton looks a compiled kernel up by the text of all its options and takes longer for it than most kernels of a
+decode step run. `start` keeps what it found: a launch with the same numbers, the same types and the same
+alignment of pointers is the same kernel.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
+from triton.compiler import CompiledKernel
 
 Grid = tuple[int, ...]
+
+KEPT = 4096
+"""Launches that are remembered. One for every kernel and every set of its numbers: lengths of prompts vary."""
+
+ALIGNED = 16
+"""Triton compiles differently for pointers to multiples of so many bytes."""
 
 
 class Launcher(Protocol):
@@ -19,7 +32,58 @@ class Launcher(Protocol):
     def __call__(self, kernel: Any, grid: Grid, *args: Any, **meta: Any) -> None: ...
 
 
+class _Known(NamedTuple):
+    kernel: Any
+    """Kept, so that no other one gets its address, which is part of the key."""
+    run: Callable[..., None]
+    constants: tuple[Any, ...]
+    """Arguments that follow those of the call in the signature of the kernel."""
+
+
+_known: dict[tuple[Any, ...], _Known] = {}
+
+
 def start(kernel: Any, grid: Grid, *args: Any, **meta: Any) -> None:
     """Queue the kernel on the current stream of the device that holds its tensors; the first argument is one."""
-    with torch.cuda.device_of(args[0]):
+    device = args[0].get_device()
+    if device < 0:  # the interpreter
         kernel[grid](*args, **meta)
+    elif device == torch._C._cuda_getDevice():
+        _start(device, kernel, grid, args, meta)
+    else:
+        with torch.cuda.device(device):
+            _start(device, kernel, grid, args, meta)
+
+
+def _start(device: int, kernel: Any, grid: Grid, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+    key = launch_key(device, kernel, grid, args, meta)
+    known = _known.get(key)
+    if known is None:
+        found = kernel[grid](*args, **meta)
+        names = kernel.arg_names[len(args) :]
+        # Called with all arguments in the order of the signature, constants included; where that should not be so,
+        # every launch goes through triton.
+        if isinstance(found, CompiledKernel) and all(name in meta for name in names):
+            if len(_known) >= KEPT:
+                _known.clear()
+            run = found[(*grid, 1, 1)[:3]]
+            _known[key] = _Known(kernel, run, tuple(meta[name] for name in names))
+        return
+    known.run(*args, *known.constants)
+
+
+def launch_key(device: int, kernel: Any, grid: Grid, args: tuple[Any, ...], meta: dict[str, Any]) -> tuple[Any, ...]:
+    """Equal for two launches only if triton would run the same compiled kernel over the same grid.
+
+    It specializes by the type and value of numbers and by the element type and alignment of tensors.
+    """
+    key: list[Any] = [device, id(kernel), grid, *meta, *meta.values()]
+    for arg in args:
+        kind = type(arg)
+        if kind is int:
+            key.append(arg)
+        elif isinstance(arg, Tensor):
+            key += arg.dtype, arg.data_ptr() % ALIGNED == 0
+        else:  # 1.0 and True equal 1
+            key += kind, arg
+    return tuple(key)

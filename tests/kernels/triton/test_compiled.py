@@ -15,3 +15,7 @@ def test_decoding_compiles_and_fits() -> None:
 @pytest.mark.slow
 def test_everything_compiles_and_fits() -> None:
     run_checks("compiled_checks.py", {"TRITON_INTERPRET": "0"}, "slow")
+
+
+def test_launches_are_remembered() -> None:
+    run_checks("launch_checks.py", {"TRITON_INTERPRET": "0"}, "not slow")
