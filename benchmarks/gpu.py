@@ -216,7 +216,7 @@ def load(store: SyntheticStore, vram: int, arguments: argparse.Namespace, sizes:
     if arguments.tiny:  # slots for half of the experts, whatever everything else takes
         plan = plan_vram(config, demand, limit=plan.fixed + plan.experts // 2 * nbytes, **rest)
     device.limit(plan.total - plan.driver)
-    places = [Place(device.torch_device, device.guard, device.record)] * len(layers)
+    places = [Place(device.torch_device, device.guard, device.record, device.sender)] * len(layers)
     loaded = load_weights(PlacedWeights(weights, places), config)
     cache = KVCache(config, sizes.context, [place.device for place in places])
     executor = DeviceExecutor(

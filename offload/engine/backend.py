@@ -96,7 +96,7 @@ def load_on_devices(
     plan = replace(make_plan(store, options, ram_demand, share), chunk=chunk)
     vram_plans = _plan_devices(store, options, kernels, context, chunk, devices, share)
     places = [
-        Place(device.torch_device, device.guard, device.record)
+        Place(device.torch_device, device.guard, device.record, device.sender)
         for device, vram in zip(devices, vram_plans, strict=True)
         for _ in vram.layers
     ]

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -17,3 +18,6 @@ class Place:
     scope: Callable[[], AbstractContextManager[None]] = nullcontext
     record: Callable[[Callable[[], None]], Callable[[], None]] = lambda work: work
     """Makes work over tensors that stay where they are cheap to repeat: a captured graph, where there are graphs."""
+    sender: Callable[[Tensor], Callable[[Tensor], object]] = lambda target: target.copy_
+    """For a tensor that stays where it is: what fills it, in order with all else, from one in host memory, which is
+    free to change at once."""

@@ -18,17 +18,31 @@ from offload.kernels.device import DeviceKernels
 from offload.model.attention import mla_at_position
 from offload.model.kv_cache import KVCache
 from offload.model.moe import Foresight
+from offload.model.place import Place
 from offload.model.preference import reroute
 from offload.model.transformer import DeepseekV3
+
+_HIDDEN_AT = 16
+"""Byte where the hidden state begins in the memory that a step begins with: aligned for any kernel."""
+
+
+class _Start:
+    """What a step begins with, in one piece of memory, so that it travels in one copy."""
+
+    def __init__(self, hidden_size: int, device: torch.device) -> None:
+        self.bytes = torch.zeros(_HIDDEN_AT + 4 * hidden_size, dtype=torch.uint8, device=device)
+        self.position = self.bytes[:8].view(torch.int64)  # [1]
+        self.hidden = self.bytes[_HIDDEN_AT:].view(torch.float32).view(1, hidden_size)
 
 
 class _Buffers:
     """What the recordings on one device read and write."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, early: int) -> None:
-        hidden, k = config.hidden_size, config.num_experts_per_tok
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.hidden = torch.zeros(1, hidden, device=device)
+    def __init__(self, config: ModelConfig, place: Place, early: int) -> None:
+        hidden, k, device = config.hidden_size, config.num_experts_per_tok, place.device
+        start = _Start(hidden, device)
+        self.position, self.hidden = start.position, start.hidden
+        self.begin = place.sender(start.bytes)
         self.x = torch.zeros(1, hidden, device=device)
         self.shared = torch.zeros(1, hidden, device=device)
         self.ids = torch.zeros(1, k, dtype=torch.int64, device=device)
@@ -46,7 +60,13 @@ class SingleToken:
         self._cache = cache
         self._foresight = model.routed if isinstance(model.routed, Foresight) else None
         early = self._foresight.early_routers if self._foresight else 0
-        self._buffers = {place.device: _Buffers(model.config, place.device, early) for place in model.places}
+        self._devices = list({place.device: place for place in model.places}.values())
+        self._buffers: dict[torch.device, _Buffers] = {}
+        for place in self._devices:
+            with place.scope():
+                self._buffers[place.device] = _Buffers(model.config, place, early)
+        self._start = _Start(model.config.hidden_size, torch.device("cpu"))
+        self._token = torch.zeros(1, dtype=torch.int64)
         self._later = [self._layers_behind(index, early) for index in range(len(model.places))]
         self._before: list[Callable[[], None]] = []
         self._beside: list[Callable[[], None] | None] = []
@@ -63,10 +83,13 @@ class SingleToken:
         model, cache = self._model, self._cache
         model.routed.begin_step([token])
         foresight = self._foresight if self._foresight is model.routed and self._foresight.foresight() else None
-        for place in dict.fromkeys(model.places):
+        self._token[0] = token
+        self._start.position[0] = cache.length
+        self._start.hidden.copy_(model.weights.embed.rows_of(self._token))
+        for place in self._devices:
             with place.scope():
-                self._buffers[place.device].position.fill_(cache.length)
-        hidden = model.weights.embed.rows_of(torch.tensor([token]))
+                self._buffers[place.device].begin(self._start.bytes)
+        hidden = self._buffers[model.places[0].device].hidden
         for index, place in enumerate(model.places):
             buffers = self._buffers[place.device]
             with place.scope():

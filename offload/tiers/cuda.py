@@ -227,6 +227,23 @@ class CudaDevice:
                 return work
         return graph.replay
 
+    def sender(self, target: Tensor) -> Callable[[Tensor], None]:
+        # Two: the host fills one while the copy out of the other may not have begun.
+        staging: list[tuple[Tensor, Event | None]] = [
+            (self.pinned(target.shape, target.dtype), None),
+            (self.pinned(target.shape, target.dtype), None),
+        ]
+
+        def send(source: Tensor) -> None:
+            locked, used = staging.pop(0)
+            if used is not None:
+                used.wait()
+            locked.copy_(source)
+            self.compute.copy(target, locked)
+            staging.append((locked, self.compute.record()))
+
+        return send
+
     def synchronize(self) -> None:
         with self.guard():
             torch.cuda.synchronize(self.torch_device)

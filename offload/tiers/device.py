@@ -125,6 +125,13 @@ class Device(Protocol):
         """
         ...
 
+    def sender(self, target: Tensor) -> Callable[[Tensor], None]:
+        """What fills `target`, on the device, from pageable host memory of its shape, as work on `compute`.
+
+        The host waits neither for the device nor for the copy; its memory is free to change at once.
+        """
+        ...
+
     def synchronize(self) -> None:
         """Block until nothing queued is left."""
         ...

@@ -212,6 +212,16 @@ class SimulatedDevice:
         self.check()
         return work
 
+    def sender(self, target: Tensor) -> Callable[[Tensor], None]:
+        self.check()
+
+        def send(source: Tensor) -> None:
+            staged = source.clone()
+            self.compute.copy(target, staged)
+            self.compute.drain()  # torch calls of the model, which are not queued here, read it
+
+        return send
+
     def synchronize(self) -> None:
         self.check()
         for stream in (self.compute, self.copies):
