@@ -5,7 +5,7 @@ A `Launcher` is called with a kernel, its grid, its arguments and its constants.
 
 Triton looks a compiled kernel up by the text of all its options and takes longer for it than most kernels of a
 decode step run. `start` keeps what it found: a launch with the same numbers, the same types and the same
-alignment of pointers is the same kernel.
+alignment of pointers is of the same compiled kernel.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Launcher(Protocol):
 class _Known(NamedTuple):
     kernel: Any
     """Kept, so that no other one gets its address, which is part of the key."""
-    run: Callable[..., None]
+    over: Callable[[Grid], Callable[..., None]]
+    """Starts the compiled kernel over a grid of three dimensions."""
     constants: tuple[Any, ...]
     """Arguments that follow those of the call in the signature of the kernel."""
 
@@ -56,7 +57,7 @@ def start(kernel: Any, grid: Grid, *args: Any, **meta: Any) -> None:
 
 
 def _start(device: int, kernel: Any, grid: Grid, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-    key = launch_key(device, kernel, grid, args, meta)
+    key = launch_key(device, kernel, args, meta)
     known = _known.get(key)
     if known is None:
         found = kernel[grid](*args, **meta)
@@ -66,18 +67,17 @@ def _start(device: int, kernel: Any, grid: Grid, args: tuple[Any, ...], meta: di
         if isinstance(found, CompiledKernel) and all(name in meta for name in names):
             if len(_known) >= KEPT:
                 _known.clear()
-            run = found[(*grid, 1, 1)[:3]]
-            _known[key] = _Known(kernel, run, tuple(meta[name] for name in names))
+            _known[key] = _Known(kernel, found.__getitem__, tuple(meta[name] for name in names))
         return
-    known.run(*args, *known.constants)
+    known.over((*grid, 1, 1)[:3])(*args, *known.constants)
 
 
-def launch_key(device: int, kernel: Any, grid: Grid, args: tuple[Any, ...], meta: dict[str, Any]) -> tuple[Any, ...]:
-    """Equal for two launches only if triton would run the same compiled kernel over the same grid.
+def launch_key(device: int, kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> tuple[Any, ...]:
+    """Equal for two launches only if triton would run the same compiled kernel.
 
     It specializes by the type and value of numbers and by the element type and alignment of tensors.
     """
-    key: list[Any] = [device, id(kernel), grid, *meta, *meta.values()]
+    key: list[Any] = [device, id(kernel), *meta, *meta.values()]
     for arg in args:
         kind = type(arg)
         if kind is int:
