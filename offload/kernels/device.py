@@ -90,6 +90,25 @@ def check_alignment(layout: SlabLayout) -> None:
             )
 
 
+LEAST_TILE = 16
+"""Rows of the smallest tile that a backend may ask for."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Some experts of a slab with the positions of a pass that each computes, cut into tiles of up to `tile_rows`.
+
+    Those of tile i are order[first[i]] up to order[min(first[i] + tile_rows, end[i])], all for the expert in slot[i];
+    the tiles of an expert follow one another.
+    """
+
+    order: Tensor  # int32 [P], the positions of the whole pass, those of an expert side by side and ascending
+    slot: Tensor  # int32 [tiles], -1: no work
+    first: Tensor  # int32 [tiles]
+    end: Tensor  # int32 [tiles], one past the last position of the expert
+    tiles: int
+
+
 class DeviceKernels(Kernels, Protocol):
     """A backend for tensors on an accelerator."""
 
@@ -105,6 +124,21 @@ class DeviceKernels(Kernels, Protocol):
 
         x [T, H]; slots int32 [T * K], -1 where the expert is not in this slab: that row of `partial`
         [T * K, H] is left as it is. Many tokens or one, the call is the same.
+        """
+        ...
+
+    def tile_rows(self, layout: SlabLayout, tokens: int) -> int:
+        """Rows of a tile of `Groups` in a pass over `tokens`, more than FEW_TOKENS; at least LEAST_TILE."""
+        ...
+
+    def group_input(self, layout: SlabLayout, x: Tensor) -> Tensor:
+        """x [T, H] as `group_experts` reads it: made once, however many launches a layer takes. [T, ..]."""
+        ...
+
+    def group_experts(self, slab: ExpertSlab, inputs: Tensor, groups: Groups, partial: Tensor) -> None:
+        """`slot_experts` for more than FEW_TOKENS tokens whose positions are grouped already, with the same bits.
+
+        inputs [T, ..] are `group_input`; partial [T * K, H]. Rows of positions in no tile are left as they are.
         """
         ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from offload.kernels.device import ExpertSlab, SlabLayout, check_alignment
+from offload.kernels.device import LEAST_TILE, ExpertSlab, Groups, SlabLayout, check_alignment
 from offload.kernels.reference import ReferenceKernels
 
 
@@ -24,6 +24,21 @@ class ReferenceDeviceKernels(ReferenceKernels):
         k = slots.numel() // x.shape[0]
         used = [slot for slot in slots.unique().tolist() if slot >= 0]
         self.experts(x, [(slab.expert(slot), (slots == slot).nonzero().flatten()) for slot in used], k, partial)
+
+    def tile_rows(self, layout: SlabLayout, tokens: int) -> int:
+        return LEAST_TILE
+
+    def group_input(self, layout: SlabLayout, x: Tensor) -> Tensor:
+        return x
+
+    def group_experts(self, slab: ExpertSlab, inputs: Tensor, groups: Groups, partial: Tensor) -> None:
+        k = groups.order.numel() // inputs.shape[0]
+        bounds: dict[int, tuple[int, int]] = {}
+        for slot, first, end in zip(groups.slot.tolist(), groups.first.tolist(), groups.end.tolist(), strict=True):
+            if slot >= 0:
+                bounds.setdefault(slot, (first, end))
+        wave = [(slab.expert(slot), groups.order[first:end].long()) for slot, (first, end) in bounds.items()]
+        self.experts(inputs, wave, k, partial)
 
     def scratch_nbytes(self, tokens: int, heads: int, rank: int, limit: int) -> int:
         return 3 * 4 * tokens * heads * limit  # scores, masked, and their softmax

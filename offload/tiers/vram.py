@@ -17,9 +17,10 @@ ids of a layer are awaited, and `end_layer`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,13 +32,13 @@ from offload.cache.residency import Decision, Residency, Service
 from offload.cache.split import SplitModel
 from offload.errors import DeviceError
 from offload.kernels import Kernels
-from offload.kernels.device import FEW_TOKENS, DeviceKernels, ExpertSlab
+from offload.kernels.device import FEW_TOKENS, DeviceKernels, ExpertSlab, Groups
 from offload.store.layout import ExpertLayout
 from offload.telemetry import TierCounters
 from offload.tiers.device import Device, Event
 from offload.tiers.in_place import MOST_TOKENS, InPlace
 from offload.tiers.ram import RamTier
-from offload.tiers.staging import SlotLists
+from offload.tiers.staging import GroupTables, SlotLists
 from offload.types import align_up, ceil_div
 
 ALIGNMENT = 256
@@ -45,6 +46,9 @@ ALIGNMENT = 256
 
 SHORT = 8
 """Longest pass whose outputs have memory of their own; longer ones may borrow slots for it."""
+
+BATCH = 4
+"""Experts per launch of a long pass at most, once their copies are queued: the rows of one do not fill a device."""
 
 PROMOTIONS = 1
 """Experts copied on speculation at a time: a demand behind them waits no longer than that."""
@@ -65,6 +69,8 @@ class LayerJob:
     flat: NDArray[np.int64]
     """The expert of every position, [T * K]."""
     partial: Tensor  # [T * K, H] on the device
+    inputs: Tensor | None = None
+    """`DeviceKernels.group_input` of x, once a kernel has needed it."""
 
 
 @dataclass
@@ -155,13 +161,13 @@ class VramTier:
         self._lendable = range(slots - lent, slots)
         self._borrowed = False
         self.link = LinkCounters()
-        few = min(max_tokens, FEW_TOKENS) * shape.top_k
-        # A wave of a short pass has at most one list per position, all sent at once.
-        self._lists = SlotLists(device, max_tokens * shape.top_k, shape.experts, few * few)
+        self._lists = SlotLists(device, min(max_tokens, FEW_TOKENS) * shape.top_k, shape.experts)
+        self._groups = GroupTables(device, max_tokens * shape.top_k, shape.experts)
         self._table = device.empty((shape.layers, shape.experts), torch.int32)
         self._table_valid = False
         self._lookahead = LookAhead(ram.residency.policy, prefetch_depth=prefetch_depth) if prefetch else None
         self._job: LayerJob | None = None
+        self._grouped = False  # whether the positions of the job have been grouped
         self._open: deque[tuple[Decision, Service | None]] = deque()
         self._sources: deque[_Copy] = deque()
         self._waves: deque[_Wave] = deque()
@@ -199,6 +205,7 @@ class VramTier:
         `settle` comes before it, `end_layer` after it.
         """
         self._job = job
+        self._grouped = False
         side, below = self._in_place, self._computed_below(job, wanted)
         # Opened even when it is empty: what the router chose counts for RAM, too.
         demand = self._ram.open(job.layer, below)
@@ -315,6 +322,7 @@ class VramTier:
         self._waves.clear()
         self._promotions.clear()
         self._lists.abandon()
+        self._groups.abandon()
         self.residency.abandon()
 
     def _computed_below(self, job: LayerJob, wanted: list[int]) -> list[int]:
@@ -367,6 +375,14 @@ class VramTier:
         begin = begin or copies.record(timed=True)
         copies.copy(self._targets[slot], self._ram.weights(source).buffer[: self._stride])
         return _Copy(begin, copies.record(timed=True), source)
+
+    def _group(self) -> None:
+        """Group the positions of the job, once."""
+        job = self._job
+        assert job is not None
+        if not self._grouped:
+            self._groups.begin(job.flat, self._kernels.tile_rows(self.slab.layout, job.x.shape[0]))
+            self._grouped = True
 
     def _join(self, slot: int) -> None:
         """A promotion under way is demanded: the compute stream waits for it, the host does not."""
@@ -482,7 +498,8 @@ class _Launches:
         job = tier._job
         assert job is not None
         self._job = job
-        if len(job.flat) and job.x.shape[0] <= FEW_TOKENS:
+        self._few = job.x.shape[0] <= FEW_TOKENS
+        if self._few and len(job.flat):
             self._send_all()
 
     def resident(self) -> None:
@@ -504,12 +521,13 @@ class _Launches:
         copies = tier._copy_in(there, self._slots)
         if not self._resident:  # the link comes first: it is what everything waits for
             self.resident()
-        for (expert, _), copy in zip(there, copies, strict=True):
-            slot = self._slots[expert]
-            tier.device.compute.wait(copy.end)
-            # Whatever the compute stream does from now on finds the bytes there.
-            tier.residency.loaded(slot)
-            self._launch([(expert, slot)])
+        for batch in _batches(len(there), 1 if self._few else BATCH, last=not tier._open):
+            # They come in order: the last of them is the one to wait for.
+            tier.device.compute.wait(copies[batch.stop - 1].end)
+            pairs = [(expert, self._slots[expert]) for expert, _ in there[batch.start : batch.stop]]
+            for _, slot in pairs:  # whatever the compute stream does from now on finds the bytes there
+                tier.residency.loaded(slot)
+            self._launch(pairs)
 
     def end(self) -> Event:
         """The point behind all kernels of the wave."""
@@ -525,22 +543,41 @@ class _Launches:
         groups += [[pair] for pair in decision.joins]
         groups += [[(expert, slot)] for expert, slot, _ in decision.loads]
         lists = self._tier._lists.send(groups, self._job.flat)
-        self._lists = {group[0][0]: row for group, row in zip(groups, lists.unbind(), strict=True)}
+        self._lists = {group[0][0]: sent for group, sent in zip(groups, lists, strict=True)}
 
     def _launch(self, experts: Sequence[tuple[int, int]]) -> None:
         """Queue the kernels of (expert, slot) pairs, for all positions of each."""
         job, tier = self._job, self._tier
         if not experts or not len(job.flat):
             return
-        sent = self._lists.get(experts[0][0])
-        slots = tier._lists.send([experts], job.flat)[0] if sent is None else sent
-        tier.device.compute.launch(
-            lambda: tier._kernels.slot_experts(tier.slab, job.x, slots, job.partial),
-            reads=[tier._bytes[slot] for _, slot in experts],
-            writes=[job.partial],
-        )
-        if sent is None:
-            tier._lists.free(tier.device.compute.record())
+        if self._few:
+            slots = self._lists[experts[0][0]]
+            work = partial(tier._kernels.slot_experts, tier.slab, job.x, slots, job.partial)
+        else:
+            tier._group()
+            work = partial(_compute_groups, tier._kernels, tier.slab, job, tier._groups.send(experts))
+        tier.device.compute.launch(work, reads=[tier._bytes[slot] for _, slot in experts], writes=[job.partial])
+        if not self._few:
+            tier._groups.free(tier.device.compute.record())
+
+
+def _batches(count: int, most: int, last: bool) -> Iterator[range]:
+    """How copies are shared out among launches: `most` to each, but few to the `last` ones of a layer.
+
+    While those are computed nothing is copied, so they begin as early as they can.
+    """
+    begin = 0
+    while begin < count:
+        left = count - begin
+        size = min(most, max(1, left // 2) if last else left)
+        yield range(begin, begin + size)
+        begin += size
+
+
+def _compute_groups(kernels: DeviceKernels, slab: ExpertSlab, job: LayerJob, groups: Groups) -> None:
+    if job.inputs is None:
+        job.inputs = kernels.group_input(slab.layout, job.x)
+    kernels.group_experts(slab, job.inputs, groups, job.partial)
 
 
 def _assign(target: Tensor, values: Tensor) -> None:

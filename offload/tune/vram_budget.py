@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from offload.config import ModelConfig
 from offload.errors import BudgetError
+from offload.kernels.device import FEW_TOKENS
 from offload.model.blocks import BLOCK
-from offload.tiers.staging import BUFFERS as LISTS
+from offload.tiers.staging import staging_nbytes
 from offload.tiers.vram import SHORT
 from offload.tune.budget import working_nbytes
 from offload.types import format_size
@@ -108,7 +109,8 @@ def device_working_nbytes(config: ModelConfig, demand: DeviceDemand, own_tokens:
         4 * min(demand.chunk, BLOCK) * (config.vocab_size + 2 * config.hidden_size),  # logits of a block
     )
     moe_layers = sum(layer in config.moe_layers for layer in demand.layers)
-    lists = 4 * LISTS * demand.chunk * config.num_experts_per_tok + 4 * moe_layers * config.n_routed_experts
+    lists = staging_nbytes(demand.chunk, FEW_TOKENS, config.num_experts_per_tok, config.n_routed_experts)
+    lists += 4 * moe_layers * config.n_routed_experts
     kept = demand.recorded + demand.libraries + working_nbytes(config, 1, 1)
     return turns + own_tokens * outputs + lists + kept
 

@@ -284,10 +284,17 @@ def test_an_exception_while_computing_leaves_the_executor_usable(store, kernels,
         left = fuse
 
         def slot_experts(self, *arguments):
+            self.burn()
+            super().slot_experts(*arguments)
+
+        def group_experts(self, *arguments):
+            self.burn()
+            super().group_experts(*arguments)
+
+        def burn(self):
             self.left -= 1
             if self.left == -1:
                 raise KeyboardInterrupt
-            super().slot_experts(*arguments)
 
     executor = make(store, Fragile(), 4, 8, seeds=[fuse])
     with pytest.raises(KeyboardInterrupt):
@@ -379,6 +386,42 @@ def test_the_device_gets_its_work_in_the_order_of_its_needs_and_books_are_kept_b
     done.clear()
     executor(FIRST, x[:1], ids[:1], torch.ones(1, TOP_K))
     assert done[:6] == ["books", "ids", "list", "kernels", "sum", "promotion"]
+    executor.close()
+
+
+def test_a_long_pass_groups_once_and_computes_several_experts_per_launch(store):
+    launched: list[list[int]] = []
+
+    class Watched(ReferenceDeviceKernels):
+        inputs = 0
+
+        def group_input(self, layout, x):
+            self.inputs += 1
+            return super().group_input(layout, x)
+
+        def group_experts(self, slab, inputs, groups, partial):
+            launched.append(groups.slot.unique().tolist())
+            super().group_experts(slab, inputs, groups, partial)
+
+        def slot_experts(self, *arguments):
+            raise AssertionError("long passes are grouped")
+
+    kernels = Watched()
+    executor = make(store, kernels, ALL, ALL)
+    (tier,) = executor.tiers
+    executor.ram.complete(executor.ram.open(0, list(range(EXPERTS))), lambda there: None)
+    with tier.device.guard():
+        tier.load(0, [1, 2])
+    orders: list[int] = []
+    begin = tier._groups.begin
+    tier._groups.begin = lambda flat, tile: (orders.append(len(flat)), begin(flat, tile))
+    executor.begin_step([0] * 8)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 0], [0, 1, 2], [5, 4, 3], [9, 8, 7], [6, 10, 11]])
+    executor(FIRST, torch.randn(8, 64), ids, torch.ones(8, TOP_K))
+    assert (orders, kernels.inputs) == ([24], 1)
+    assert tier.residency.width == 4
+    assert [len(slots) for slots in launched] == [2, 4, 4, 1, 1]  # the hits, two waves, the rest one by one
+    assert len({slot for slots in launched for slot in slots}) == EXPERTS
     executor.close()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offload.errors import KernelError
 from offload.kernels.api import RouterShape, Wave
-from offload.kernels.device import FEW_TOKENS, ExpertSlab, SlabLayout, check_alignment
+from offload.kernels.device import FEW_TOKENS, ExpertSlab, Groups, SlabLayout, check_alignment
 from offload.kernels.triton import attend, experts, linear, mla, route, small
 from offload.kernels.triton.formats import Packed
 from offload.kernels.triton.launch import Launcher, start
@@ -181,6 +181,22 @@ class TritonKernels:
                 f"{x.shape[0]} tokens; slots are int32 [T * K]"
             )
         experts.slab_experts(self._launch, slab, x, slots, partial)
+
+    def tile_rows(self, layout: SlabLayout, tokens: int) -> int:
+        return experts.group_tile(experts.positions_of(layout).up, tokens)["M"]
+
+    def group_input(self, layout: SlabLayout, x: Tensor) -> Tensor:
+        _check(x, layout.hidden_size)
+        return linear.activations(x, experts.positions_of(layout).up)[0]
+
+    def group_experts(self, slab: ExpertSlab, inputs: Tensor, groups: Groups, partial: Tensor) -> None:
+        _check(partial, slab.layout.hidden_size)
+        if groups.order.numel() % inputs.shape[0] or partial.shape[0] < groups.order.numel():
+            raise KernelError(
+                f"{groups.order.numel()} positions and {partial.shape[0]} rows of results do not go with "
+                f"{inputs.shape[0]} tokens"
+            )
+        experts.grouped_experts(self._launch, slab, inputs, groups, partial)
 
     def combine(self, partial: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         tokens, k = ids.shape

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offload.errors import KernelError
-from offload.kernels.device import FEW_TOKENS, ExpertSlab, SlabLayout
+from offload.kernels.device import FEW_TOKENS, ExpertSlab, Groups, SlabLayout
 from offload.kernels.triton import groups, slots
 from offload.kernels.triton.formats import Format, PackedExperts, pack_experts
 from offload.kernels.triton.launch import Launcher
@@ -82,31 +82,37 @@ def _by_position(
 def _by_slot(
     launch: Launcher, slab: ExpertSlab, parts: PackedExperts, x: Tensor, slot_of: Tensor, partial: Tensor
 ) -> None:
-    positions, top_k = slot_of.numel(), slot_of.numel() // x.shape[0]
+    table = groups.group_positions(slot_of, slab.slots, group_tile(parts.up, x.shape[0])["M"])
+    grouped_experts(launch, slab, activations(x, parts.up)[0], table, partial)
+
+
+def grouped_experts(launch: Launcher, slab: ExpertSlab, a: Tensor, table: Groups, partial: Tensor) -> None:
+    """`DeviceKernels.group_experts`; a [T, ..] are `activations`."""
+    parts = positions_of(slab.layout)
+    positions, top_k = table.order.numel(), table.order.numel() // a.shape[0]
     hidden, width = slab.layout.hidden_size, slab.layout.moe_intermediate_size
-    tile = group_tile(parts.up, x.shape[0])
-    table = groups.group_positions(slot_of, slab.slots, tile["M"])
+    tile = group_tile(parts.up, a.shape[0])
+    part = a.shape[-1] // 2 if parts.up.halves else a.shape[-1]
     tables = table.order, table.slot, table.first, table.end
     raw, scales = slab.data.view(parts.up.raw_dtype), slab.data.view(parts.up.scale_dtype)
     pitches = raw.shape[1], scales.shape[1]
     at = {p: offset // parts.up.raw_dtype.itemsize for p, offset in parts.payload.items()}
-    a, part = activations(x, parts.up)
     h_part = ceil_div(width, 2) if parts.down.halves else width
     h_width = 2 * h_part if parts.down.halves else width
-    h = torch.empty((positions, h_width), dtype=torch.bfloat16, device=x.device)
+    h = torch.empty((positions, h_width), dtype=torch.bfloat16, device=a.device)
     launch(
         groups.grouped_gate_up_kernel, (ceil_div(width, tile["N"]), table.tiles),
         raw, scales, *tables, a, h, *pitches,
         at["gate_proj"], at["up_proj"], parts.scale["gate_proj"], parts.scale["up_proj"],
         width, hidden, part, a.shape[-1], h_part, h_width,
-        parts.up.raw_row(hidden), parts.up.scale_cols(hidden), top_k, parts.up.aid(x.device),
+        parts.up.raw_row(hidden), parts.up.scale_cols(hidden), top_k, parts.up.aid(a.device),
         **parts.up.tiles_meta, **tile,
     )  # fmt: skip
     launch(
         groups.grouped_down_kernel, (ceil_div(hidden, tile["N"]), table.tiles),
         raw, scales, *tables, h, partial, *pitches, at["down_proj"], parts.scale["down_proj"],
         hidden, width, h_part, h_width,
-        parts.down.raw_row(width), parts.down.scale_cols(width), parts.down.aid(x.device),
+        parts.down.raw_row(width), parts.down.scale_cols(width), parts.down.aid(a.device),
         **parts.down.tiles_meta, **tile,
     )  # fmt: skip
 

@@ -1,33 +1,21 @@
 """Routed experts out of a slab, for steps of many tokens: positions grouped by slot, one tile per group part.
 
-Owns gate|up with SiLU, and down, as grouped matrix products, and the table that tells each tile its slot.
-Everything is decided on the device; the host only knows an upper bound for the number of tiles.
+Owns gate|up with SiLU, and down, as grouped matrix products, and the table that tells each tile its slot, for
+where it is made on the device; the host then only knows an upper bound for the number of tiles.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from offload.kernels.device import Groups
 from offload.kernels.triton.dot import bf16
 from offload.kernels.triton.rows import INT4, NF4
 from offload.kernels.triton.tiles import tile_products
 from offload.types import ceil_div
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Positions ordered by slot, and for each tile its slot, its first index into `order` and the group's end."""
-
-    order: Tensor  # int32 [P]
-    slot: Tensor  # int32 [tiles], -1: no work
-    first: Tensor  # int32 [tiles]
-    end: Tensor  # int32 [tiles]
-    tiles: int
 
 
 def group_positions(slots: Tensor, count: int, size: int) -> Groups:

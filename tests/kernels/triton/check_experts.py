@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offload.errors import KernelError
 from offload.kernels import ExpertSlab
-from offload.kernels.device import FEW_TOKENS
+from offload.kernels.device import FEW_TOKENS, LEAST_TILE, Groups
 from offload.kernels.triton.groups import group_positions
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout
@@ -116,6 +116,30 @@ def test_groups_hold_every_position_once() -> None:
             assert {int(chosen[p]) for p in positions} == {slot}
             seen += positions
         assert sorted(seen) == (chosen >= 0).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(("codec", "tokens"), [("int4-g32", 20), ("fp8", 9)])
+def test_positions_grouped_by_the_host_get_the_same_bits(codec: str, tokens: int) -> None:
+    """Launches for some of the experts at a time, with tiles in any order, and what is in none left as it is."""
+    k, slots = 3, 6
+    slab, x, chosen = random_slab(codec, 64, 32, slots), draw(tokens, 64), routing(tokens, k, slots, 1.0)
+    order = chosen.sort(stable=True).indices.to(torch.int32)
+    size, counts = KERNELS.tile_rows(slab.layout, tokens), [int((chosen == slot).sum()) for slot in range(slots)]
+    assert size >= LEAST_TILE
+    inputs = KERNELS.group_input(slab.layout, x)
+    got = torch.full((tokens * k, 64), torch.nan, device=DEVICE)
+    for part in ([4, 1, 0], [2], [5, 3]):
+        tiles = []
+        for slot in part:
+            begin = int((chosen < slot).sum())
+            end = begin + counts[slot]
+            tiles += [(slot, first, end) for first in range(begin, end, size)]
+        if tiles:
+            columns = [table(*column) for column in zip(*tiles, strict=True)]
+            KERNELS.group_experts(slab, inputs, Groups(order, *columns, len(tiles)), got)
+    same(got.nan_to_num(7.0), run(slab, x, chosen).nan_to_num(7.0))
+    with pytest.raises(KernelError, match="do not go with"):
+        KERNELS.group_experts(slab, inputs, Groups(order, *columns, len(tiles)), got[1:])
 
 
 def test_layouts_that_kernels_do_not_read_are_refused() -> None:
