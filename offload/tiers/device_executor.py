@@ -22,8 +22,9 @@ from offload.kernels import Kernels
 from offload.kernels.device import DeviceKernels
 from offload.telemetry import Telemetry, TierCounters
 from offload.tiers.device import Device, Event
+from offload.tiers.launches import LayerJob
 from offload.tiers.ram import ExpertStore, RamTier
-from offload.tiers.vram import LayerJob, VramTier
+from offload.tiers.vram import VramTier
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.cache.lookahead import EARLY_ROUTERS, LookAhead
@@ -32,13 +30,13 @@ from offload.cache.residency import Decision, Residency, Service
 from offload.cache.split import SplitModel
 from offload.errors import DeviceError
 from offload.kernels import Kernels
-from offload.kernels.device import FEW_TOKENS, DeviceKernels, ExpertSlab, Groups
+from offload.kernels.device import DeviceKernels, ExpertSlab
 from offload.store.layout import ExpertLayout
 from offload.telemetry import TierCounters
 from offload.tiers.device import Device, Event
 from offload.tiers.in_place import MOST_TOKENS, InPlace
+from offload.tiers.launches import LayerJob, SlotLaunches
 from offload.tiers.ram import RamTier
-from offload.tiers.staging import GroupTables, SlotLists
 from offload.types import align_up, ceil_div
 
 ALIGNMENT = 256
@@ -58,19 +56,6 @@ PROMOTION_LAYERS = 2
 
 PROMOTION_MARGIN = 1.5
 """By how much an expert must be worth more than the one it displaces on speculation."""
-
-
-@dataclass
-class LayerJob:
-    """The routed part of one layer of one forward pass."""
-
-    layer: int
-    x: Tensor  # [T, H] on the device
-    flat: NDArray[np.int64]
-    """The expert of every position, [T * K]."""
-    partial: Tensor  # [T * K, H] on the device
-    inputs: Tensor | None = None
-    """`DeviceKernels.group_input` of x, once a kernel has needed it."""
 
 
 @dataclass
@@ -152,7 +137,6 @@ class VramTier:
         width = max(1, min(16, ram.residency.slots // 4))
         self.residency = Residency(ram.residency.policy, slots, floor=shape.top_k, width=width, leads=False)
         self.slab = ExpertSlab(layout, device.empty((slots, slot_nbytes(layout)), torch.uint8))
-        self._bytes = self.slab.data.unbind()  # of every slot: a view takes as long to make as a copy to queue
         self._targets = self.slab.data[:, : self._stride].unbind()
         own = (SHORT if lend else max_tokens) * shape.top_k
         self._own = device.empty((own, layout.hidden_size), torch.float32)
@@ -161,13 +145,11 @@ class VramTier:
         self._lendable = range(slots - lent, slots)
         self._borrowed = False
         self.link = LinkCounters()
-        self._lists = SlotLists(device, min(max_tokens, FEW_TOKENS) * shape.top_k, shape.experts)
-        self._groups = GroupTables(device, max_tokens * shape.top_k, shape.experts)
+        self._launches = SlotLaunches(device, kernels, self.slab, max_tokens, shape.top_k, shape.experts)
         self._table = device.empty((shape.layers, shape.experts), torch.int32)
         self._table_valid = False
         self._lookahead = LookAhead(ram.residency.policy, prefetch_depth=prefetch_depth) if prefetch else None
         self._job: LayerJob | None = None
-        self._grouped = False  # whether the positions of the job have been grouped
         self._open: deque[tuple[Decision, Service | None]] = deque()
         self._sources: deque[_Copy] = deque()
         self._waves: deque[_Wave] = deque()
@@ -205,7 +187,6 @@ class VramTier:
         `settle` comes before it, `end_layer` after it.
         """
         self._job = job
-        self._grouped = False
         side, below = self._in_place, self._computed_below(job, wanted)
         # Opened even when it is empty: what the router chose counts for RAM, too.
         demand = self._ram.open(job.layer, below)
@@ -321,8 +302,7 @@ class VramTier:
         self._sources.clear()
         self._waves.clear()
         self._promotions.clear()
-        self._lists.abandon()
-        self._groups.abandon()
+        self._launches.abandon()
         self.residency.abandon()
 
     def _computed_below(self, job: LayerJob, wanted: list[int]) -> list[int]:
@@ -346,7 +326,7 @@ class VramTier:
     def _finish(self, decision: Decision) -> None:
         expected, demand = self._open.popleft()
         assert expected is decision, "waves are finished in the order in which they were started"
-        wave = _Launches(self, decision)
+        wave = _Work(self, decision)
         if demand is None or not demand.held.hits:
             wave.resident()  # the first expert from RAM may take a while
         if demand is not None:
@@ -354,7 +334,7 @@ class VramTier:
         held = decision.slots()
         for slot in held:
             self.residency.hold(slot)
-        self._waves.append(_Wave(held, wave.end(), wave.hits))
+        self._waves.append(_Wave(held, self._launches.end(), wave.hits))
         while len(self._waves) > 1:
             self._retire()
 
@@ -375,14 +355,6 @@ class VramTier:
         begin = begin or copies.record(timed=True)
         copies.copy(self._targets[slot], self._ram.weights(source).buffer[: self._stride])
         return _Copy(begin, copies.record(timed=True), source)
-
-    def _group(self) -> None:
-        """Group the positions of the job, once."""
-        job = self._job
-        assert job is not None
-        if not self._grouped:
-            self._groups.begin(job.flat, self._kernels.tile_rows(self.slab.layout, job.x.shape[0]))
-            self._grouped = True
 
     def _join(self, slot: int) -> None:
         """A promotion under way is demanded: the compute stream waits for it, the host does not."""
@@ -485,80 +457,46 @@ class VramTier:
         self.residency.loaded(slot)
 
 
-class _Launches:
-    """The kernels of one wave, as the bytes of its experts come to lie in their slots."""
+class _Work:
+    """What one wave queues, as the bytes of its experts come to lie in their slots."""
 
     def __init__(self, tier: VramTier, decision: Decision) -> None:
+        assert tier._job is not None
         self.hits: tuple[Event, Event, int] | None = None
         self._tier = tier
+        self._job = tier._job
         self._decision = decision
         self._slots = {expert: slot for expert, slot, _ in decision.loads}
-        self._resident = False
-        self._lists: dict[int, Tensor] = {}
-        job = tier._job
-        assert job is not None
-        self._job = job
-        self._few = job.x.shape[0] <= FEW_TOKENS
-        if self._few and len(job.flat):
-            self._send_all()
+        self._begun = False
 
     def resident(self) -> None:
         """Queue the kernels of what is there or on its way already."""
-        self._resident = True
-        tier, hits, compute = self._tier, self._decision.hits, self._tier.device.compute
+        self._begun = True
+        tier, job, decision, compute = self._tier, self._job, self._decision, self._tier.device.compute
+        hits = [decision.hits] if decision.hits else []
+        tier._launches.announce(job, [*hits, *([pair] for pair in (*decision.joins, *self._slots.items()))])
         timed = bool(hits) and tier._decoding and tier._in_place is not None  # nobody else asks how long they take
         begun = compute.record(timed=True) if timed else None
-        self._launch(hits)
+        tier._launches.launch(job, decision.hits)
         if begun is not None:
-            self.hits = begun, compute.record(timed=True), len(hits)
-        for expert, slot in self._decision.joins:
+            self.hits = begun, compute.record(timed=True), len(decision.hits)
+        for expert, slot in decision.joins:
             tier._join(slot)
-            self._launch([(expert, slot)])
+            tier._launches.launch(job, [(expert, slot)])
 
     def arrived(self, there: Sequence[tuple[int, int]]) -> None:
         """Experts lie in RAM slots: copy them and compute each behind its copy."""
         tier = self._tier
         copies = tier._copy_in(there, self._slots)
-        if not self._resident:  # the link comes first: it is what everything waits for
+        if not self._begun:  # the link comes first: it is what everything waits for
             self.resident()
-        for batch in _batches(len(there), 1 if self._few else BATCH, last=not tier._open):
+        for batch in _batches(len(there), 1 if self._job.few else BATCH, last=not tier._open):
             # They come in order: the last of them is the one to wait for.
             tier.device.compute.wait(copies[batch.stop - 1].end)
             pairs = [(expert, self._slots[expert]) for expert, _ in there[batch.start : batch.stop]]
             for _, slot in pairs:  # whatever the compute stream does from now on finds the bytes there
                 tier.residency.loaded(slot)
-            self._launch(pairs)
-
-    def end(self) -> Event:
-        """The point behind all kernels of the wave."""
-        used = self._tier.device.compute.record()
-        if self._lists:
-            self._tier._lists.free(used)
-        return used
-
-    def _send_all(self) -> None:
-        """The slot lists of all launches in one copy."""
-        decision = self._decision
-        groups = [decision.hits] if decision.hits else []
-        groups += [[pair] for pair in decision.joins]
-        groups += [[(expert, slot)] for expert, slot, _ in decision.loads]
-        lists = self._tier._lists.send(groups, self._job.flat)
-        self._lists = {group[0][0]: sent for group, sent in zip(groups, lists, strict=True)}
-
-    def _launch(self, experts: Sequence[tuple[int, int]]) -> None:
-        """Queue the kernels of (expert, slot) pairs, for all positions of each."""
-        job, tier = self._job, self._tier
-        if not experts or not len(job.flat):
-            return
-        if self._few:
-            slots = self._lists[experts[0][0]]
-            work = partial(tier._kernels.slot_experts, tier.slab, job.x, slots, job.partial)
-        else:
-            tier._group()
-            work = partial(_compute_groups, tier._kernels, tier.slab, job, tier._groups.send(experts))
-        tier.device.compute.launch(work, reads=[tier._bytes[slot] for _, slot in experts], writes=[job.partial])
-        if not self._few:
-            tier._groups.free(tier.device.compute.record())
+            tier._launches.launch(self._job, pairs)
 
 
 def _batches(count: int, most: int, last: bool) -> Iterator[range]:
@@ -572,12 +510,6 @@ def _batches(count: int, most: int, last: bool) -> Iterator[range]:
         size = min(most, max(1, left // 2) if last else left)
         yield range(begin, begin + size)
         begin += size
-
-
-def _compute_groups(kernels: DeviceKernels, slab: ExpertSlab, job: LayerJob, groups: Groups) -> None:
-    if job.inputs is None:
-        job.inputs = kernels.group_input(slab.layout, job.x)
-    kernels.group_experts(slab, job.inputs, groups, job.partial)
 
 
 def _assign(target: Tensor, values: Tensor) -> None:
