@@ -20,7 +20,7 @@ from offload.kernels.triton.launch import Launcher, start
 from offload.quant import QuantizedTensor
 from offload.types import ceil_div
 
-SPLIT = 512
+SPLIT = 256
 """Past tokens per program of latent attention while decoding."""
 
 
@@ -40,11 +40,11 @@ class TritonKernels:
 
     def swiglu_mlp(self, x: Tensor, gate: QuantizedTensor, up: QuantizedTensor, down: QuantizedTensor) -> Tensor:
         _check(x, gate.cols)
-        g, u = self._packed(gate), self._packed(up)
-        if x.shape[0] <= FEW_TOKENS and g.format == u.format and g.cols == x.shape[1]:
-            return linear.product(self._launch, linear.mlp_hidden(self._launch, x, g, u), self._packed(down))
+        g, u, d = self._packed(gate), self._packed(up), self._packed(down)
+        if x.shape[0] <= FEW_TOKENS and g.format == u.format == d.format and g.rows == d.cols:
+            return linear.mlp(self._launch, x, g, u, d)
         h = torch.nn.functional.silu(linear.product(self._launch, x, g)) * linear.product(self._launch, x, u)
-        return linear.product(self._launch, h, self._packed(down))
+        return linear.product(self._launch, h, d)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         width = x.shape[-1]
@@ -134,12 +134,15 @@ class TritonKernels:
             acc = torch.empty((tokens, heads, splits, rank), dtype=torch.float32, device=out.device)
             top = torch.empty((2, tokens, heads, splits), dtype=torch.float32, device=out.device)
             top, total = top
-        block = 32 if heads > 16 else 16  # the cache is read once per block of heads; 64 would spill
+        if few:  # a program for few heads and many rows at a time: what counts is how soon its loads are under way
+            block, span = 16, 64
+        else:  # the cache is read once per block of heads; 64 would spill
+            block, span = 32 if heads > 16 else 16, 32
         self._launch(
             mla.mla_split_kernel, (ceil_div(heads, block), splits, tokens),
             q_latent, q_rope, cache, start, acc, top, total, heads, rank, rope, scale, splits,
-            SPLIT=SPLIT if few else 1 << 30, ALONE=splits == 1, H=block, S=32,
-            R=max(_power_of_two(rank), 16), D=max(_power_of_two(rope), 16), num_warps=8, num_stages=2,
+            SPLIT=SPLIT if few else 1 << 30, ALONE=splits == 1, H=block, S=span,
+            R=max(_power_of_two(rank), 16), D=max(_power_of_two(rope), 16), num_warps=4, num_stages=2,
         )  # fmt: skip
         if splits > 1:
             self._launch(

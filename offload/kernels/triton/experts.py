@@ -14,7 +14,7 @@ from offload.kernels.device import FEW_TOKENS, ExpertSlab, Groups, SlabLayout
 from offload.kernels.triton import groups, slots
 from offload.kernels.triton.formats import Format, PackedExperts, pack_experts
 from offload.kernels.triton.launch import Launcher
-from offload.kernels.triton.linear import activations
+from offload.kernels.triton.linear import activations, arrange
 from offload.kernels.triton.rows import INT2, INT3, NF4
 from offload.types import ceil_div
 
@@ -46,13 +46,11 @@ def group_tile(form: Format, tokens: int) -> dict[str, int]:
     part = 2 if form.kind in (NF4.value, INT3.value, INT2.value) else 1
     if tokens <= 512:
         return {"M": 16, "N": 64 // part, "K": 128, "num_warps": 4, "num_stages": 3}
-    return {"M": 64, "N": 32 // part, "K": 64, "num_warps": 4, "num_stages": 3}
+    return {"M": 64, "N": 64 // part, "K": 64, "num_warps": 4, "num_stages": 3}
 
 
-def position_blocks(form: Format, matrices: int) -> dict[str, int]:
-    """Rows of each of `matrices` per program of the kernels by position, 16 in all."""
-    rows = 8 if form.kind == NF4.value else 16  # values that are looked up take registers, more than spill
-    return {"N": rows // matrices, "UNITS": 32, "num_warps": 4}
+POSITION_BLOCKS = {"UNITS": 32, "num_warps": 1}
+"""Units and warps per program of the kernels by position: a warp with four rows. See `row_blocks`."""
 
 
 def _by_position(
@@ -63,15 +61,17 @@ def _by_position(
     words, scales = slab.data.view(torch.int32), slab.data.view(parts.up.scale_dtype)
     pitches = words.shape[1], scales.shape[1]
     at = {p: offset // 4 for p, offset in parts.payload.items()}
-    h = torch.empty((positions, width), dtype=torch.float32, device=x.device)
-    blocks = position_blocks(parts.up, 2)
+    h_width, h_cols = parts.down.x_width(width), parts.down.x_cols(width)
+    h = torch.empty((positions, h_width), dtype=torch.float32, device=x.device)
+    blocks = {"N": 2} | POSITION_BLOCKS  # of gate and of up
     launch(
-        slots.gate_up_kernel, (ceil_div(width, blocks["N"]), positions),
-        words, scales, slot_of, x, h, *pitches,
+        slots.gate_up_kernel, (ceil_div(h_cols, blocks["N"]), positions),
+        words, scales, slot_of, arrange(launch, x, parts.up, hidden), h, *pitches,
         at["gate_proj"], at["up_proj"], parts.scale["gate_proj"], parts.scale["up_proj"],
-        width, hidden, *_grid(parts.up, hidden), top_k, parts.up.aid(x.device), **parts.up.rows_meta, **blocks,
+        width, hidden, *_grid(parts.up, hidden), parts.down.x_words(width), h_width, h_cols,
+        top_k, parts.up.aid(x.device), **parts.up.rows_meta, **blocks,
     )  # fmt: skip
-    blocks = position_blocks(parts.down, 1)
+    blocks = {"N": 4} | POSITION_BLOCKS
     launch(
         slots.down_kernel, (ceil_div(hidden, blocks["N"]), positions),
         words, scales, slot_of, h, partial, *pitches, at["down_proj"], parts.scale["down_proj"],
@@ -117,5 +117,5 @@ def grouped_experts(launch: Launcher, slab: ExpertSlab, a: Tensor, table: Groups
     )  # fmt: skip
 
 
-def _grid(form: Format, cols: int) -> tuple[int, int]:
-    return form.row_words(cols), form.scale_cols(cols)
+def _grid(form: Format, cols: int) -> tuple[int, int, int, int]:
+    return form.row_words(cols), form.scale_cols(cols), form.x_words(cols), form.x_width(cols)

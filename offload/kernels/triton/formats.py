@@ -17,7 +17,7 @@ from offload.quant import Codec, QuantizedTensor
 from offload.quant.fp8 import Fp8Codec
 from offload.quant.grouped import GroupedIntCodec
 from offload.quant.nf4 import TABLE, Nf4Codec
-from offload.types import ceil_div
+from offload.types import align_up, ceil_div
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,18 @@ class Format:
 
     def row_words(self, cols: int) -> int:
         return ceil_div(cols * self.bits, 32)
+
+    def x_words(self, cols: int) -> int:
+        """Elements between column i and column i + 1 of a word in a vector that is `arranged` (rows.py)."""
+        return align_up(self.row_words(cols), 4)
+
+    def x_width(self, cols: int) -> int:
+        """Elements of such a vector."""
+        return align_up(cols, 4) if self.kind == INT3.value else self.per_word * self.x_words(cols)
+
+    def x_cols(self, cols: int) -> int:
+        """Columns of such a vector that are read: to the end of the last word."""
+        return cols if self.kind == INT3.value else self.per_word * self.row_words(cols)
 
     def scale_cols(self, cols: int) -> int:
         return ceil_div(cols, self.group)

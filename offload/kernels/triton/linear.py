@@ -21,15 +21,26 @@ from offload.quant import QuantizedTensor, get_codec
 from offload.types import ceil_div
 
 
-def row_blocks(row_count: int) -> dict[str, int]:
-    """Rows and units of 16 bytes per program of the kernels on words.
+ARRANGED = 1024
+"""Columns per program of `arrange`."""
 
-    A matrix of few rows is cut finer, with all four warps along a row, so that there are programs for every
-    multiprocessor and each has at least 8 KiB on its way.
+
+def row_blocks(rows: int, cols: int, form: Format) -> dict[str, int]:
+    """Rows, units of 16 bytes and warps per program of the kernels on words.
+
+    Many short programs hide the way of the bytes better than few long ones: a warp with a few rows each, as measured
+    on an H200. Where rows are few, or long, four warps share them, so that there are programs for every
+    multiprocessor.
     """
-    if row_count >= 4096:
-        return {"N": 16, "UNITS": 32, "num_warps": 4}
-    return {"N": 4, "UNITS": 128, "num_warps": 4}
+    if rows < 4096:
+        return _blocks(2 if form.bits > 4 else 4, warps=4)
+    if rows < 16384:
+        return _blocks(2, warps=4 if cols > 8192 else 1)
+    return _blocks(4, warps=1)
+
+
+def _blocks(rows: int, warps: int) -> dict[str, int]:
+    return {"N": rows, "UNITS": 32 * warps, "num_warps": warps}
 
 
 def tile_blocks(tokens: int) -> dict[str, int]:
@@ -38,7 +49,7 @@ def tile_blocks(tokens: int) -> dict[str, int]:
         return {"M": 16, "N": 32, "K": 128, "num_warps": 4, "num_stages": 3}
     if tokens <= 64:
         return {"M": 32, "N": 64, "K": 128, "num_warps": 4, "num_stages": 3}
-    return {"M": 128, "N": 64, "K": 64, "num_warps": 8, "num_stages": 3}
+    return {"M": 128, "N": 64, "K": 64, "num_warps": 4, "num_stages": 3}
 
 
 def packed(weight: QuantizedTensor) -> Packed:
@@ -65,28 +76,38 @@ def activations(x: Tensor, form: Format) -> tuple[Tensor, int]:
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).contiguous(), x.shape[-1] // 2
 
 
+def arrange(launch: Launcher, x: Tensor, form: Format, cols: int) -> Tensor:
+    """x [.., cols] as the kernels on words read vectors: [V, x_width]."""
+    width = form.x_width(cols)
+    vectors, padded = x.numel() // x.shape[-1], form.x_cols(cols)
+    out = torch.empty((vectors, width), dtype=torch.float32, device=x.device)
+    launch(
+        rows.arrange_kernel, (vectors, ceil_div(padded, ARRANGED)), x, out, x.shape[-1], padded, form.x_words(cols), width,
+        KIND=form.kind, PER_WORD=form.per_word, C=ARRANGED, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
 def product(
     launch: Launcher, x: Tensor, weight: Packed, heads: int = 1, head_rows: int = 0, first_row: int = 0
 ) -> Tensor:
     """out[t, h, n] = W[h * head_rows + first_row + n] . x[t, h]; x [T, heads, K], or [T, K] for one head."""
     tokens = x.shape[0]
-    if weight.cols != x.shape[-1]:
-        x = pad(x, (0, weight.cols - x.shape[-1]))
     count = head_rows - first_row if heads > 1 or head_rows else weight.rows
     out = torch.empty((*x.shape[:-1], count), dtype=torch.float32, device=x.device)
     form, cols = weight.format, weight.cols
     scale_cols = form.scale_cols(cols)
     if tokens <= FEW_TOKENS:
-        blocks = row_blocks(count * heads)
-        if form.kind == INT8.value and blocks["N"] == 16:
-            blocks["maxnreg"] = 80  # for sm_80 the compiler would rather spill eight bytes than use more than 72
+        blocks = row_blocks(count * heads, cols, form)
         grid = (tokens * heads, ceil_div(count, blocks["N"]))
         launch(
-            rows.rows_kernel, grid, weight.words, weight.scale, x, out,
-            count, cols, form.row_words(cols), scale_cols, heads, head_rows, first_row, form.aid(x.device),
-            **form.rows_meta, **blocks,
+            rows.rows_kernel, grid, weight.words, weight.scale, arrange(launch, x, form, cols), out,
+            count, cols, form.row_words(cols), scale_cols, form.x_words(cols), form.x_width(cols),
+            heads, head_rows, first_row, form.aid(x.device), **form.rows_meta, **blocks,
         )  # fmt: skip
         return out
+    if cols != x.shape[-1]:
+        x = pad(x, (0, cols - x.shape[-1]))
     blocks = tile_blocks(tokens)
     a, part = activations(x, form)
     tiled = (ceil_div(tokens, blocks["M"]), ceil_div(count, blocks["N"]), heads)
@@ -98,17 +119,26 @@ def product(
     return out
 
 
-def mlp_hidden(launch: Launcher, x: Tensor, gate: Packed, up: Packed) -> Tensor:
-    """silu(gate x) * (up x) for a few tokens, in one launch; both weights have one format and shape."""
-    form, cols, count = gate.format, gate.cols, gate.rows
-    blocks = row_blocks(count)
-    h = torch.empty((x.shape[0], count), dtype=torch.float32, device=x.device)
+def mlp(launch: Launcher, x: Tensor, gate: Packed, up: Packed, down: Packed) -> Tensor:
+    """down(silu(gate x) * (up x)) for a few tokens, what lies between staying `arranged`; one format, gate like up."""
+    form, cols, count, tokens = gate.format, gate.cols, gate.rows, x.shape[0]
+    blocks = row_blocks(count, cols, form)
+    h_width, h_cols = form.x_width(count), form.x_cols(count)
+    h = torch.empty((tokens, h_width), dtype=torch.float32, device=x.device)
     launch(
-        rows.mlp_kernel, (x.shape[0], ceil_div(count, blocks["N"])),
-        gate.words, gate.scale, up.words, up.scale, x, h,
-        count, cols, form.row_words(cols), form.scale_cols(cols), form.aid(x.device), **form.rows_meta, **blocks,
+        rows.mlp_kernel, (tokens, ceil_div(h_cols, blocks["N"])),
+        gate.words, gate.scale, up.words, up.scale, arrange(launch, x, form, cols), h,
+        count, cols, form.row_words(cols), form.scale_cols(cols), form.x_words(cols), form.x_width(cols),
+        form.x_words(count), h_width, h_cols, form.aid(x.device), **form.rows_meta, **blocks,
     )  # fmt: skip
-    return h
+    out = torch.empty((tokens, down.rows), dtype=torch.float32, device=x.device)
+    blocks = row_blocks(down.rows, count, form)
+    launch(
+        rows.rows_kernel, (tokens, ceil_div(down.rows, blocks["N"])), down.words, down.scale, h, out,
+        down.rows, count, form.row_words(count), form.scale_cols(count), form.x_words(count), h_width,
+        1, 0, 0, form.aid(x.device), **form.rows_meta, **blocks,
+    )  # fmt: skip
+    return out
 
 
 def into_latent(launch: Launcher, q: Tensor, weight: Packed) -> Tensor:
@@ -120,13 +150,13 @@ def into_latent(launch: Launcher, q: Tensor, weight: Packed) -> Tensor:
     if depth > 256:
         raise KernelError(f"qk_nope_head_dim {nope} is larger than the 256 that device kernels take")
     if tokens <= FEW_TOKENS:
-        width = 32
+        width = 8
         columns = form.row_words(rank) if form.bits >= 4 else rank
         launch(
             absorb.absorb_rows_kernel, (tokens * heads, ceil_div(columns, width)),
             weight.words, weight.scale, q, out,
             heads, nope, head_rows, rank, form.row_words(rank), form.scale_cols(rank), form.aid(q.device),
-            **form.rows_meta, N=depth, W=width, num_warps=4,
+            **form.rows_meta, N=depth, W=width, num_warps=2,
         )  # fmt: skip
         return out
     tile_m = 16 if tokens <= 16 else 64

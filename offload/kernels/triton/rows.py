@@ -77,6 +77,51 @@ def x_factor(i: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
+def lifted(w, i: tl.constexpr, aid):
+    """Code i of the eight int4 in each word as 1 + code / 2^e, e the exponent of `arranged`; `aid` is the bits of 1.0.
+
+    A shift brings two codes to the top of the mantissa at once, an `&` and an `|` take one of them. The ones are
+    subtracted once per unit, which costs less than what `unpack` subtracts from every code.
+    """
+    pair: tl.constexpr = i // 2
+    w = w << (15 - 8 * pair) if pair < 2 else w >> (8 * pair - 15)
+    value = ((w & (15 << (15 + 4 * (i % 2)))) | aid).to(tl.float32, bitcast=True)
+    return value if i % 2 else value - 1.03125
+
+
+@triton.jit
+def arranged(col, x_words, KIND: tl.constexpr, PER_WORD: tl.constexpr):
+    """Where column `col` of a vector lies for `row_products`, and the power of two it is multiplied with.
+
+    The first column of every word, then the second of every word, ...: so a warp whose threads have a word each
+    loads what they need side by side. int3, whose codes lie across words, takes x as it is.
+    """
+    i = col % PER_WORD
+    if KIND == INT4:
+        exponent = 8 - 4 * (i % 2)
+    elif KIND == INT8:
+        exponent = -8 * (i % 2)
+    elif KIND == FP8:
+        exponent = 0 * i + 64  # away from the underflow of unpack's 2^-120
+    elif KIND == INT2:
+        exponent = -2 * (i % 11)
+    else:
+        exponent = 0 * i
+    at = col if KIND == INT3 else i * x_words + col // PER_WORD
+    return at, ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def arrange_kernel(x_ptr, out_ptr, cols, padded, x_words, x_width, KIND: tl.constexpr, PER_WORD: tl.constexpr, C: tl.constexpr):
+    """x [V, cols] as `row_products` reads it, [V, x_width]; columns from `cols` to `padded`, the end of the last word, are 0."""
+    vector = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * C + tl.arange(0, C)
+    x = tl.load(x_ptr + vector * cols + col, mask=col < cols, other=0.0)
+    at, factor = arranged(col, x_words, KIND, PER_WORD)
+    tl.store(out_ptr + vector * x_width + at, x * factor, mask=col < padded)
+
+
+@triton.jit
 def three_bits(w0, w1, w2, i: tl.constexpr, aid):
     """Code i of the 32 in three words as fp32, times 1 / three_bits_factor(i)."""
     at: tl.constexpr = 3 * i % 32
@@ -127,10 +172,10 @@ def three_bit_row_products(
 
 @triton.jit
 def row_products(
-    words_ptr, word_at, scale_ptr, scale_at, row_mask, x_ptr, cols, row_words, aid,
+    words_ptr, word_at, scale_ptr, scale_at, row_mask, x_ptr, cols, row_words, x_words, aid,
     KIND: tl.constexpr, PER_WORD: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Rows times x [cols]: fp32 [N].
+    """Rows times x [cols], which is `arranged`: fp32 [N].
 
     word_at, scale_at int32 [N]: first word and first scale of each row, of `row_words` words and a scale for every
     GROUP columns; row_mask bool [N].
@@ -141,28 +186,41 @@ def row_products(
         )
     else:
         return unit_row_products(
-            words_ptr, word_at, scale_ptr, scale_at, row_mask, x_ptr, cols, row_words, aid,
+            words_ptr, word_at, scale_ptr, scale_at, row_mask, x_ptr, cols, row_words, x_words, aid,
             KIND, PER_WORD, GROUP, N, UNITS,
         )  # fmt: skip
 
 
 @triton.jit
 def unit_row_products(
-    words_ptr, word_at, scale_ptr, scale_at, row_mask, x_ptr, cols, row_words, aid,
+    words_ptr, word_at, scale_ptr, scale_at, row_mask, x_ptr, cols, row_words, x_words, aid,
     KIND: tl.constexpr, PER_WORD: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """`row_products` of formats whose columns are whole within a word, by units of four words."""
+    """`row_products` of formats whose columns are whole within a word, by units of four words.
+
+    UNITS is 32 for every warp of a program: then a thread has one unit of each of the N rows and loads x in the same
+    layout. With fewer, x would pass through shared memory for every column of a word, with two barriers each time.
+    """
     acc = tl.zeros((N, UNITS), tl.float32)
     u = tl.arange(0, UNITS)
+    one = aid ^ 0x74800000 if KIND == INT4 else aid  # the bits of 1.0, out of the compiler's sight as `aid` is
+    x_words = tl.multiple_of(x_words, 4)
     for first in tl.range(0, row_words, 4 * UNITS):
         word = first + u[:, None] * 4 + tl.arange(0, 4)[None, :]  # [UNITS, 4]
-        there = (word < row_words)[None, :, :] & row_mask[:, None, None]
+        inside = word < row_words
+        there = inside[None, :, :] & row_mask[:, None, None]
         w = tl.load(words_ptr + word_at[:, None, None] + word[None, :, :], mask=there, other=0)  # [N, UNITS, 4]
         p = tl.zeros((N, UNITS, 4), tl.float32)
+        ones = tl.zeros((UNITS, 4), tl.float32)
         for i in tl.static_range(PER_WORD):
-            col = word * PER_WORD + i
-            x = tl.load(x_ptr + col, mask=col < cols, other=0.0) * x_factor(i, KIND)  # [UNITS, 4]
-            p = tl.fma(unpack(w, i, KIND, aid), tl.broadcast_to(x[None], p.shape), p)
+            x = tl.load(x_ptr + i * x_words + word, mask=inside, other=0.0)  # [UNITS, 4]
+            if KIND == INT4:
+                value = lifted(w, i, one)
+                if i % 2:
+                    ones = tl.fma(x, tl.full(ones.shape, 1.5, tl.float32), ones)
+            else:
+                value = unpack(w, i, KIND, aid)
+            p = tl.fma(value, tl.broadcast_to(x[None], p.shape), p)
         if KIND == BF16:
             acc += tl.sum(p, 2)
         elif GROUP < 4 * PER_WORD:  # groups of int2 are smaller than a unit: a scale per word
@@ -172,12 +230,14 @@ def unit_row_products(
             acc += tl.sum(p * scale.to(tl.float32), 2)
         else:
             unit = tl.sum(p, 2)  # [N, UNITS]
+            if KIND == INT4:
+                unit -= tl.sum(ones, 1)[None, :]
             col = (first + u * 4) * PER_WORD
             there = (col < cols)[None, :] & row_mask[:, None]
             scale = tl.load(scale_ptr + scale_at[:, None] + (col // GROUP)[None, :], mask=there, other=0.0)
             scale = scale.to(tl.float32)
             if KIND == FP8:
-                scale = scale * 72057594037927936.0  # 2^56: with x_factor, the 2^120 of unpack
+                scale = scale * 72057594037927936.0  # 2^56: with the 2^64 of x, the 2^120 of unpack
             acc = tl.fma(unit, scale, acc)
     return tl.sum(acc, 1)
 
@@ -192,6 +252,8 @@ def rows_kernel(
     cols,
     row_words,
     scale_cols,
+    x_words,
+    x_width,
     heads,
     head_rows,  # rows from one head's matrix to the next
     first_row,
@@ -203,13 +265,13 @@ def rows_kernel(
     N: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """out[t, h, n] = W[h * head_rows + first_row + n] . x[t, h] for a block of N rows; a linear layer has one head."""
+    """out[t, h, n] = W[h * head_rows + first_row + n] . x[t, h] for a block of rows; a linear layer has one head."""
     vector = tl.program_id(0)  # t * heads + h. Fastest: programs that read the same rows run together
     n = tl.program_id(1) * N + tl.arange(0, N)
     row = vector % heads * head_rows + first_row + n
     out = row_products(
         words_ptr, row * row_words, scale_ptr, row // BLOCK_ROWS * scale_cols, n < rows,
-        x_ptr + vector * cols, cols, row_words, aid,
+        x_ptr + vector * x_width, cols, row_words, x_words, aid,
         KIND, PER_WORD, GROUP, N, UNITS,
     )  # fmt: skip
     tl.store(out_ptr + vector * rows + n, out, mask=n < rows)
@@ -227,6 +289,11 @@ def mlp_kernel(
     cols,
     row_words,
     scale_cols,
+    x_words,
+    x_width,
+    h_words,
+    h_width,
+    h_cols,
     aid,
     KIND: tl.constexpr,
     PER_WORD: tl.constexpr,
@@ -235,16 +302,17 @@ def mlp_kernel(
     N: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """h[t, n] = silu(gate[n] . x[t]) * (up[n] . x[t]) for a block of N rows."""
+    """h[t, n] = silu(gate[n] . x[t]) * (up[n] . x[t]) for a block of rows."""
     token = tl.program_id(0)
     n = tl.program_id(1) * N + tl.arange(0, N)
     scale_at = n // BLOCK_ROWS * scale_cols
     gate = row_products(
         gate_words_ptr, n * row_words, gate_scale_ptr, scale_at, n < rows,
-        x_ptr + token * cols, cols, row_words, aid, KIND, PER_WORD, GROUP, N, UNITS,
+        x_ptr + token * x_width, cols, row_words, x_words, aid, KIND, PER_WORD, GROUP, N, UNITS,
     )  # fmt: skip
     up = row_products(
         up_words_ptr, n * row_words, up_scale_ptr, scale_at, n < rows,
-        x_ptr + token * cols, cols, row_words, aid, KIND, PER_WORD, GROUP, N, UNITS,
+        x_ptr + token * x_width, cols, row_words, x_words, aid, KIND, PER_WORD, GROUP, N, UNITS,
     )  # fmt: skip
-    tl.store(h_ptr + token * rows + n, gate / (1.0 + tl.exp(-gate)) * up, mask=n < rows)
+    at, factor = arranged(n, h_words, KIND, PER_WORD)
+    tl.store(h_ptr + token * h_width + at, gate / (1.0 + tl.exp(-gate)) * up * factor, mask=n < h_cols)

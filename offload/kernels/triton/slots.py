@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from offload.kernels.triton.rows import row_products
+from offload.kernels.triton.rows import arranged, row_products
 
 
 @triton.jit
@@ -29,6 +29,11 @@ def gate_up_kernel(
     cols,
     row_words,
     scale_cols,
+    x_words,
+    x_width,
+    h_words,
+    h_width,
+    h_cols,
     top_k,
     aid,
     KIND: tl.constexpr,
@@ -50,12 +55,13 @@ def gate_up_kernel(
     scale_at = tl.where(r < N, gate_scales, up_scales) + n // BLOCK_ROWS * scale_cols
     both = row_products(
         words_ptr + slot * pitch_words, word_at, scale_ptr + slot * pitch_scales, scale_at, n < rows,
-        x_ptr + p // top_k * cols, cols, row_words, aid,
+        x_ptr + p // top_k * x_width, cols, row_words, x_words, aid,
         KIND, PER_WORD, GROUP, 2 * N, UNITS,
     )  # fmt: skip
     gate, up = tl.split(tl.trans(tl.reshape(both, (2, N))))
     n = tl.program_id(0) * N + tl.arange(0, N)
-    tl.store(h_ptr + p * rows + n, gate / (1.0 + tl.exp(-gate)) * up, mask=n < rows)
+    at, factor = arranged(n, h_words, KIND, PER_WORD)
+    tl.store(h_ptr + p * h_width + at, gate / (1.0 + tl.exp(-gate)) * up * factor, mask=n < h_cols)
 
 
 @triton.jit
@@ -73,6 +79,8 @@ def down_kernel(
     cols,
     row_words,
     scale_cols,
+    h_words,
+    h_width,
     aid,
     KIND: tl.constexpr,
     PER_WORD: tl.constexpr,
@@ -90,7 +98,7 @@ def down_kernel(
     out = row_products(
         words_ptr + slot * pitch_words, down_words + n * row_words,
         scale_ptr + slot * pitch_scales, down_scales + n // BLOCK_ROWS * scale_cols, n < rows,
-        h_ptr + p * cols, cols, row_words, aid,
+        h_ptr + p * h_width, cols, row_words, h_words, aid,
         KIND, PER_WORD, GROUP, N, UNITS,
     )  # fmt: skip
     tl.store(partial_ptr + p * rows + n, out, mask=n < rows)

@@ -48,8 +48,9 @@ def nibble(b, odd: tl.constexpr, KIND: tl.constexpr, aid):
         code = (b & 15) if odd else (b >> 4)
         return tl.load(aid + code.to(tl.int32))
     else:
+        b = b.to(tl.int32)
         code = (b >> 4) if odd else (b & 15)
-        return code.to(tl.float32) - 8.0
+        return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0  # 2^23 + code: cheaper than a conversion
 
 
 @triton.jit
@@ -99,15 +100,16 @@ def tile_products(
         # Counted in bytes: only so does the compiler see that loads are aligned. A sum for each half: it only
         # overlaps loads with products that do not wait for each other.
         other = acc
-        for first in tl.range(0, tl.cdiv(cols, 2), K // 2):
+        for first in tl.range(0, part, K // 2):
             c = first + tl.arange(0, K // 2)
-            even, odd = c * 2 < cols, c * 2 + 1 < cols
-            b = tl.load(raw_ptr + row_at[:, None] + c[None, :], mask=n_mask[:, None] & even[None, :], other=0x88)
+            inside = c < part  # an odd column behind the last one meets a zero of x
+            b = tl.load(raw_ptr + row_at[:, None] + c[None, :], mask=n_mask[:, None] & inside[None, :], other=0x88)
             scale = scale_tile(scale_ptr, scale_at, n_mask, first * 2, cols, GROUP, N, K, K // 2)
-            x = tl.load(x_ptr + x_at[:, None] + c[None, :], mask=m_mask[:, None] & even[None, :], other=0.0)
+            mask = m_mask[:, None] & inside[None, :]
+            x = tl.load(x_ptr + x_at[:, None] + c[None, :], mask=mask, other=0.0)
             w = bf16(nibble(b, False, KIND, aid) * scale)
             acc = dot(x, tl.trans(w), acc)
-            x = tl.load(x_ptr + part + x_at[:, None] + c[None, :], mask=m_mask[:, None] & odd[None, :], other=0.0)
+            x = tl.load(x_ptr + part + x_at[:, None] + c[None, :], mask=mask, other=0.0)
             w = bf16(nibble(b, True, KIND, aid) * scale)
             other = dot(x, tl.trans(w), other)
         return acc + other
