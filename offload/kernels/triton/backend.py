@@ -23,6 +23,9 @@ from offload.types import ceil_div
 SPLIT = 256
 """Past tokens per program of latent attention while decoding."""
 
+HEADS = 16
+"""Heads per program of latent attention. With 32, the cache is read half as often and registers spill."""
+
 
 class TritonKernels:
     """Kernels in Triton. `launch` stands in for the device in tools and tests."""
@@ -134,14 +137,10 @@ class TritonKernels:
             acc = torch.empty((tokens, heads, splits, rank), dtype=torch.float32, device=out.device)
             top = torch.empty((2, tokens, heads, splits), dtype=torch.float32, device=out.device)
             top, total = top
-        if few:  # a program for few heads and many rows at a time: what counts is how soon its loads are under way
-            block, span = 16, 64
-        else:  # the cache is read once per block of heads; 64 would spill
-            block, span = 32 if heads > 16 else 16, 32
         self._launch(
-            mla.mla_split_kernel, (ceil_div(heads, block), splits, tokens),
+            mla.mla_split_kernel, (ceil_div(heads, HEADS), splits, tokens),
             q_latent, q_rope, cache, start, acc, top, total, heads, rank, rope, scale, splits,
-            SPLIT=SPLIT if few else 1 << 30, ALONE=splits == 1, H=block, S=span,
+            SPLIT=SPLIT if few else 1 << 30, ALONE=splits == 1, H=HEADS, S=64,
             R=max(_power_of_two(rank), 16), D=max(_power_of_two(rope), 16), num_warps=4, num_stages=2,
         )  # fmt: skip
         if splits > 1:

@@ -16,10 +16,9 @@ from offload.kernels.device import FEW_TOKENS
 from offload.kernels.triton import absorb, rows, tiles
 from offload.kernels.triton.formats import Format, Packed, pack
 from offload.kernels.triton.launch import Launcher
-from offload.kernels.triton.rows import INT8, NF4
+from offload.kernels.triton.rows import NF4
 from offload.quant import QuantizedTensor, get_codec
 from offload.types import ceil_div
-
 
 ARRANGED = 1024
 """Columns per program of `arrange`."""
@@ -82,7 +81,8 @@ def arrange(launch: Launcher, x: Tensor, form: Format, cols: int) -> Tensor:
     vectors, padded = x.numel() // x.shape[-1], form.x_cols(cols)
     out = torch.empty((vectors, width), dtype=torch.float32, device=x.device)
     launch(
-        rows.arrange_kernel, (vectors, ceil_div(padded, ARRANGED)), x, out, x.shape[-1], padded, form.x_words(cols), width,
+        rows.arrange_kernel, (vectors, ceil_div(padded, ARRANGED)),
+        x, out, x.shape[-1], padded, form.x_words(cols), width,
         KIND=form.kind, PER_WORD=form.per_word, C=ARRANGED, num_warps=4,
     )  # fmt: skip
     return out

@@ -8,8 +8,8 @@ of int8 and fp8, 8 of bf16); int3, whose 32 columns are three words, has a loop 
 become floats without conversion instructions: an `&` and an `|` put the code into the mantissa of 2^23, one
 subtraction takes 2^23 and the code's offset away, exactly. Codes that lie higher in the word come out
 multiplied by a power of two, which is taken out of x beforehand, exactly as well. Codes of nf4 are looked up.
-Scales are applied once per unit. A weight of int4 thus costs about 3.3 instructions, which leaves the loop
-bound by memory on every card (docs/GPU_KERNELS.md). Products and sums are fp32: x is not rounded at all.
+Scales are applied once per unit. A weight of int4 thus costs about 3 instructions. Vectors are `arranged` beforehand,
+so that loading x costs little beside the words. Products and sums are fp32: x is not rounded at all.
 """
 
 from __future__ import annotations
@@ -112,8 +112,11 @@ def arranged(col, x_words, KIND: tl.constexpr, PER_WORD: tl.constexpr):
 
 
 @triton.jit
-def arrange_kernel(x_ptr, out_ptr, cols, padded, x_words, x_width, KIND: tl.constexpr, PER_WORD: tl.constexpr, C: tl.constexpr):
-    """x [V, cols] as `row_products` reads it, [V, x_width]; columns from `cols` to `padded`, the end of the last word, are 0."""
+def arrange_kernel(
+    x_ptr, out_ptr, cols, padded, x_words, x_width,
+    KIND: tl.constexpr, PER_WORD: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """x [V, cols] as `row_products` reads it, [V, x_width]; columns behind `cols`, to the end of the word, are 0."""
     vector = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * C + tl.arange(0, C)
     x = tl.load(x_ptr + vector * cols + col, mask=col < cols, other=0.0)
