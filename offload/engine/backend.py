@@ -103,7 +103,7 @@ def load_on_devices(
     for device, vram in zip(devices, vram_plans, strict=True):
         device.limit(vram.total - vram.driver)
     weights = load_weights(PlacedWeights(store, places), config)
-    cache = KVCache(config, context, [place.device for place in places])
+    cache = KVCache(config, context, [place.device for place in places], kernels.latent_dtype)
     executor = DeviceExecutor(
         store,
         _shares(store, kernels, devices, vram_plans),
@@ -215,14 +215,23 @@ def _plan_devices(
         for device in devices
     ]
     sizes = _layer_nbytes(store)
-    kv = device_kv_nbytes(config, range(1), context)
+    kv = device_kv_nbytes(config, range(1), context, kernels.latent_dtype.itemsize)
     names = [device.name for device in devices]
     owned = dispatch_layers([size + kv for size in sizes], limits, names)
     blas = [device.blas_nbytes if kernels.uses_blas else 0 for device in devices]
     return [
         plan_vram(
             config,
-            DeviceDemand(layers, sum(sizes[layer] for layer in layers), context, chunk, few, recorded, libraries),
+            DeviceDemand(
+                layers,
+                sum(sizes[layer] for layer in layers),
+                context,
+                chunk,
+                few,
+                recorded,
+                kernels.latent_dtype.itemsize,
+                libraries,
+            ),
             name=device.name,
             limit=limit,
             slot_nbytes=slot_nbytes(store.layout),

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from offload.errors import KernelError
@@ -111,6 +112,9 @@ class Groups:
 
 class DeviceKernels(Kernels, Protocol):
     """A backend for tensors on an accelerator."""
+
+    latent_dtype: torch.dtype
+    """What attention reads cached latents as: keeping more of them would take memory and change nothing."""
 
     uses_blas: bool
     """Whether it multiplies with cuBLAS, which takes workspaces from the memory of the tensors and keeps them."""

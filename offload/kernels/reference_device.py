@@ -6,6 +6,7 @@ device; other backends must not.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from offload.kernels.device import LEAST_TILE, ExpertSlab, Groups, SlabLayout, check_alignment
@@ -15,6 +16,7 @@ from offload.kernels.reference import ReferenceKernels
 class ReferenceDeviceKernels(ReferenceKernels):
     """`DeviceKernels` in torch. On the CPU, too: that is how tiers are tested without an accelerator."""
 
+    latent_dtype = torch.float32
     uses_blas = True
 
     def check_experts(self, layout: SlabLayout) -> None:

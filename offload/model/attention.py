@@ -109,7 +109,7 @@ def mla_at_position(
     Writes its latent to `rows` [capacity, R+D], the layer's part of a cache. Queues the same work for every position.
     """
     q_nope, q_rope = _queries(x, weights, angles, config, kernels)
-    rows.index_copy_(0, position, _latents(x, weights, angles, config, kernels))
+    rows.index_copy_(0, position, _latents(x, weights, angles, config, kernels).to(rows.dtype))
     q_latent = kernels.absorb_query(q_nope, weights.kv_b)
     start = position.to(torch.int32)
     latent = kernels.mla_at(q_latent, q_rope, rows, start, rows.shape[0], config.softmax_scale)
@@ -140,7 +140,7 @@ def _latents(
 
 def _expand(rows: Tensor, weights: AttentionWeights, config: ModelConfig, kernels: Kernels) -> tuple[Tensor, Tensor]:
     """Keys [S, heads, nope+D] and values [S, heads, v] of every cached token."""
-    latent, k_rope = rows.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+    latent, k_rope = rows.float().split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
     kv = kernels.linear(latent.contiguous(), weights.kv_b)
     kv = kv.view(rows.shape[0], config.num_attention_heads, -1)
     k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)

@@ -16,12 +16,18 @@ from offload.errors import UsageError
 
 
 class KVCache:
-    """Per layer float32 [capacity, kv_lora_rank + qk_rope_head_dim], filled up to `length` tokens."""
+    """Per layer [capacity, kv_lora_rank + qk_rope_head_dim], filled up to `length` tokens."""
 
-    def __init__(self, config: ModelConfig, capacity: int, devices: Sequence[torch.device] | None = None) -> None:
-        """`devices`: where each layer's part lies; the CPU unless given."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        capacity: int,
+        devices: Sequence[torch.device] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`devices`: where each layer's part lies; the CPU unless given. `dtype`: what the kernels read latents as."""
         places = devices or [torch.device("cpu")] * config.num_hidden_layers
-        self.layers = [torch.zeros(capacity, config.latent_dim, device=device) for device in places]
+        self.layers = [torch.zeros(capacity, config.latent_dim, dtype=dtype, device=device) for device in places]
         self.capacity = capacity
         self.length = 0
 

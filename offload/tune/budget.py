@@ -62,9 +62,9 @@ class RamPlan:
         )
 
 
-def kv_cache_nbytes(config: ModelConfig, context: int) -> int:
-    """Bytes of the fp32 latent cache for `context` tokens."""
-    return config.num_hidden_layers * context * (config.kv_lora_rank + config.qk_rope_head_dim) * 4
+def kv_cache_nbytes(config: ModelConfig, context: int, itemsize: int = 4) -> int:
+    """Bytes of the latent cache for `context` tokens: fp32 on a CPU, bf16 on a GPU."""
+    return config.num_hidden_layers * context * (config.kv_lora_rank + config.qk_rope_head_dim) * itemsize
 
 
 def working_nbytes(config: ModelConfig, chunk: int, context: int) -> int:

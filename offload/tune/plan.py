@@ -199,7 +199,7 @@ def _gpu(
     model, config = ModelCost.of(footprint), footprint.config
     vram = setting.vram or gpu.vram
     resident = model.resident_read_nbytes + model.head_nbytes + widened_nbytes(config)
-    kv_cache = kv_cache_nbytes(config, context)
+    kv_cache = kv_cache_nbytes(config, context, itemsize=2)
     left = vram - resident - kv_cache - GPU_STAGING_NBYTES
     slots = min(model.expert_count, max(0, left // model.layout.slot_nbytes))
     # Resident weights leave RAM for VRAM; what they took there holds experts too.

@@ -88,13 +88,15 @@ class DeviceDemand:
     """Bytes that latent attention takes for the longest pass it splits over the context (`scratch_nbytes`)."""
     recorded: int = 0
     """The same for one token. Recorded steps keep it: their memory is nobody else's."""
+    latent_itemsize: int = 4
+    """Bytes of a number in the KV cache."""
     libraries: int = 0
     """Bytes that libraries allocate beside the tensors and keep."""
 
 
-def device_kv_nbytes(config: ModelConfig, layers: range, context: int) -> int:
-    """Bytes of the fp32 latent cache of `layers` for `context` tokens."""
-    return len(layers) * context * config.latent_dim * 4
+def device_kv_nbytes(config: ModelConfig, layers: range, context: int, itemsize: int) -> int:
+    """Bytes of the latent cache of `layers` for `context` tokens."""
+    return len(layers) * context * config.latent_dim * itemsize
 
 
 def device_working_nbytes(config: ModelConfig, demand: DeviceDemand, own_tokens: int) -> int:
@@ -136,7 +138,7 @@ def plan_vram(
     """
     moe = [layer for layer in demand.layers if layer in config.moe_layers]
     experts = config.n_routed_experts * len(moe)
-    kv_cache = device_kv_nbytes(config, demand.layers, demand.context)
+    kv_cache = device_kv_nbytes(config, demand.layers, demand.context, demand.latent_itemsize)
     working, short = (
         nbytes + rounding(demand.resident + kv_cache + nbytes)
         for nbytes in (device_working_nbytes(config, demand, n) for n in (demand.chunk, min(SHORT, demand.chunk)))

@@ -31,6 +31,7 @@ class TritonKernels:
     """Kernels in Triton. `launch` stands in for the device in tools and tests."""
 
     name = "triton"
+    latent_dtype = torch.bfloat16
     uses_blas = False
 
     def __init__(self, launch: Launcher = start) -> None:
