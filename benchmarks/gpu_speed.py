@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from offload.quant import QuantizedTensor, get_codec  # noqa: E402
 from offload.store.layout import ExpertLayout  # noqa: E402
 from offload.types import align_up  # noqa: E402
 
-HIDDEN, WIDTH, EXPERTS, TOP_K, HEADS, RANK, ROPE = 7168, 2048, 256, 8, 128, 512, 64
+HIDDEN, WIDTH, EXPERTS, TOP_K, HEADS, RANK, ROPE, VOCABULARY = 7168, 2048, 256, 8, 128, 512, 64, 129280
+TOKENS = 2048
+"""Of a long pass."""
 RESIDENT = {
     "kv_a": (576, HIDDEN),
     "q_a": (1536, HIDDEN),
@@ -64,40 +67,34 @@ def main() -> None:
     x = torch.randn(1, HIDDEN, device="cuda")
     for codec in codecs:
         for name, (out, cols) in RESIDENT.items():
-            weights, vector = turns(codec, out, cols), torch.randn(1, cols, device="cuda")
-            works = [lambda w=w, v=vector: kernels.linear(v, w) for w in weights]
-            note(f"{name} {codec}, 1 token", works, get_codec(codec).nbytes(out, cols))
-            many = torch.randn(2048, cols, device="cuda")
-            note(f"{name} {codec}, 2048 tokens", [lambda w=weights[0], m=many: kernels.linear(m, w)],
-                 flops=2 * 2048 * out * cols)  # fmt: skip
-        slab = experts(codec)
+            weights, nbytes = turns(codec, out, cols), get_codec(codec).nbytes(out, cols)
+            one, many = torch.randn(1, cols, device="cuda"), torch.randn(TOKENS, cols, device="cuda")
+            note(f"{name} {codec}, 1 token", [partial(kernels.linear, one, w) for w in weights], nbytes)
+            work = partial(kernels.linear, many, weights[0])
+            note(f"{name} {codec}, {TOKENS} tokens", [work], flops=2 * TOKENS * out * cols)
+        slab, few = experts(codec, 64), torch.empty(TOP_K, HIDDEN, device="cuda")
         for count in (TOP_K, 1):
-            lists = [slots_of(count) for _ in range(16)]
-            partial = torch.empty(TOP_K, HIDDEN, device="cuda")
-            works = [lambda s=slots: kernels.slot_experts(slab, x, s, partial) for slots in lists]
+            works = [partial(kernels.slot_experts, slab, x, slots_of(count), few) for _ in range(16)]
             note(f"{count} experts {codec}, 1 token", works, count * slab.layout.stride)
-        del slab
-        slab = experts(codec, EXPERTS)
-        tokens = 2048
-        many, partial = torch.randn(tokens, HIDDEN, device="cuda"), torch.empty(tokens * TOP_K, HIDDEN, device="cuda")
-        slots = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)]).flatten().to(torch.int32).cuda()
-        flops = 6 * tokens * TOP_K * HIDDEN * WIDTH
-        note(f"{EXPERTS} experts {codec}, {tokens} tokens", [lambda: kernels.slot_experts(slab, many, slots, partial)],
-             EXPERTS * slab.layout.stride, flops)  # fmt: skip
-        del slab
-    head = weight("bf16", 129280, HIDDEN)
-    note("head bf16, 1 token", [lambda: kernels.linear(x, head)], 2 * 129280 * HIDDEN)
+        slab, many = experts(codec, EXPERTS), torch.randn(TOKENS, HIDDEN, device="cuda")
+        slots = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(TOKENS)]).flatten().to(torch.int32).cuda()
+        work = partial(kernels.slot_experts, slab, many, slots, torch.empty(TOKENS * TOP_K, HIDDEN, device="cuda"))
+        flops = 6 * TOKENS * TOP_K * HIDDEN * WIDTH
+        note(f"{EXPERTS} experts {codec}, {TOKENS} tokens", [work], EXPERTS * slab.layout.stride, flops)
+        del slab, slots, work
+    head = weight("bf16", VOCABULARY, HIDDEN)
+    note("head bf16, 1 token", [partial(kernels.linear, x, head)], 2 * VOCABULARY * HIDDEN)
     kv_b, latent = turns("int8-g128", HEADS * 256, RANK), torch.randn(1, HEADS, RANK, device="cuda")
-    q = torch.randn(1, HEADS, 128, device="cuda")
-    note("absorb_query int8-g128", [lambda w=w: kernels.absorb_query(q, w) for w in kv_b], HEADS * 128 * RANK)
-    note("expand_value int8-g128", [lambda w=w: kernels.expand_value(latent, w, 128) for w in kv_b], HEADS * 128 * RANK)
+    q, half = torch.randn(1, HEADS, 128, device="cuda"), HEADS * 128 * RANK
+    note("absorb_query int8-g128", [partial(kernels.absorb_query, q, w) for w in kv_b], half)
+    note("expand_value int8-g128", [partial(kernels.expand_value, latent, w, 128) for w in kv_b], half)
     for past in (512, 8192, 32768):
         cache = torch.randn(past + 1, RANK + ROPE, device="cuda").to(kernels.latent_dtype)
         q_rope, at = torch.randn(1, HEADS, ROPE, device="cuda"), torch.full((1,), past, dtype=torch.int32, device="cuda")
-        note(f"latent attention over {past}", [lambda c=cache, a=at, p=past: kernels.mla_at(latent, q_rope, c, a, p + 1, 0.1)],
-             cache.nbytes)  # fmt: skip
-    append("gpu_speed", "python benchmarks/gpu_speed.py --codecs " + " ".join(codecs),
-           {"device": torch.cuda.get_device_name(), "read": read, "kernels": rows})  # fmt: skip
+        work = partial(kernels.mla_at, latent, q_rope, cache, at, past + 1, 0.1)
+        note(f"latent attention over {past}", [work], cache.nbytes)
+    numbers = {"device": torch.cuda.get_device_name(), "read": read, "kernels": rows}
+    append("gpu_speed", "python benchmarks/gpu_speed.py --codecs " + " ".join(codecs), numbers)
 
 
 def memory_rate() -> float:
@@ -139,7 +136,7 @@ def weight(codec: str, rows: int, cols: int) -> QuantizedTensor:
     return QuantizedTensor(made, rows, cols, parts)
 
 
-def experts(codec: str, slots: int = 64) -> ExpertSlab:
+def experts(codec: str, slots: int) -> ExpertSlab:
     layout = ExpertLayout(get_codec(codec), HIDDEN, WIDTH)
     one = torch.zeros(align_up(layout.stride), dtype=torch.uint8, device="cuda")
     for item in layout.fields:
