@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_speed.py [--codecs int4-g32 int8-g128 fp8]
 
-Every kernel is timed as decoding runs it: calls over weights that take turns, so that none lies in a cache, recorded in
-one CUDA graph and replayed; what the calls do besides the product (arranging the vector, grouping) counts. The shares are
-of `read`, the better of a copy within the device and a reduction. Appends one row to benchmarks/results/gpu_speed.jsonl.
+Every kernel is timed as decoding runs it: calls over weights that take turns, so that none lies in a cache, recorded
+in one CUDA graph and replayed; what the calls do besides the product (arranging the vector, grouping) counts. The
+shares are of `read`, the better of a copy within the device and a reduction. Appends one row to
+benchmarks/results/gpu_speed.jsonl.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def main() -> None:
     note("expand_value int8-g128", [partial(kernels.expand_value, latent, w, 128) for w in kv_b], half)
     for past in (512, 8192, 32768):
         cache = torch.randn(past + 1, RANK + ROPE, device="cuda").to(kernels.latent_dtype)
-        q_rope, at = torch.randn(1, HEADS, ROPE, device="cuda"), torch.full((1,), past, dtype=torch.int32, device="cuda")
+        q_rope = torch.randn(1, HEADS, ROPE, device="cuda")
+        at = torch.full((1,), past, dtype=torch.int32, device="cuda")
         work = partial(kernels.mla_at, latent, q_rope, cache, at, past + 1, 0.1)
         note(f"latent attention over {past}", [work], cache.nbytes)
     numbers = {"device": torch.cuda.get_device_name(), "read": read, "kernels": rows}
