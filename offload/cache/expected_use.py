@@ -94,9 +94,11 @@ class ExpectedUse(CachePolicy):
         # ... of that what memory says, and its value before it has run without what memory says.
         self._rest = np.zeros_like(self.values)
         self._base = np.zeros_like(self.values)
-        self._rows = list(zip(self._after, self.values, strict=True))
+        # ... with its value, and single items of that without numpy's overhead.
+        self._rows: list[tuple[Any, Any, Any]] = [
+            (after, row, row.data) for after, row in zip(self._after, self.values, strict=True)
+        ]
         self._offset = (np.arange(shape.layers) * shape.experts)[:, None]
-        self._values_at: Any = self.values.reshape(-1).data  # item assignment without numpy's overhead
         self._refine_at = -1 if large else int(REFINE * shape.layers)
         self._tokens: list[int] = []
         self._routing: list[Routing] = []  # of the layers of this step that have run
@@ -134,18 +136,18 @@ class ExpectedUse(CachePolicy):
 
     def observe(self, layer: int, ids: Routing) -> None:
         lift = self.successors.lift(layer, ids[-1])
-        after, row = self._rows[layer]
+        after, row, row_at = self._rows[layer]
         self._routing.append(ids)
         if len(ids) > 1:
             rates = self._rates[:, layer]
             self._observe_many(rates, ids)
             np.multiply(np.dot(self._frequency, rates), self._far[layer], out=after)
-        np.add(lift, after, row)
-        if len(ids) > 1:
+            np.add(lift, after, row)
             return
-        at, first, bump = self._values_at, layer * self.shape.experts, self._bump[layer]
+        np.add(lift, after, row)
+        bump = self._bump[layer]
         for expert in ids[0]:
-            at[first + expert] += bump
+            row_at[expert] += bump
         if layer == self._refine_at and len(self.recall):
             self.recall.refine(self.successors.used[: layer + 1])
             self._look_back(layer + 1)

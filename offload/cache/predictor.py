@@ -9,8 +9,10 @@ expert. What was never observed has a lift of zero.
 
 from __future__ import annotations
 
+import struct
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -172,7 +174,7 @@ class Successors:
         self._experts = np.array(experts)  # numpy adds an array faster than a number
         # A row beyond the last one stands for the last one, which belongs to sources that do not exist.
         self._rows = np.full((layers, self.sources * top_k), self._nowhere, np.intp)
-        self._rows_at: Any = self._rows.reshape(-1).data  # item assignment without numpy's overhead
+        self._write = partial(struct.Struct(f"{top_k}n").pack_into, self._rows.data.cast("B"))  # faster than one by one
         # Per layer: what the layer below hands up and where that goes, all its rows, where its lift goes, and what
         # `lift` calls, since looking methods up costs a tenth of it.
         scaled = self._rank * self._scale[:, None]
@@ -204,9 +206,7 @@ class Successors:
     def lift(self, layer: int, ids: Sequence[int]) -> Floats:
         """Lift [E] of `layer` at the next token; the one under way uses `ids`, best first. Layers come in order."""
         below, passed_on, rows, lift, gather, combine = self._views[layer]
-        rows_at = self._rows_at
-        for place, expert in enumerate(ids, layer * len(rows)):
-            rows_at[place] = expert
+        self._write(layer * rows.nbytes, *ids)
         if layer:
             np.add(below, self._experts, passed_on)
         gather(rows, 0, self._buffer, "clip")
