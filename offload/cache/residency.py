@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,11 +35,7 @@ class Load(NamedTuple):
     victim: int
 
 
-_new_load = partial(tuple.__new__, Load)  # what Load(...) does, in half the time
-
-
-@dataclass(slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What one wave of a layer needs. All its slots are pinned until `release`."""
 
     layer: int
@@ -46,30 +44,27 @@ class Decision:
     joins: list[tuple[int, int]]
     """(expert, slot) that a prefetch is already reading."""
     loads: list[Load]
-
-    @property
-    def empty(self) -> bool:
-        """Nothing could be decided before slots are released."""
-        return not (self.hits or self.joins or self.loads)
-
-    def slots(self) -> list[int]:
-        """All slots this decision pins."""
-        slots = [slot for _, slot in self.hits]
-        if self.joins:
-            slots += [slot for _, slot in self.joins]
-        if self.loads:
-            slots += [slot for _, slot, _ in self.loads]
-        return slots
+    slots: list[int]
+    """All slots this decision pins; none if nothing could be decided before others are released."""
 
 
-@dataclass(slots=True)
-class Service:
+class Service(NamedTuple):
     """A layer whose first wave is under way."""
 
-    layer: int
     held: Decision
     waiting: list[int]
     """Experts that no wave has taken up yet."""
+
+    @property
+    def layer(self) -> int:
+        """Whose experts they are."""
+        return self.held.layer
+
+
+# What Load(...) and the others do, in half the time.
+_new_load = partial(tuple.__new__, Load)
+_new_decision = partial(tuple.__new__, Decision)
+_new_service = partial(tuple.__new__, Service)
 
 
 @dataclass
@@ -116,14 +111,15 @@ class Residency:
         self._loading: dict[int, Load] = {}
         self._prefetched: set[int] = set()
         self._layer_count = [0] * shape.layers
-        # Search for victims: `closed` is 0 where an expert may be evicted and infinite elsewhere,
-        # `worth` = values + closed, and per layer the cheapest expert and its worth. `offer` is
-        # that worth, but infinite for layers at their floor.
+        # Search for victims: `closed` is 0 where an expert could be evicted if it is not pinned, infinite elsewhere,
+        # `worth` = values + closed, and per layer the cheapest expert that is not pinned and its worth. `offer` is
+        # that worth, but infinite for layers at their floor. Pins change with every layer and seldom name the
+        # cheapest expert: they are not written down there, but passed over where the search meets them.
         self._values = policy.values
         self._revision = policy.revision
-        self._closed = np.full_like(self._values, np.inf)
-        self._worth = np.full_like(self._values, np.inf)
-        self._offer = np.full(shape.layers, np.inf)
+        self._closed = np.full_like(self._values, inf)
+        self._worth = np.full_like(self._values, inf)
+        self._offer = np.full(shape.layers, inf)
         self._first_key = np.arange(shape.layers) * shape.experts
         self._rows = list(zip(self._values, self._closed, self._worth, strict=True))
         # Single items without numpy's overhead.
@@ -132,9 +128,11 @@ class Residency:
         self._values_at: Any = self._values.reshape(-1).data
         self._worth_at: Any = self._worth.reshape(-1).data
         self._offer_at: Any = self._offer.data
-        self._cheapest = [np.inf] * shape.layers
+        self._least_offer = self._offer.argmin
+        self._cheapest = [inf] * shape.layers
         self._cheapest_expert = [0] * shape.layers
         self._unranked: set[int] = set()  # layers where anything has changed since their cheapest was found
+        self._passed: set[int] = set()  # layers with pinned experts that were passed over
         overridden = type(policy).evicted is not CachePolicy.evicted
         self._tell = policy.evicted if overridden and leads else None
 
@@ -161,7 +159,8 @@ class Residency:
         self._cheapest = self._offer.tolist()
         for layer, count in enumerate(self._layer_count):
             if count <= self.floor:
-                self._offer_at[layer] = np.inf
+                self._offer_at[layer] = inf
+        self._unranked.update(self._key_of[slot] // self.shape.experts for slot in self._pinned)
 
     def serve(
         self, layer: int, ids: Routing, start: Callable[[Decision], None], finish: Callable[[Decision], None]
@@ -201,9 +200,9 @@ class Residency:
         """The first half of `serve`: decide the first wave of `wanted` (ascending) and begin its reads."""
         self._unranked.add(layer)
         held, waiting = self._decide(layer, wanted, first=True)
-        if not held.empty:
+        if held.slots:
             start(held)
-        return Service(layer, held, waiting)
+        return _new_service((held, waiting))
 
     def complete(
         self,
@@ -217,64 +216,67 @@ class Residency:
         `stuck` is called when nothing can go on because every slot is held or loading outside of this
         service; it must let go of a slot or settle a load.
         """
-        held, waiting = service.held, service.waiting
+        held, waiting = service
         while waiting:
-            following, waiting = self._decide(service.layer, waiting, first=False)
-            if not following.empty:
+            following, waiting = self._decide(held.layer, waiting, first=False)
+            if following.slots:
                 start(following)
-            if not held.empty:
+            if held.slots:
                 finish(held)
                 self.release(held)
-            elif following.empty:
+            elif not following.slots:
                 assert stuck is not None, "no slot can be had, and nobody is there to let one go"
                 stuck()
             held = following
-        if not held.empty:
+        if held.slots:
             finish(held)
             self.release(held)
 
     def _decide(self, layer: int, wanted: list[int], first: bool) -> tuple[Decision, list[int]]:
-        decision = Decision(layer, [], [], [])
-        missing = self._find(decision, wanted) if first else wanted
-        if not missing:
-            return decision, missing
-        count = min(len(missing), self.width)
-        usable, pinned, loading, held = self.slots - len(self._lent), self._pinned, self._loading, self._held
-        # A slot in two of the three is counted twice here, which matters only where slots are scarce.
-        plenty = count <= usable - len(pinned) - len(loading) - len(held)
-        if not plenty or (first and count < len(missing)):
-            room = usable - len(pinned | loading.keys() | held.keys())
-            if count > room or (first and count < len(missing)):
-                # More waves follow: leave room for the next one to be read during this one.
-                count = min(count, max(room // 2, 1) if first else room)
-        loads = decision.loads = self._place(layer, missing[:count])
-        for _, slot, _ in loads:
-            pinned.add(slot)
-        self.events.misses += len(loads)
-        return decision, missing[len(loads) :]
+        found, slots, missing = self._find(layer, wanted) if first else ([], [], wanted)
+        joins: list[tuple[int, int]] = []
+        loads: list[Load] = []
+        if found and self._loading:
+            loading = self._loading
+            joins = [pair for pair in found if pair[1] in loading]
+            found = [pair for pair in found if pair[1] not in loading]
+        if missing:
+            count = len(missing)
+            spare = self.slots - len(self._lent) - len(self._pinned) - len(self._loading) - len(self._held)
+            if count > self.width or count > spare:
+                count = self._bounded(count, first)
+            loads = self._place(layer, missing[:count])
+            slots += [slot for _, slot, _ in loads]
+            self._pinned.update(slots)
+            self.events.misses += len(loads)
+            missing = missing[len(loads) :]
+        return _new_decision((layer, found, joins, loads, slots)), missing
 
-    def _find(self, decision: Decision, wanted: list[int]) -> list[int]:
-        """Pin those of `wanted` that have a slot; return the others."""
-        slot_of, closed, pin = self._slot_of, self._closed_at, self._pinned.add
-        base, infinity = decision.layer * self.shape.experts, np.inf
-        found, missing = decision.hits, []
+    def _bounded(self, missing: int, first: bool) -> int:
+        """The loads of one wave, of which `missing` are wanted."""
+        count = min(missing, self.width)
+        room = self.slots - len(self._lent) - len(self._pinned | self._loading.keys() | self._held.keys())
+        if first and (count > room or count < missing):
+            # More waves follow: leave room for the next one to be read during this one.
+            return min(count, max(room // 2, 1))
+        return min(count, room)
+
+    def _find(self, layer: int, wanted: list[int]) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+        """Pin those of `wanted` that have a slot: (expert, slot) of each, the slots alone, and the other experts."""
+        slot_of, base = self._slot_of, layer * self.shape.experts
+        found, slots, missing = [], [], []
         for expert in wanted:
-            key = base + expert
-            slot = slot_of[key]
+            slot = slot_of[base + expert]
             if slot < 0:
                 missing.append(expert)
-                continue
-            closed[key] = infinity
-            pin(slot)
-            found.append((expert, slot))
+            else:
+                found.append((expert, slot))
+                slots.append(slot)
+        self._pinned.update(slots)
         self.events.hits += len(found)
         if self._prefetched:
             self._count_prefetched(found)
-        if self._loading:
-            loading = self._loading
-            decision.hits = [pair for pair in found if pair[1] not in loading]
-            decision.joins = [pair for pair in found if pair[1] in loading]
-        return missing
+        return found, slots, missing
 
     def _count_prefetched(self, found: list[tuple[int, int]]) -> None:
         for _, slot in found:
@@ -287,24 +289,10 @@ class Residency:
 
     def release(self, decision: Decision) -> None:
         """The computation of `decision` is over; its slots may become victims."""
-        slot_of, loading, held, unpin = self._slot_of, self._loading, self._held, self._pinned.discard
-        closed_at, worth_at, values_at = self._closed_at, self._worth_at, self._values_at
-        layer = decision.layer
-        base = layer * self.shape.experts
-        # Only what is released can have become the cheapest of the layer: there is no need to look at all of it.
-        cheapest, cheapest_key = self._cheapest[layer], base + self._cheapest_expert[layer]
-        for taken in (decision.hits, decision.joins, decision.loads):
-            for item in taken:
-                slot = item[1]
-                unpin(slot)
-                key = base + item[0]
-                if slot_of[key] == slot and slot not in loading and slot not in held:
-                    closed_at[key] = 0.0
-                    worth = worth_at[key] = values_at[key]
-                    if worth <= cheapest and (worth < cheapest or key < cheapest_key):
-                        cheapest, cheapest_key = worth, key
-        self._cheapest[layer], self._cheapest_expert[layer] = cheapest, cheapest_key - base
-        self._count(layer, 0)
+        self._pinned.difference_update(decision.slots)
+        if self._passed:
+            self._unranked |= self._passed
+            self._passed.clear()
 
     def hold(self, slot: int) -> None:
         """Keep `slot` from becoming a victim until `let_go`, released or not: a copy or kernel is on its way.
@@ -315,7 +303,7 @@ class Residency:
         assert key >= 0, "an empty slot needs no hold"
         self._held[slot] = self._held.get(slot, 0) + 1
         if self._closed_at[key] == 0.0:
-            self._closed_at[key] = np.inf
+            self._closed_at[key] = inf
             self._unranked.add(key // self.shape.experts)
 
     def let_go(self, slot: int) -> None:
@@ -325,7 +313,7 @@ class Residency:
             self._held[slot] = left
             return
         del self._held[slot]
-        if slot not in self._pinned and slot not in self._loading:
+        if slot not in self._loading:
             self._open(self._key_of[slot])
 
     # -- loads -------------------------------------------------------------------------------
@@ -333,7 +321,7 @@ class Residency:
     def loaded(self, slot: int) -> None:
         """The bytes of a load have arrived."""
         del self._loading[slot]
-        if slot not in self._pinned and slot not in self._held:
+        if slot not in self._held:
             self._open(self._key_of[slot])
 
     def failed(self, slot: int) -> None:
@@ -371,7 +359,7 @@ class Residency:
         slot_of[:] = [-1] * len(slot_of)
         key_of[:] = [-1] * len(key_of)
         self._layer_count[:] = [0] * self.shape.layers
-        self._closed.fill(np.inf)
+        self._closed.fill(inf)
         for slot, key in resident.items():
             slot_of[key], key_of[slot] = slot, key
             self._layer_count[key // experts] += 1
@@ -380,6 +368,7 @@ class Residency:
         self._free[:] = [slot for slot in range(self.slots - 1, -1, -1) if slot not in taken]
         self._prefetched &= resident.keys()
         self._pinned.clear()
+        self._passed.clear()
         self._held.clear()
         loading.clear()
         self.refresh()
@@ -427,7 +416,7 @@ class Residency:
                 self._free.remove(slot)
             else:
                 self._vacate(slot)
-                self._closed_at[key] = np.inf
+                self._closed_at[key] = inf
                 self.events.evictions += 1
                 if slot in self._prefetched:
                     self._prefetched.discard(slot)
@@ -480,7 +469,7 @@ class Residency:
         absent = np.asarray(self._slot_of[base : base + self.shape.experts]) < 0
         if not absent.any():
             return None
-        return int(np.where(absent, self._values[layer], -np.inf).argmax())
+        return int(np.where(absent, self._values[layer], -inf).argmax())
 
     def contents(self) -> list[tuple[int, int]]:
         """(layer, expert) of every slot in use, in key order."""
@@ -503,13 +492,17 @@ class Residency:
         assert counts == self._layer_count, "slots per layer are miscounted"
         for layer, count in enumerate(counts):
             guarded = count <= self.floor
-            assert self._offer[layer] == (np.inf if guarded else self._cheapest[layer]), "an offer is out of date"
+            assert self._offer[layer] == (inf if guarded else self._cheapest[layer]), "an offer is out of date"
         taken = self._pinned | self._held.keys()
         assert taken <= used.keys(), "a pinned slot holds nothing"
-        open_keys = {key for slot, key in used.items() if slot not in taken | self._loading.keys()}
+        open_keys = {key for slot, key in used.items() if slot not in self._held.keys() | self._loading.keys()}
         assert set(np.flatnonzero(self._closed == 0.0).tolist()) == open_keys, "victims disagree"
-        worth = self._values + self._closed
-        assert np.array_equal(self._worth, worth), "worth is out of date"
+        worth, pinned = self._values + self._closed, [used[slot] for slot in self._pinned]
+        passed = np.isin(np.arange(self.shape.keys), pinned).reshape(worth.shape) & np.isinf(self._worth)
+        assert np.array_equal(np.where(passed, inf, self._worth), np.where(passed, inf, worth)), (
+            "worth is out of date"
+        )
+        worth.reshape(-1)[pinned] = inf
         assert np.array_equal(worth.min(axis=1), self._cheapest), "cheapest is out of date"
         assert set(self._loading) <= used.keys(), "a loading slot belongs to nobody"
         assert self._prefetched <= used.keys(), "a prefetched slot holds nothing"
@@ -525,10 +518,9 @@ class Residency:
         base = layer * self.shape.experts
         loads = []
         for expert, (slot, victim) in zip(experts, places, strict=False):
-            key = base + expert
             load = loading[slot] = _new_load((expert, slot, victim))
-            slot_of[key] = slot
-            key_of[slot] = key
+            slot_of[base + expert] = slot
+            key_of[slot] = base + expert
             loads.append(load)
         self._count(layer, len(loads))
         return loads
@@ -539,24 +531,20 @@ class Residency:
         The offer of `layer` is out of date until what it puts there is counted.
         """
         self._rank_changed()
-        experts, floor, slot_of, layer_count = self.shape.experts, self.floor, self._slot_of, self._layer_count
-        cheapest, cheapest_expert, lowest = self._cheapest, self._cheapest_expert, self._lowest
-        closed_at, worth_at, offer_at, infinity = self._closed_at, self._worth_at, self._offer_at, np.inf
-        offer_at[layer] = cheapest[layer]  # a layer may replace its own, floor or not
+        experts, slot_of, layer_count, offer_at = self.shape.experts, self._slot_of, self._layer_count, self._offer_at
+        offer_at[layer] = self._cheapest[layer]  # a layer may replace its own, floor or not
         taken: list[tuple[int, int]] = []
         for _ in range(count):
             owner = self._cheapest_layer()
             if owner < 0:
                 break
-            base = owner * experts
-            key = base + cheapest_expert[owner]
+            key = owner * experts + self._cheapest_expert[owner]
             taken.append((slot_of[key], key))
             slot_of[key] = -1
-            closed_at[key] = worth_at[key] = infinity
-            expert = cheapest_expert[owner] = int(lowest[owner]())
-            worth = cheapest[owner] = worth_at[base + expert]
+            self._closed_at[key] = self._worth_at[key] = inf
+            worth = self._seek(owner)
             left = layer_count[owner] = layer_count[owner] - 1
-            offer_at[owner] = worth if left > floor or owner == layer else infinity
+            offer_at[owner] = worth if left > self.floor or owner == layer else inf
         self.events.evictions += len(taken)
         if self._prefetched:
             wasted = self._prefetched.intersection([slot for slot, _ in taken])
@@ -571,11 +559,11 @@ class Residency:
 
     def _cheapest_layer(self) -> int:
         """The layer of the evictable expert of lowest value, one at its floor only for want of others; -1 if none."""
-        layer = int(self._offer.argmin())
-        if self._offer_at[layer] < np.inf:
+        layer = index(self._least_offer())
+        if self._offer_at[layer] < inf:
             return layer
         least = min(self._cheapest)
-        return self._cheapest.index(least) if least < np.inf else -1
+        return self._cheapest.index(least) if least < inf else -1
 
     def _rank_changed(self) -> None:
         """Find the cheapest evictable expert of every layer where anything has changed.
@@ -584,18 +572,34 @@ class Residency:
         """
         if self._revision != self.policy.revision:
             self.refresh()
-        experts, floor, layer_count, worth_at = self.shape.experts, self.floor, self._layer_count, self._worth_at
         for layer in self._unranked:
             values, closed, row = self._rows[layer]
             np.add(values, closed, row)
-            expert = self._cheapest_expert[layer] = int(self._lowest[layer]())
-            worth = self._cheapest[layer] = worth_at[layer * experts + expert]
-            self._offer_at[layer] = worth if layer_count[layer] > floor else np.inf
+            worth = self._seek(layer)
+            self._offer_at[layer] = worth if self._layer_count[layer] > self.floor else inf
         self._unranked.clear()
 
+    def _seek(self, layer: int) -> float:
+        """Find the cheapest expert of `layer` that is not pinned, and its worth."""
+        base, lowest, worth_at = layer * self.shape.experts, self._lowest[layer], self._worth_at
+        while True:
+            expert = index(lowest())
+            worth = worth_at[base + expert]
+            if self._slot_of[base + expert] not in self._pinned or worth == inf:
+                break
+            self._passed.add(layer)
+            worth_at[base + expert] = inf
+        self._cheapest_expert[layer] = expert
+        self._cheapest[layer] = worth
+        return worth
+
     def _open(self, key: int) -> None:
+        """The expert may be evicted from now on, unless it is pinned."""
+        layer = key // self.shape.experts
         self._closed_at[key] = 0.0
-        self._unranked.add(key // self.shape.experts)
+        worth = self._worth_at[key] = self._values_at[key]
+        if worth <= self._cheapest[layer]:
+            self._unranked.add(layer)
 
     def _occupy(self, slot: int, key: int) -> None:
         self._slot_of[key] = slot
@@ -610,4 +614,4 @@ class Residency:
 
     def _count(self, layer: int, change: int) -> None:
         count = self._layer_count[layer] = self._layer_count[layer] + change
-        self._offer_at[layer] = self._cheapest[layer] if count > self.floor else np.inf
+        self._offer_at[layer] = self._cheapest[layer] if count > self.floor else inf

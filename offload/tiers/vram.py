@@ -331,7 +331,7 @@ class VramTier:
             wave.resident()  # the first expert from RAM may take a while
         if demand is not None:
             self._ram.complete(demand, wave.arrived)
-        held = decision.slots()
+        held = decision.slots
         for slot in held:
             self.residency.hold(slot)
         self._waves.append(_Wave(held, self._launches.end(), wave.hits))

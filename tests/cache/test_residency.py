@@ -31,7 +31,7 @@ class Run:
         base = decision.layer * self.residency.shape.experts
         for expert, slot in decision.hits:
             assert self.slot_of[decision.layer, expert] == slot
-        pinned = {slot for held in self.open for slot in held.slots()}
+        pinned = {slot for held in self.open for slot in held.slots}
         for load in decision.loads:
             assert load.slot not in pinned, "a slot in use became a victim"
             key = divmod(load.victim, self.residency.shape.experts)
