@@ -92,6 +92,16 @@ class Residency:
     `leads` is False for a tier that follows another one's policy: only one of them tells it of evictions.
     """
 
+    # Python keeps up to 30 attributes of an object where it finds them quickest; with slots, any number.
+    # fmt: off
+    __slots__ = (
+        "_cheapest", "_cheapest_expert", "_closed", "_closed_at", "_first_key", "_free", "_held", "_key_of",
+        "_layer_count", "_least_offer", "_lent", "_loading", "_lowest", "_offer", "_offer_at", "_passed",
+        "_pinned", "_prefetched", "_revision", "_rows", "_slot_of", "_tell", "_unranked", "_values",
+        "_values_at", "_worth", "_worth_at", "events", "floor", "policy", "shape", "slots", "width",
+    )
+    # fmt: on
+
     def __init__(self, policy: CachePolicy, slots: int, *, floor: int, width: int = 16, leads: bool = True) -> None:
         shape = policy.shape
         if slots < 1:
