@@ -31,7 +31,7 @@ sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
 import bench_model  # noqa: E402
 from record import append  # noqa: E402
 
-from offload.engine.bench import Phase, Sample, predictions  # noqa: E402
+from offload.engine.bench import Phase, Sample, mean_demand, predictions  # noqa: E402
 from offload.engine.beside_plan import model_cost  # noqa: E402
 from offload.engine.engine import ram_for_share  # noqa: E402
 from offload.store import Store  # noqa: E402
@@ -139,6 +139,7 @@ def between(one: MachineSpec, other: MachineSpec) -> MachineSpec:
         kernels_beside=(one.kernels_beside + other.kernels_beside) / 2,
         layer_s=(one.layer_s + other.layer_s) / 2,
         miss_s=(one.miss_s + other.miss_s) / 2,
+        foresee_s=(one.foresee_s + other.foresee_s) / 2,
         depths={depth: rate(found, other.depths[depth]) for depth, found in one.depths.items()},
         formats=formats,
     )
@@ -161,7 +162,7 @@ def cell(
     opened = Store.open(store)
     curve = hit_curve(str(trace), opened.config, policy)
     cold, warm_samples = ([sample(item) for item in report[kind]] for kind in ("cold", "warm"))
-    expected = curve.at(report["share"])
+    expected = curve.demand(report["share"])
     compared = predictions(model_cost(opened), machine, cold, warm_samples, expected, report["chunk"], curve.alike)
     row: dict[str, Any] = {"store": store.name, "share": round(report["share"], 3), "policy": policy}
     row["ram"] = report["ram"]
@@ -173,10 +174,14 @@ def cell(
             f"{name} predicted / measured": round(item.measured_s / item.predicted_s, 3),
             f"{name} gap by": {part: round(getattr(item, f"{part}_s"), 4) for part in ("hits", "drive", "processor")},
         }
-    warm = report["warm"]
-    demands = sum(run["decode"]["hits"] + run["decode"]["misses"] for run in warm)
-    row["hit rate measured"] = round(sum(run["decode"]["hits"] for run in warm) / demands, 4)
-    row["hit rate predicted"] = round(expected, 4)
+    actual = mean_demand([item.decode.demand(expected.prefetch_depth) for item in warm_samples])
+    row["hit rate measured"] = round(actual.hit + actual.ahead, 4)
+    row["hit rate predicted"] = round(expected.hit + expected.ahead, 4)
+    row["read ahead measured"] = round(actual.ahead, 4)
+    row["read ahead predicted"] = round(expected.ahead, 4)
+    waited = [item.decode.stall_s / item.decode.tokens for item in warm_samples]
+    row["decode stall measured s"] = round(statistics.median(waited), 4)
+    row["prefill stall measured s"] = round(statistics.median(item.prefill.stall_s for item in cold), 4)
     return row
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from offload.cache.policy import CachePolicy
 from offload.cache.predictor import TokenTable
+from offload.cache.residency import CacheEvents
 
 EARLY_ROUTERS = 1
 """Layers ahead for which a router is applied early, unless told otherwise. The second costs as much and is right less
@@ -66,6 +67,13 @@ class LookAhead:
         self._absent = 0
         self._absent_per_layer = 1.0
         self.off_reason: str | None = None
+        self._foretold = self._right = 0
+
+    @property
+    def right(self) -> float | None:
+        """Share of the experts that routers applied early named and that were then chosen, as far as `routed` was
+        told; None if nothing was."""
+        return self._right / self._foretold if self._foretold else None
 
     @property
     def early_routers(self) -> int:
@@ -98,6 +106,12 @@ class LookAhead:
         """A router applied early chose `experts` for `layer`, best first."""
         self._expected[layer] = list(experts)
 
+    def routed(self, layer: int, experts: Sequence[int]) -> None:
+        """The router of `layer` chose `experts`: count how many of them were expected."""
+        if (expected := self._expected.get(layer)) is not None:
+            self._foretold += len(expected)
+            self._right += len(set(expected).intersection(experts))
+
     @property
     def idle(self) -> bool:
         """Nothing is expected of any layer of this step."""
@@ -111,6 +125,11 @@ class LookAhead:
         if self._likely:
             found = found + [e for e in self._likely[layer] if e not in found]
         return found
+
+    def learn(self, events: CacheEvents) -> None:
+        """Take note of how the reads ahead turned out, in all until now."""
+        reads = events.misses + events.prefetch_issued - events.prefetch_cancelled
+        self.outcome(events.prefetch_useful + events.prefetch_late, events.prefetch_wasted, reads)
 
     def outcome(self, useful: int, wasted: int, reads: int = 0) -> None:
         """So many speculative reads were demanded, or left their slot undemanded, in all until now.

@@ -80,6 +80,11 @@ class CacheEvents:
     prefetch_wasted: int = 0
     prefetch_cancelled: int = 0
 
+    @property
+    def absent(self) -> int:
+        """Demands whose expert had to be fetched, ahead of time or not."""
+        return self.misses + self.prefetch_useful + self.prefetch_late
+
 
 class Residency:
     """The expert cache of one tier, without the bytes.

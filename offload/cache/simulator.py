@@ -7,11 +7,12 @@ those of `residency`: this module answers only how long they would have taken.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from offload.cache.policy import HALF_LIVES, CachePolicy, Routing, create_policy
 from offload.cache.residency import CacheEvents, Decision, Residency
+from offload.cache.speculation import Foresight
 from offload.cache.trace import Prefetch, Trace
 
 
@@ -43,6 +44,10 @@ class Result:
     decode_hits: int = 0
     decode_misses: int = 0
     """Demands of passes of one token."""
+    decode_ahead: int = 0
+    """Those among their hits whose expert was read ahead of its layer."""
+    decode_reads: int = 0
+    """All that decoding read, ahead or not, for use or for nothing."""
 
     @property
     def decode_hit_rate(self) -> float | None:
@@ -123,11 +128,13 @@ def replay(
     floor: int | None = None,
     width: int = 16,
     machine: Machine | None = None,
+    prefetch_depth: int | None = None,
     **options: Any,
 ) -> Result:
     """Run a whole trace; `floor` is top_k unless given. `belady` is told the future.
 
-    With the policy, its half-life and the slots of the recording, its speculative loads are repeated where they
+    With `prefetch_depth` experts are read ahead as a run with that option would (see `Foresight`). Without it, and
+    with the policy, its half-life and the slots of the recording, its speculative loads are repeated where they
     happened; other settings are replayed without speculation. The policy of the recording has the half-life of the
     recording unless `options` say otherwise; a trace that does not name one was recorded with the policy's own.
     """
@@ -142,18 +149,22 @@ def replay(
     clock = Replay(residency, machine)
     half_life = header.get("half_life") or HALF_LIVES.get(policy.name)
     recorded = (header.get("policy"), half_life, header.get("slots")) == (policy.name, policy.half_life, slots)
-    speculation = _Speculation(trace.prefetches if recorded else [], residency)
-    decode_hits = decode_misses = 0
-    for step, (tokens, routing) in enumerate(trace.passes()):
-        hits, misses = residency.events.hits, residency.events.misses
+    speculation = (
+        _Recorded(trace.prefetches if recorded else [], residency)
+        if prefetch_depth is None
+        else Foresight(trace, residency, prefetch_depth)
+    )
+    decode = CacheEvents()
+    for tokens, routing in trace.passes():
+        before = replace(residency.events)
         residency.begin_step(tokens)
+        speculation.begin_step(tokens)
         for layer, ids in enumerate(routing):
-            speculation.before(step, layer)
+            speculation.before(layer)
             clock.layer(layer, ids)
-        speculation.before(step, trace.shape.layers)
+        speculation.before(trace.shape.layers)
         if len(tokens) == 1:
-            decode_hits += residency.events.hits - hits
-            decode_misses += residency.events.misses - misses
+            _add(decode, residency.events, before)
     settings = {"floor": residency.floor, "width": residency.width, "half_life": policy.half_life}
     return Result(
         policy.name,
@@ -164,21 +175,34 @@ def replay(
         clock.now,
         clock.stall_s,
         settings,
-        decode_hits,
-        decode_misses,
+        decode.hits,
+        decode.misses,
+        decode.prefetch_useful + decode.prefetch_late,
+        decode.misses + decode.prefetch_issued,
     )
 
 
-class _Speculation:
+def _add(total: CacheEvents, now: CacheEvents, before: CacheEvents) -> None:
+    for name, count in vars(now).items():
+        setattr(total, name, getattr(total, name) + count - getattr(before, name))
+
+
+class _Recorded:
     """Repeats the prefetches of a recorded run at their place in the trace."""
 
     def __init__(self, events: Sequence[Prefetch], residency: Residency) -> None:
         self._events = events
         self._at = 0
+        self._step = -1
         self._residency = residency
 
-    def before(self, step: int, layer: int) -> None:
-        residency = self._residency
+    def begin_step(self, tokens: Sequence[int]) -> None:
+        """The next step of the trace begins."""
+        self._step += 1
+
+    def before(self, layer: int) -> None:
+        """Everything that happened before `layer` of the step."""
+        residency, step = self._residency, self._step
         while self._at < len(self._events):
             event = self._events[self._at]
             if (event.step, event.before) > (step, layer):

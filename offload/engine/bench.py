@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +25,7 @@ from offload.errors import UsageError
 from offload.report import Page
 from offload.tune.compare import Comparison, Measured, compare
 from offload.tune.cost import ModelCost, decode_cost, prefill_cost
+from offload.tune.layer_clock import Demand
 from offload.tune.machine import MachineSpec
 from offload.tune.machine_file import load_machine
 from offload.tune.planner import hit_curve
@@ -56,6 +57,11 @@ class Phase:
     bytes_read: int
     read_s: float
     stall_s: float
+    prefetch_issued: int = 0
+    prefetch_useful: int = 0
+    prefetch_late: int = 0
+    prefetch_wasted: int = 0
+    prefetch_cancelled: int = 0
 
     @property
     def tok_s(self) -> float:
@@ -64,6 +70,11 @@ class Phase:
     @property
     def hit_rate(self) -> float:
         return self.hits / max(1, self.hits + self.misses)
+
+    def demand(self, prefetch_depth: int) -> Demand:
+        """What became of the demands; `prefetch_depth`: layers ahead for which routers were applied early."""
+        ahead = self.prefetch_issued, self.prefetch_useful, self.prefetch_late
+        return Demand.counted(self.hits, self.misses, *ahead, prefetch_depth)
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ class BenchReport:
     layer_stall_s: Sequence[float] = ()
     """Waiting per MoE layer and token of warm decoding."""
     expected_hit_rate: float | None = None
-    """Of decoding, as the prediction assumes."""
+    """Of decoding, as the prediction assumes; like a run's it counts what was read ahead."""
     chunk: int = 0
     """Prompt tokens that share one sweep of the experts."""
 
@@ -201,9 +212,10 @@ def bench(
     compared: list[Comparison] = []
     expected = None
     if spec is not None:
-        curve = hit_curve(hits, model.config, resolved.policy)
-        expected = curve.at(share)
-        compared = predictions(model, spec, samples["cold"], samples["warm"], expected, plan.chunk, curve.alike)
+        curve = hit_curve(hits, model.config, resolved.policy, resolved.early_routers)
+        demand = curve.demand(share)
+        expected = demand.hit + demand.ahead
+        compared = predictions(model, spec, samples["cold"], samples["warm"], demand, plan.chunk, curve.alike)
     return BenchReport(
         str(store),
         described,
@@ -244,7 +256,7 @@ def run_once(engine: Engine, prompt: Sequence[int], max_tokens: int, seed: int) 
     )
 
 
-_COUNTS = ("hits", "misses", "bytes_read", "read_s", "stall_s")
+_COUNTS = tuple(field.name for field in fields(Phase) if field.name not in ("tokens", "seconds"))
 
 
 def _counted(engine: Engine) -> dict[str, Any]:
@@ -268,13 +280,13 @@ def predictions(
     machine: MachineSpec,
     cold: Sequence[Sample],
     warm: Sequence[Sample],
-    expected: float,
+    expected: Demand,
     chunk: int,
     alike: float,
 ) -> list[Comparison]:
     """Warm decode and cold prefill against the cost model.
 
-    `expected` is the hit rate assumed for decoding, `chunk` the number of tokens that share one sweep of the experts,
+    `expected` is what is assumed for decoding, `chunk` the number of tokens that share one sweep of the experts,
     `alike` how alike they are.
     """
     decode = [sample.decode for sample in warm]
@@ -284,13 +296,13 @@ def predictions(
         median(phase.stall_s / phase.tokens for phase in decode),
         median(phase.bytes_read / phase.tokens for phase in decode),
     )
-    hit = median(phase.hit_rate for phase in decode)
+    actual = mean_demand([phase.demand(expected.prefetch_depth) for phase in decode])
     found = [
         compare(
             "warm decode, per token",
             per_token,
             decode_cost(model, machine, expected, context),
-            decode_cost(model, machine, hit, context),
+            decode_cost(model, machine, actual, context),
         )
     ]
     prefill = [sample.prefill for sample in cold]
@@ -298,9 +310,15 @@ def predictions(
     sweep = prefill_cost(model, machine, tokens, chunk, 0.0, alike)
     read = median(phase.bytes_read for phase in prefill)
     # Fewer bytes than a sweep: the prompt used fewer experts than foretold.
-    actual = prefill_cost(model, machine, tokens, chunk, max(0.0, 1 - read / sweep.read_nbytes), alike)
+    swept = prefill_cost(model, machine, tokens, chunk, max(0.0, 1 - read / sweep.read_nbytes), alike)
     whole = Measured(median(p.seconds for p in prefill), median(p.stall_s for p in prefill), read)
-    return [*found, compare(f"cold prefill of {tokens} tokens", whole, sweep, actual)]
+    return [*found, compare(f"cold prefill of {tokens} tokens", whole, sweep, swept)]
+
+
+def mean_demand(found: Sequence[Demand]) -> Demand:
+    """The means of runs' demands."""
+    sums = {name: sum(getattr(demand, name) for demand in found) for name in ("hit", "ahead", "wasted")}
+    return replace(found[0], **{name: total / len(found) for name, total in sums.items()})
 
 
 def spread(values: Sequence[float], unit: str) -> str:

@@ -7,7 +7,7 @@ are `compare`'s. Without a machine file nothing is computed.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from offload.engine.request import GenerationResponse
@@ -17,10 +17,10 @@ from offload.store import Store
 from offload.tune.budget import RamPlan
 from offload.tune.compare import Comparison, Measured, compare
 from offload.tune.cost import ModelCost, decode_cost, prefill_cost
-from offload.tune.hits import CURVES
+from offload.tune.layer_clock import Demand
 from offload.tune.machine import MachineSpec
 from offload.tune.machine_file import load_machine
-from offload.tune.planner import MACHINE_FILE
+from offload.tune.planner import MACHINE_FILE, hit_curve
 
 log = logging.getLogger("expertpager")
 
@@ -32,14 +32,13 @@ LEAST_PROMPT = 32
 
 @dataclass(frozen=True)
 class RunPhase:
-    """Prompt or decoding of one generation. `hits` and `misses` are demands of experts."""
+    """Prompt or decoding of one generation."""
 
     tokens: int
     seconds: float
     stall_s: float
     read_nbytes: int
-    hits: int
-    misses: int
+    demand: Demand
 
 
 def machine_at_hand(store: Path) -> MachineSpec | None:
@@ -83,33 +82,40 @@ def phases_of(
 def _phase(tokens: int, seconds: float, since: Snapshot, now: Snapshot) -> RunPhase:
     spent = now.ram.minus(since.ram)
     stall = sum(now.layer_stall_s) - sum(since.layer_stall_s)
-    return RunPhase(tokens, seconds, stall, spent.bytes_read, spent.hits, spent.misses)
+    ahead = spent.prefetch_issued, spent.prefetch_useful, spent.prefetch_late
+    return RunPhase(tokens, seconds, stall, spent.bytes_read, Demand.counted(spent.hits, spent.misses, *ahead))
 
 
 def beside_plan(
-    model: ModelCost, machine: MachineSpec, plan: RamPlan, phases: tuple[RunPhase, RunPhase], *, cold: bool
+    model: ModelCost,
+    machine: MachineSpec,
+    plan: RamPlan,
+    phases: tuple[RunPhase, RunPhase],
+    *,
+    cold: bool,
+    early_routers: int | None,
 ) -> tuple[Comparison, ...]:
     """Prompt and decoding against the plan with its usual hit rates; what was too short is left out.
 
-    `cold`: no expert was resident when the prompt began.
+    `cold`: no expert was resident when the prompt began. `early_routers`: see `RuntimeOptions`.
     """
     prompt, decode = phases
-    share, curve = plan.slots / plan.experts, CURVES["local"]
+    share, curve = plan.slots / plan.experts, hit_curve(None, model.config, prefetch_depth=early_routers)
     found = []
     if prompt.tokens >= LEAST_PROMPT and prompt.seconds:
         alike = curve.alike
         assumed = prefill_cost(model, machine, prompt.tokens, plan.chunk, 0.0 if cold else share, alike)
         sweep = prefill_cost(model, machine, prompt.tokens, plan.chunk, 0.0, alike)
         resident = max(0.0, 1 - prompt.read_nbytes / sweep.read_nbytes)
-        actual = prefill_cost(model, machine, prompt.tokens, plan.chunk, resident, alike)
+        swept = prefill_cost(model, machine, prompt.tokens, plan.chunk, resident, alike)
         measured = Measured(prompt.seconds, prompt.stall_s, prompt.read_nbytes)
-        found.append(compare(f"prompt of {prompt.tokens} tokens", measured, assumed, actual))
+        found.append(compare(f"prompt of {prompt.tokens} tokens", measured, assumed, swept))
     if decode.tokens >= LEAST_DECODED and decode.seconds:
         context = prompt.tokens + decode.tokens // 2
-        hit = decode.hits / max(1, decode.hits + decode.misses)
+        actual = replace(decode.demand, prefetch_depth=early_routers or 0)
         measured = Measured(
             decode.seconds / decode.tokens, decode.stall_s / decode.tokens, decode.read_nbytes / decode.tokens
         )
-        expected = decode_cost(model, machine, curve.at(share), context)
-        found.append(compare("decode, per token", measured, expected, decode_cost(model, machine, hit, context)))
+        expected = decode_cost(model, machine, curve.demand(share), context)
+        found.append(compare("decode, per token", measured, expected, decode_cost(model, machine, actual, context)))
     return tuple(found)

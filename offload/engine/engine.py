@@ -63,6 +63,7 @@ class Engine:
         self.config = self.store.config
         self.context = _context(options.context, self.config.max_position_embeddings)
         self.tokenizer = load_tokenizer(self.store.path)  # before the plan: what it takes counts to the process
+        self._early_routers = options.early_routers
         record = self._trace_path is not None
         if found:
             self._backend = load_on_devices(self.store, options, self.context, record, found, share)
@@ -256,7 +257,8 @@ class Engine:
         assert self.machine is not None
         cold = before.ram.misses == 0 and not self._backend.warmed
         phases = phases_of(summary.response, before, after_prompt, Snapshot.take(self._executor.counters()))
-        return beside_plan(model_cost(self.store), self.machine, self.plan, phases, cold=cold)
+        model, early = model_cost(self.store), self._early_routers
+        return beside_plan(model, self.machine, self.plan, phases, cold=cold, early_routers=early)
 
 
 def ram_for_share(store: str | Path, share: float, context: int | None = None) -> int:

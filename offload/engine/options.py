@@ -86,6 +86,11 @@ class RuntimeOptions:
     warm: str | Path | None = None
     prefer_resident: float | None = None
 
+    @property
+    def early_routers(self) -> int | None:
+        """Layers ahead for which routers are applied early; None: nothing is read ahead."""
+        return self.prefetch_depth if self.prefetch else None
+
     def __post_init__(self) -> None:
         for name in ("ram", "vram"):
             value = getattr(self, name)

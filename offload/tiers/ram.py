@@ -19,6 +19,7 @@ from offload.cache.lookahead import EARLY_ROUTERS, LookAhead
 from offload.cache.policy import CacheShape, Routing, create_policy
 from offload.cache.preference import Preference
 from offload.cache.residency import Decision, Residency, Service
+from offload.cache.speculation import granted
 from offload.cache.trace import Trace, TraceRecorder
 from offload.cache.usage import load_usage, save_usage
 from offload.config import ModelConfig
@@ -47,11 +48,6 @@ class ExpertStore(Protocol):
     def layout(self) -> ExpertLayout: ...
 
     def locate(self, expert: ExpertId) -> Extent: ...
-
-
-LOOKAHEAD_LAYERS = 3
-LOOKAHEAD_READS = 4
-"""How far ahead at least, and how many experts at a time, are read on speculation."""
 
 
 class RamTier:
@@ -156,9 +152,7 @@ class RamTier:
         if self._recorder:
             self._recorder.begin_step(tokens)
         if self._lookahead:
-            events = self.residency.events
-            absent = events.misses + events.prefetch_useful + events.prefetch_late
-            self._lookahead.begin_step(tokens, absent)
+            self._lookahead.begin_step(tokens, self.residency.events.absent)
             self._speculate(0)
         return changed
 
@@ -172,6 +166,8 @@ class RamTier:
             self._settle()
         if self._recorder:
             self._recorder.route(layer, routing)
+            if self._lookahead:
+                self._lookahead.routed(layer, routing[0])
         return self.residency.observe(layer, routing)
 
     def at_hand(self, layer: int, experts: Sequence[int]) -> list[int] | None:
@@ -261,6 +257,7 @@ class RamTier:
             events=vars(self.residency.events).copy(),
             telemetry=self.counters().as_dict(),
             prefer_resident=self.preference.margin if self.preference else None,
+            foretold_right=self._lookahead.right if self._lookahead else None,
         )
 
     def close(self) -> None:
@@ -348,20 +345,11 @@ class RamTier:
             return  # nothing to read, or every expert has a slot
         if len(self._reads) > len(self._speculative):
             return  # somebody waits for a read
-        # Spare slots only: a demand never finds every slot taken by speculation.
-        room = min(LOOKAHEAD_READS, self.residency.slots - self.shape.top_k)
-        reach = max(LOOKAHEAD_LAYERS, lookahead.prefetch_depth)
-        for layer in range(first, min(first + reach, self.shape.layers)):
-            for expert in lookahead.candidates(layer):
-                if len(self._speculative) >= room:
-                    return
-                load = self.residency.prefetch(layer, expert)
-                if load is None:
-                    continue
-                if self._recorder:
-                    self._recorder.prefetch(0, layer, expert)
-                self._speculative[load.slot] = layer, expert
-                self.reader.prefetch(self._read(layer, expert, load.slot))
+        for layer, load in granted(lookahead, self.residency, first, len(self._speculative)):
+            if self._recorder:
+                self._recorder.prefetch(0, layer, load.expert)
+            self._speculative[load.slot] = layer, load.expert
+            self.reader.prefetch(self._read(layer, load.expert, load.slot))
 
     def _settle(self) -> None:
         """Speculative reads that have ended become residents; those for layers long past are withdrawn."""
@@ -383,10 +371,9 @@ class RamTier:
                     self._weights.filling(slot, extent.offset % PAGE)
                 if self._recorder:
                     self._recorder.prefetch(2, layer, expert)
-        events, lookahead = self.residency.events, self._lookahead
+        lookahead = self._lookahead
         if lookahead is not None:
-            reads = events.misses + events.prefetch_issued - events.prefetch_cancelled
-            lookahead.outcome(events.prefetch_useful + events.prefetch_late, events.prefetch_wasted, reads)
+            lookahead.learn(self.residency.events)
             if lookahead.off_reason is not None:
                 self.telemetry.note(lookahead.off_reason)
 

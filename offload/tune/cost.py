@@ -1,24 +1,22 @@
 """What a token costs: bytes, multiply-adds and seconds, from shapes and rates alone.
 
-Owns the arithmetic. Pure: no files, no clocks, no measuring. The structure is the runtime's: every layer asks for its
-missing experts at once, computes the shared expert and the resident ones meanwhile, then each missing one as it
-arrives. So a layer takes what the later of drive and processor takes, and layers add up. Reads ahead of the layer, by
-token id or by routers applied early, are left out: a run that profits from them is faster than foretold here.
+Owns the arithmetic. Pure: no files, no clocks, no measuring. How reading and computing go on beside each other within
+a layer is `layer_clock`'s; layers add up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb, inf
+from math import inf
 from typing import Protocol
 
+from offload.cache.lookahead import LEAST_ABSENT
 from offload.config import ModelConfig
 from offload.model.blocks import BLOCK
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout
-from offload.tiers.disk import PART_NBYTES
 from offload.tune.attention_shapes import AttentionShapes
+from offload.tune.layer_clock import Demand, LayerWork, beside, layer_time
 from offload.tune.machine import ROWS, FormatRate, MachineSpec
 
 WAVE = 16
@@ -144,6 +142,11 @@ class ModelCost:
         return 2 * codec.nbytes(inner, hidden) + codec.nbytes(hidden, inner) if inner else 0
 
     @property
+    def router_nbytes(self) -> int:
+        """Bytes of one router, in fp32."""
+        return 4 * self.config.n_routed_experts * self.config.hidden_size
+
+    @property
     def attention_nbytes(self) -> int:
         """Bytes of the matrices of attention of all layers."""
         codec = get_codec(self.resident)
@@ -203,68 +206,38 @@ class Cost:
         return max(parts, key=lambda name: parts[name])
 
 
-def layer_seconds(
-    misses: int, hits: int, *, compute: float, arrivals: Sequence[float], ahead: float = 0.0
-) -> tuple[float, float]:
-    """(time, waiting) of the routed experts of one layer: hits are computed while misses are read.
-
-    `arrivals` are the times after the request at which misses are there, `ahead` what else is computed in the
-    meantime before the hits; it is no part of the time.
-    """
-    now = ahead + hits * compute
-    waited = 0.0
-    for arrival in arrivals[:misses]:
-        waited += max(0.0, arrival - now)
-        now = max(now, arrival) + compute
-    return now - ahead, waited
-
-
-def arrival_times(machine: MachineSpec, misses: int, nbytes: int) -> list[float]:
-    """Seconds after which each of `misses` extents of `nbytes`, asked for at once, has been read.
-
-    Few parts under way make a drive slower, and towards the end there are always few.
-    """
-    parts = -(-nbytes // PART_NBYTES)
-    now, times = machine.drive_latency_s, []
-    for left in range(misses * parts, 0, -1):
-        now += nbytes / parts / machine.drive_rate(left)
-        if (left - 1) % parts == 0:
-            times.append(now)
-    return times
-
-
-def decode_cost(model: ModelCost, machine: MachineSpec, hit: float, context: int = 0) -> Cost:
-    """One decoded token at position `context` when `hit` of the demands need no read.
-
-    The number of misses of a layer is taken as binomial: layers with many misses wait longer than the average says.
-    """
-    config = model.config
-    compute = model.expert_nbytes / machine.format_rate(model.experts).read
-    own = machine.format_rate(model.resident)
-    shared = model.shared_nbytes / own.read
-    k, waiting, computing = config.num_experts_per_tok, 0.0, 0.0
-    for misses in range(k + 1):
-        arrivals = arrival_times(machine, misses, model.expert_nbytes)
-        chance = comb(k, misses) * (1 - hit) ** misses * hit ** (k - misses)
-        now = compute / machine.kernels_beside if misses else compute
-        hits = k - misses
-        waiting += chance * layer_seconds(misses, hits, compute=now, arrivals=arrivals, ahead=shared)[1]
-        computing += chance * k * now
-    layers = len(config.moe_layers)
+def decode_cost(model: ModelCost, machine: MachineSpec, demand: Demand, context: int = 0) -> Cost:
+    """One decoded token at position `context` when `demand` is what becomes of its demands."""
+    config, own = model.config, machine.format_rate(model.resident)
+    layers, k = len(config.moe_layers), config.num_experts_per_tok
     attention = min(model.attention_nbytes, model.resident_read_nbytes)
     past = config.num_hidden_layers * AttentionShapes.of(config).past_flops * context
+    attending = attention / (own.attention or own.read) + past / (machine.past_gflops * 1e9)
+    work = LayerWork(
+        k,
+        model.expert_nbytes,
+        model.expert_nbytes / machine.format_rate(model.experts).read,
+        model.shared_nbytes / own.read,
+        attending / config.num_hidden_layers,
+        machine.layer_s,
+    )
+    layer = layer_time(machine, work, demand)
     resident = (
-        attention / (own.attention or own.read)
+        attending
         + (model.resident_read_nbytes - attention) / own.read
         + model.head_nbytes / machine.format_rate(model.head).read
-        + past / (machine.past_gflops * 1e9)
+        + layers * layer.slowed_s
     )
+    overhead = config.num_hidden_layers * machine.layer_s + layers * k * demand.reads * machine.miss_s
+    if k * (1 - demand.hit) >= LEAST_ABSENT:  # else the runtime leaves them out
+        router = model.router_nbytes / machine.format_rate("bf16").read + machine.foresee_s
+        overhead += layers * demand.prefetch_depth * router
     return Cost(
-        experts_s=layers * computing,
+        experts_s=layers * layer.experts_s,
         resident_s=resident,
-        stall_s=layers * waiting,
-        overhead_s=config.num_hidden_layers * machine.layer_s + layers * k * (1 - hit) * machine.miss_s,
-        read_nbytes=layers * k * (1 - hit) * model.expert_nbytes,
+        stall_s=layers * layer.waiting_s,
+        overhead_s=overhead,
+        read_nbytes=layers * k * demand.reads * model.expert_nbytes,
     )
 
 
@@ -321,18 +294,6 @@ def chunk_cost(
         read_nbytes=layers * missing * model.expert_nbytes,
         tokens=tokens,
     )
-
-
-def beside(machine: MachineSpec, compute: float, reading: float) -> tuple[float, float]:
-    """(seconds of the processor, seconds it then waits) for work and reads of so many seconds each, begun together.
-
-    While both go on, each is slowed by the other.
-    """
-    slowed = compute / machine.kernels_beside
-    if slowed <= reading / machine.drive_beside:
-        return slowed, reading - slowed * machine.drive_beside
-    together = reading / machine.drive_beside
-    return together + compute - together * machine.kernels_beside, 0.0
 
 
 def _attention_flops(config: ModelConfig, tokens: int, start: int) -> float:

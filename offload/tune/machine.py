@@ -80,6 +80,8 @@ class MachineSpec:
     """Time per layer and forward pass that is not matrix products: small kernels, routing, Python."""
     miss_s: float = 0.0
     """Time of the processor for every expert that is read."""
+    foresee_s: float = 0.0
+    """Time of the processor for a router that is applied early, besides its product."""
     warnings: tuple[str, ...] = ()
     drive_beside: float = 1.0
     """Share of the drive's rate that remains while the kernels are busy."""

@@ -101,7 +101,14 @@ def to_toml(machine: MachineSpec) -> str:
         *((f"cpu.formats.{codec}", vars(rate)) for codec, rate in machine.formats.items()),
         ("gpu", vars(machine.gpu) if machine.gpu else {}),
         ("network", {"download": machine.download}),
-        ("engine", {"layer_us": 1e6 * machine.layer_s or None, "miss_us": 1e6 * machine.miss_s or None}),
+        (
+            "engine",
+            {
+                "layer_us": 1e6 * machine.layer_s or None,
+                "miss_us": 1e6 * machine.miss_s or None,
+                "foresee_us": 1e6 * machine.foresee_s or None,
+            },
+        ),
     ]
     lines = []
     for table, values in tables:
@@ -177,7 +184,7 @@ _KEYS: dict[str, dict[str, Parser]] = {
         **dict.fromkeys(("free", "h2d_pageable", "h2d_with_reads", "ram_with_copies", "kernels"), _size),
     },
     "network": {"download": _size},
-    "engine": {"layer_us": _number, "miss_us": _number},
+    "engine": {"layer_us": _number, "miss_us": _number, "foresee_us": _number},
 }
 _TABLES = {"ram": ("threads",), "drive": ("depths",), "cpu": ("formats",)}
 """Tables whose keys are counts or formats."""
@@ -223,6 +230,7 @@ class _Reader:
             download=found.get("network", {}).get("download"),
             layer_s=found.get("engine", {}).get("layer_us", 0.0) / 1e6,
             miss_s=found.get("engine", {}).get("miss_us", 0.0) / 1e6,
+            foresee_s=found.get("engine", {}).get("foresee_us", 0.0) / 1e6,
         )
 
     def _sections(self) -> dict[str, dict[str, Any]]:

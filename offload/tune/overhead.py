@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -105,15 +108,29 @@ class Overhead:
     """Seconds per layer whose experts are resident."""
     miss_s: float
     """Seconds that the processor spends on every expert that is not."""
+    foresee_s: float
+    """Seconds for a router that is applied early, and for choosing what to read ahead."""
 
 
 def measure_overhead(kernels: Kernels, seconds: float) -> Overhead:
-    """Both, `seconds` for each, from decoding with all experts resident and with too few slots for them."""
-    resident = _decode(kernels, 1.0, seconds)
-    paged = _decode(kernels, RESIDENT_SHARE, seconds)
-    layers = _CONFIG.num_hidden_layers
-    spent = paged.busy_s - resident.busy_s
-    return Overhead(resident.busy_s / layers, max(0.0, spent / paged.reads) if paged.reads else 0.0)
+    """All of it in about three times `seconds`: decoding with all experts resident, with too few slots for them, and
+    with as few and reads ahead.
+
+    The three take turns, since their differences are small beside what other work does to each.
+    """
+    with ExitStack() as stack:
+        settings = ((1.0, False), (RESIDENT_SHARE, False), (RESIDENT_SHARE, True))
+        runs = [stack.enter_context(_decoding(kernels, share, prefetch)) for share, prefetch in settings]
+        begun = time.perf_counter()
+        rounds: list[list[_Step]] = []
+        while len(rounds) < 20 or time.perf_counter() - begun < 3 * seconds:
+            rounds.append([run() for run in runs])
+    layers, routers = _CONFIG.num_hidden_layers, len(_CONFIG.moe_layers)
+    reads = [median(step.reads for step in steps) for steps in zip(*rounds, strict=True)]
+    missing = median(paged.busy_s - resident.busy_s for resident, paged, _ in rounds)
+    miss_s = max(0.0, missing / reads[1]) if reads[1] else 0.0
+    foreseeing = median(ahead.busy_s - paged.busy_s for _, paged, ahead in rounds) - (reads[2] - reads[1]) * miss_s
+    return Overhead(median(step[0].busy_s for step in rounds) / layers, miss_s, max(0.0, foreseeing / routers))
 
 
 @dataclass(frozen=True)
@@ -121,39 +138,38 @@ class _Step:
     """One decoded token: seconds that nothing was waited for, and the experts that were read."""
 
     busy_s: float
-    reads: float
+    reads: int
 
 
-def _decode(kernels: Kernels, share: float, seconds: float) -> _Step:
-    """Medians of steps with slots for `share` of the experts."""
+@contextmanager
+def _decoding(kernels: Kernels, share: float, prefetch: bool) -> Iterator[Callable[[], _Step]]:
+    """Decodes one more token at every call, with slots for `share` of the experts."""
     config = _CONFIG
+    slots = round(share * len(config.moe_layers) * config.n_routed_experts)
     with tempfile.TemporaryDirectory(prefix="expertpager-probe-") as folder:
-        slots = round(share * len(config.moe_layers) * config.n_routed_experts)
         store = _Store(Path(folder) / "experts")
-        executor = Executor(store, kernels, slots=slots, max_tokens=_CONTEXT // 2, policy="ema+tokens")
+        executor = Executor(
+            store, kernels, slots=slots, max_tokens=_CONTEXT // 2, policy="ema+tokens", prefetch=prefetch
+        )
         try:
             model = DeepseekV3(config, load_weights(_Weights(_shapes(config)), config), kernels, executor, _CONTEXT)
             cache = KVCache(config, _CONTEXT)
             tokens = [token % config.vocab_size for token in range(_CONTEXT // 2)]
             model.forward(tokens, cache)  # brings in what these tokens use
-            filled = cache.length
-            busy: list[float] = []
-            reads: list[int] = []
-            spent, before = 0.0, replace(executor.counters().ram)
-            while len(busy) < 20 or spent < seconds:
-                begun = time.perf_counter()
-                model.forward([len(busy) % config.vocab_size], cache)
-                took = time.perf_counter() - begun
-                now = replace(executor.counters().ram)
-                step, before = now.minus(before), now
-                busy.append(took - step.stall_s)
-                reads.append(step.reads)
-                spent += took
+            filled, number = cache.length, count()
+
+            def step() -> _Step:
                 if cache.length == _CONTEXT:
                     cache.truncate(filled)
+                before, begun = replace(executor.counters().ram), time.perf_counter()
+                model.forward([next(number) % config.vocab_size], cache)
+                took = time.perf_counter() - begun
+                spent = replace(executor.counters().ram).minus(before)
+                return _Step(took - spent.stall_s, spent.reads)
+
+            yield step
         finally:
             executor.close()
-    return _Step(median(busy), median(reads))
 
 
 def _shapes(c: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -22,6 +22,7 @@ from offload.tune.budget import (
 )
 from offload.tune.cost import Cost, Footprint, ModelCost, decode_cost, gpu_decode_s, prefill_cost
 from offload.tune.hits import CURVES, HitCurve
+from offload.tune.layer_clock import Demand
 from offload.tune.machine import MachineSpec
 from offload.types import format_size
 
@@ -74,6 +75,7 @@ class RecipePlan:
     ram: RamPlan | None = None
     share: float = 0.0
     hit: float = 0.0
+    """Share of the demands that need no read, ahead or not."""
     decode: Cost | None = None
     decode_flat: Cost | None = None
     prefill: Cost | None = None
@@ -124,8 +126,8 @@ def plan_recipe(footprint: Footprint, machine: MachineSpec, setting: Setting, cu
         return RecipePlan(footprint, problems)
     model = ModelCost.of(footprint)
     share = ram.slots / ram.experts
-    hit = _hit(curve, ram.slots, config)
-    decode = decode_cost(model, machine, hit, context // 2)
+    demand = _demand(curve, ram.slots, config)
+    decode = decode_cost(model, machine, demand, context // 2)
     prompt = min(setting.prompt, context)
     prefill = prefill_cost(model, machine, prompt, ram.chunk, share, curve.alike)
     return RecipePlan(
@@ -133,9 +135,9 @@ def plan_recipe(footprint: Footprint, machine: MachineSpec, setting: Setting, cu
         (),
         ram,
         share,
-        hit,
+        demand.hit,
         decode,
-        decode_cost(model, machine, _hit(CURVES["flat"], ram.slots, config), context // 2),
+        decode_cost(model, machine, _demand(CURVES["flat"], ram.slots, config), context // 2),
         prefill,
         prefill.total_s,
         _gains(footprint, machine, curve, limit, context, decode),
@@ -144,8 +146,8 @@ def plan_recipe(footprint: Footprint, machine: MachineSpec, setting: Setting, cu
     )
 
 
-def _hit(curve: HitCurve, slots: int, config: ModelConfig) -> float:
-    return curve.at(slots / (config.n_routed_experts * len(config.moe_layers)))
+def _demand(curve: HitCurve, slots: int, config: ModelConfig) -> Demand:
+    return curve.demand(slots / (config.n_routed_experts * len(config.moe_layers)))
 
 
 def _disk_problems(footprint: Footprint, machine: MachineSpec) -> tuple[str, ...]:
@@ -169,7 +171,7 @@ def _gains(
     def speed(spec: MachineSpec = machine, ram: int = limit, cost: ModelCost = model) -> float:
         demand = ram_demand(footprint, context, PROCESS_NBYTES) | {"slot_nbytes": cost.layout.slot_nbytes}
         slots = plan_ram(config, limit=ram, allow_slow=True, **demand).slots
-        return decode_cost(cost, spec, _hit(curve, slots, config), context // 2).tok_s
+        return decode_cost(cost, spec, _demand(curve, slots, config), context // 2).tok_s
 
     faster = replace(
         machine,
@@ -206,7 +208,7 @@ def _gpu(
     freed = resident // model.layout.slot_nbytes if left >= 0 else 0
     both = min(model.expert_count, slots + ram_slots + freed)
     useful = slots >= floor_slots(config)
-    vram_hit, hit = (_hit(curve, slots, config) if useful else 0.0), _hit(curve, both, config)
+    vram_hit, hit = (_demand(curve, slots, config).hit if useful else 0.0), _demand(curve, both, config).hit
     tok_s = 1 / gpu_decode_s(model, machine, vram_hit, hit) if left >= 0 and ram_slots else 0.0
     return GpuForecast(gpu.name, vram, resident, kv_cache, GPU_STAGING_NBYTES, slots, vram_hit, hit, tok_s)
 

@@ -297,8 +297,8 @@ def _ram_chart(report: PlanReport, plan: RecipePlan) -> str:
     context = (report.setting.context or min(DEFAULT_CONTEXT, model.config.max_position_embeddings)) // 2
 
     def speeds(curve: HitCurve) -> list[float]:
-        hits = [curve.at(count / model.expert_count) for count in slots]
-        return [decode_cost(model, report.machine, hit, context).tok_s for hit in hits]
+        demands = [curve.demand(count / model.expert_count) for count in slots]
+        return [decode_cost(model, report.machine, demand, context).tok_s for demand in demands]
 
     curves = [Curve(report.curve.name, budgets, speeds(report.curve))]
     curves += [

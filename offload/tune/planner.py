@@ -7,9 +7,11 @@ probe's file the rates of this machine are unknown, and a plan with guessed rate
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from offload.cache.lookahead import EARLY_ROUTERS
 from offload.config import ModelConfig
 from offload.errors import UsageError
 from offload.tune.cost import Footprint
@@ -61,12 +63,15 @@ def plan(
     )
 
 
-def hit_curve(hits: str | None, config: ModelConfig, policy: str = POLICY) -> HitCurve:
-    """The preset called `hits`, or the curve of the trace in that file under `policy`."""
-    if hits is None:
-        return CURVES["local"]
-    if hits in CURVES:
-        return CURVES[hits]
+def hit_curve(
+    hits: str | None, config: ModelConfig, policy: str = POLICY, prefetch_depth: int | None = EARLY_ROUTERS
+) -> HitCurve:
+    """The preset called `hits`, or the curve of the trace in that file under `policy`.
+
+    `prefetch_depth`: layers ahead for which routers are applied early; None: nothing is read ahead.
+    """
+    if hits is None or hits in CURVES:
+        return replace(CURVES[hits or "local"], prefetch_depth=prefetch_depth)
     if not Path(hits).exists():
         raise UsageError(f"--hits {hits}: neither a trace file nor one of {', '.join(CURVES)}")
-    return curve_of_trace(hits, config, policy)
+    return curve_of_trace(hits, config, policy, prefetch_depth)

@@ -86,7 +86,8 @@ class ProbeReport:
         if machine.gpu is not None:
             yield from _gpu_lines(machine.gpu)
         spent = f"layer  {1e6 * machine.layer_s:.0f} us besides matrix products"
-        yield f"{spent}, {1e6 * machine.miss_s:.0f} us for every expert that is read"
+        spent += f", {1e6 * machine.miss_s:.0f} us for every expert that is read"
+        yield f"{spent}, {1e6 * machine.foresee_s:.0f} us for a router applied early"
         for text in machine.warnings:
             yield f"warning: {text}"
         yield f"written to {self.path}"
@@ -108,6 +109,7 @@ class ProbeReport:
             "attention_gflops": machine.attention_gflops,
             "layer_s": machine.layer_s,
             "miss_s": machine.miss_s,
+            "foresee_s": machine.foresee_s,
             "gpu": vars(machine.gpu) if machine.gpu else None,
             "warnings": list(machine.warnings),
         }
@@ -193,6 +195,7 @@ def probe(
         kernels_beside=together.kernels,
         layer_s=overhead.layer_s,
         miss_s=overhead.miss_s,
+        foresee_s=overhead.foresee_s,
         warnings=warnings(folder, kernels=backend.name, drive_read=read, buffered=buffered),
     )
     save_machine(machine, target)

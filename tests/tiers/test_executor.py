@@ -198,6 +198,8 @@ def test_runs_with_any_settings_give_the_same_bits_and_replay_exactly(store, ker
     executor.trace().save(tmp_path / "t.npz")
     trace = Trace.load(tmp_path / "t.npz")
     assert vars(replay(trace, policy, slots).events) == trace.header["events"] == vars(executor.ram.residency.events)
+    right = trace.header["foretold_right"]
+    assert right is None or 0.5 < right < 0.9
     telemetry = trace.header["telemetry"]
     assert telemetry["ram"]["misses"] == trace.header["events"]["misses"] and len(telemetry["layer_stall_s"]) == LAYERS
     executor.close()

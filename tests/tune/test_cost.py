@@ -17,17 +17,15 @@ from offload.store.safetensors import DTYPE_NAMES
 from offload.tiers.disk import PART_NBYTES
 from offload.tune.cost import (
     ModelCost,
-    arrival_times,
-    beside,
     ceiling_tok_s,
     decode_cost,
     distinct_experts,
     gpu_decode_s,
-    layer_seconds,
     prefill_cost,
     rows_seconds,
 )
 from offload.tune.hits import CURVES
+from offload.tune.layer_clock import Demand, arrival_times, beside, layer_seconds
 from offload.tune.machine import FormatRate, MachineSpec
 
 MACHINE = MachineSpec(
@@ -99,7 +97,7 @@ def test_ceilings_at_4_25_bits(rate: float, ceilings: tuple[float, float, float]
 def test_decode_without_a_cache_is_the_drive(v3: dict[str, Footprint]) -> None:
     """With an infinitely fast processor a token takes exactly its bytes at the drive's rate."""
     instant = replace(MACHINE, ram_read=1e18, gflops=1e12)
-    cost = decode_cost(ModelCost.of(v3["int4"]), instant, hit=0.0)
+    cost = decode_cost(ModelCost.of(v3["int4"]), instant, Demand(0.0))
     assert cost.read_nbytes == 11_494_490_112
     assert cost.total_s == pytest.approx(11_494_490_112 / 7e9, rel=1e-6)
     assert cost.binding == "drive"
@@ -107,7 +105,7 @@ def test_decode_without_a_cache_is_the_drive(v3: dict[str, Footprint]) -> None:
 
 def test_decode_with_everything_resident_is_the_memory(v3: dict[str, Footprint]) -> None:
     model = ModelCost.of(v3["int4"])
-    cost = decode_cost(model, MACHINE, hit=1.0)
+    cost = decode_cost(model, MACHINE, Demand(1.0))
     nbytes = model.token_nbytes + model.resident_read_nbytes + model.head_nbytes
     assert cost.total_s == pytest.approx(nbytes / (0.85 * 72e9), rel=1e-9)
     assert (cost.stall_s, cost.read_nbytes, cost.binding) == (0.0, 0.0, "memory")
@@ -115,30 +113,30 @@ def test_decode_with_everything_resident_is_the_memory(v3: dict[str, Footprint])
 
 def test_parts_add_up_and_more_of_anything_never_hurts(v3: dict[str, Footprint]) -> None:
     model = ModelCost.of(v3["int4"])
-    costs = [decode_cost(model, replace(MACHINE, layer_s=2e-4), hit / 10, 100) for hit in range(11)]
+    costs = [decode_cost(model, replace(MACHINE, layer_s=2e-4), Demand(hit / 10), 100) for hit in range(11)]
     for cost in costs:
         assert cost.total_s == pytest.approx(cost.experts_s + cost.resident_s + cost.stall_s + cost.overhead_s)
         assert cost.overhead_s == pytest.approx(61 * 2e-4)
     speeds = [cost.tok_s for cost in costs]
     assert speeds == sorted(speeds) and speeds[0] < speeds[-1]
-    handled = decode_cost(model, replace(MACHINE, layer_s=2e-4, miss_s=1e-4), 0.25, 100)
+    handled = decode_cost(model, replace(MACHINE, layer_s=2e-4, miss_s=1e-4), Demand(0.25), 100)
     assert handled.overhead_s == pytest.approx(61 * 2e-4 + 0.75 * 464 * 1e-4)
     faster = replace(MACHINE, drive_read=8e9)
-    assert decode_cost(model, faster, 0.5).tok_s > decode_cost(model, MACHINE, 0.5).tok_s
+    assert decode_cost(model, faster, Demand(0.5)).tok_s > decode_cost(model, MACHINE, Demand(0.5)).tok_s
     measured = replace(MACHINE, formats={"int4-g32": FormatRate(1e10, 100.0)})
-    assert decode_cost(model, measured, 1.0).experts_s == pytest.approx(model.token_nbytes / 1e10)
+    assert decode_cost(model, measured, Demand(1.0)).experts_s == pytest.approx(model.token_nbytes / 1e10)
 
 
 def test_attention_has_a_rate_of_its_own_and_grows_with_the_context(v3: dict[str, Footprint]) -> None:
     model = ModelCost.of(v3["int4"])
     rate = FormatRate(2e10, 100.0)
-    one = decode_cost(model, replace(MACHINE, formats={model.resident: rate}), 1.0)
-    slow = decode_cost(model, replace(MACHINE, formats={model.resident: replace(rate, attention=5e9)}), 1.0)
+    one = decode_cost(model, replace(MACHINE, formats={model.resident: rate}), Demand(1.0))
+    slow = decode_cost(model, replace(MACHINE, formats={model.resident: replace(rate, attention=5e9)}), Demand(1.0))
     # 187.1 million weights a layer: q_a, q_b, kv_a, kv_b and o of DeepSeek-V3.
     assert model.attention_nbytes == 61 * get_codec(model.resident).nbytes(1, 187_105_280)
     assert slow.resident_s - one.resident_s == pytest.approx(model.attention_nbytes * (1 / 5e9 - 1 / 2e10))
     machine = replace(MACHINE, attention_gflops=50.0)
-    long, short = (decode_cost(model, machine, 1.0, context) for context in (4096, 0))
+    long, short = (decode_cost(model, machine, Demand(1.0), context) for context in (4096, 0))
     assert long.resident_s - short.resident_s == pytest.approx(61 * 2 * 128 * (576 + 512) * 4096 / 50e9)
 
 
@@ -188,7 +186,7 @@ def test_uneven_misses_wait_longer_than_the_average(v3: dict[str, Footprint]) ->
     compute = model.expert_nbytes / (0.85 * 72e9)
     ahead = model.shared_nbytes / (0.85 * 72e9)
     average = 58 * layer_seconds(1, 7, compute=compute, arrivals=[model.expert_nbytes / 7e9], ahead=ahead)[1]
-    assert decode_cost(model, MACHINE, 7 / 8).stall_s > 1.05 * average
+    assert decode_cost(model, MACHINE, Demand(7 / 8)).stall_s > 1.05 * average
 
 
 def test_a_chunk_sweeps_the_store_once(v3: dict[str, Footprint]) -> None:

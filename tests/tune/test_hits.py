@@ -18,6 +18,7 @@ from offload.config import ModelConfig
 from offload.errors import UsageError
 from offload.tune.cost import distinct_experts
 from offload.tune.hits import CURVES, curve_of_trace, likeness, measured_curve
+from offload.tune.layer_clock import Demand
 from offload.tune.synthetic import synthetic_trace
 
 SHAPE = CacheShape(12, 256, 8)
@@ -34,6 +35,21 @@ def test_curves_rise_and_end_where_they_must() -> None:
 @pytest.mark.parametrize(("share", "hit"), [(0.055, 0.39), (0.10, 0.53), (0.20, 0.71), (0.35, 0.85), (0.50, 0.92)])
 def test_flat_preset_meets_the_published_figures(share: float, hit: float) -> None:
     assert CURVES["flat"].at(share) == pytest.approx(hit, abs=0.01)
+
+
+def test_presets_foretell_reads_ahead() -> None:
+    trace = synthetic_trace("flat", SHAPE, sessions=6, tokens=300)
+    result = replay(trace, "ema", 1536, prefetch_depth=1)
+    demand, demands = CURVES["flat"].demand(0.5), result.decode_hits + result.decode_misses
+    assert demand.ahead == pytest.approx(result.decode_ahead / demands, abs=0.001)
+    assert demand.hit == pytest.approx(CURVES["flat"].at(0.5)) and demand.prefetch_depth == 1
+    issued = (result.decode_reads - result.decode_misses) / demands
+    assert demand.wasted == pytest.approx(issued - demand.ahead, abs=0.001)
+    for share in (0.0, 0.01, 0.5, 0.9, 1.0):
+        found = CURVES["local"].demand(share)
+        assert 0 <= found.ahead <= 1 - found.hit and found.wasted >= 0
+    assert CURVES["local"].demand(1.0) == Demand(1.0, prefetch_depth=1)
+    assert replace(CURVES["local"], prefetch_depth=None).demand(0.3) == Demand(CURVES["local"].at(0.3))
 
 
 def test_presets_are_what_the_generator_and_the_simulator_say() -> None:
@@ -59,9 +75,15 @@ def test_a_recorded_trace_gives_its_own_curve(tmp_path: Path) -> None:
     shape = CacheShape(len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok)
     trace = synthetic_trace("flat", shape, sessions=2, tokens=40, groups=(4, 2))
     trace.save(tmp_path / "t.npz")
-    curve = curve_of_trace(tmp_path / "t.npz", config)
-    assert "t.npz" in curve.name
+    curve = curve_of_trace(tmp_path / "t.npz", config, prefetch_depth=None)
+    assert "t.npz" in curve.name and curve.demand(0.5) == Demand(curve.at(0.5))
     assert curve.at(0.5) == pytest.approx(replay(trace, "ema+tokens", shape.keys // 2).hit_rate)
+    found = curve_of_trace(tmp_path / "t.npz", config, prefetch_depth=2).demand(0.5)
+    result = replay(trace, "ema+tokens", shape.keys // 2, prefetch_depth=2)
+    demands = result.decode_hits + result.decode_misses
+    assert found.hit + found.ahead == pytest.approx(result.decode_hit_rate) and found.prefetch_depth == 2
+    assert found.ahead == pytest.approx(result.decode_ahead / demands) and found.ahead > 0 < found.wasted
+    assert found.reads == pytest.approx(result.decode_reads / demands)
     other = synthetic_trace("flat", CacheShape(2, 16, 4), sessions=1, tokens=5, groups=(4, 2))
     other.save(tmp_path / "o.npz")
     with pytest.raises(UsageError, match="the trace is of 2 layers"):

@@ -13,6 +13,7 @@ import cli
 from offload.errors import BudgetError, UsageError
 from offload.kernels import FusedKernels, select
 from offload.kernels.reference_device import ReferenceDeviceKernels
+from offload.model.transformer import DeepseekV3
 from offload.quant import get_codec
 from offload.store import Store
 from offload.store.layout import ExpertLayout
@@ -21,7 +22,7 @@ from offload.tune import probe as probe_module
 from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.machine import FormatRate, Gpu, MachineSpec
 from offload.tune.machine_file import load_machine, parse_machine, to_toml
-from offload.tune.overhead import _decode, measure_overhead
+from offload.tune.overhead import _decoding, measure_overhead
 from offload.tune.probe import FORMATS, RESIDENT_FORMATS, Effort, _random_expert, probe
 from offload.tune.probe_attention import measure_attention, measure_past
 from offload.tune.surroundings import warnings
@@ -128,8 +129,23 @@ def test_sample_experts_are_finite(codec: str) -> None:
 def test_overheads_are_fractions_of_a_second() -> None:
     kernels = select("reference")
     found = measure_overhead(kernels, 0.01)
-    assert 0 < found.layer_s < 5 and 0 <= found.miss_s < 5
-    assert _decode(kernels, 1.0, 0.01).reads < _decode(kernels, 0.4, 0.01).reads
+    assert 0 < found.layer_s < 5 and 0 <= found.miss_s < 5 and 0 <= found.foresee_s < 5
+
+
+def test_settings_of_the_overheads_differ_in_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = select("reference")
+    applied: list[int] = []
+    foresee = DeepseekV3._foresee
+    monkeypatch.setattr(DeepseekV3, "_foresee", lambda *given: (applied.append(1), foresee(*given)))
+    reads, routers = [], []
+    for share, prefetch in ((1.0, False), (0.4, False), (0.4, True)):
+        applied.clear()
+        with _decoding(kernels, share, prefetch) as step:
+            found = [step() for _ in range(12)]
+        assert all(one.busy_s > 0 for one in found)
+        reads.append(sum(one.reads for one in found))
+        routers.append(len(applied))
+    assert reads[0] < reads[1] <= reads[2] and routers[:2] == [0, 0] and routers[2] == 12 * 9
 
 
 def test_a_machine_file_is_read_back_equal() -> None:
