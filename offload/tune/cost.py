@@ -279,12 +279,15 @@ def chunk_cost(
     per_expert = rows_seconds(rate, model.expert_nbytes, config.expert_parameters, rows)
     compute = used * per_expert
     reading = missing * model.expert_nbytes / machine.drive_read + (machine.drive_latency_s if missing >= 1 else 0.0)
-    # The first wave of reads goes on while the shared expert is computed.
+    # The first wave of reads goes on while the shared expert is computed, which they slow as they slow the others.
     wave = min(WAVE, missing) * model.expert_nbytes / machine.drive_read
-    ahead = min(wave, rows_seconds(own, model.shared_nbytes, model.shared_parameters, tokens))
+    shared = rows_seconds(own, model.shared_nbytes, model.shared_parameters, tokens)
+    with_reads, left = beside(machine, shared, wave)
     # Hits first, then misses as they come: the drive is ahead or behind, and the last one is computed alone.
-    compute, stall = beside(machine, compute, max(0.0, reading - ahead + per_expert) if missing >= 1 else 0.0)
-    resident = rows_seconds(own, model.resident_read_nbytes, model.resident_parameters, tokens)
+    reading = max(0.0, reading - wave) + left
+    compute, stall = beside(machine, compute, reading + per_expert if missing >= 1 else 0.0)
+    resident = layers * (with_reads - shared)
+    resident += rows_seconds(own, model.resident_read_nbytes, model.resident_parameters, tokens)
     resident += config.num_hidden_layers * _attention_flops(config, tokens, start) / (machine.past_gflops * 1e9)
     return Cost(
         experts_s=layers * compute,

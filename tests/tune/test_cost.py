@@ -18,6 +18,7 @@ from offload.tiers.disk import PART_NBYTES
 from offload.tune.cost import (
     ModelCost,
     ceiling_tok_s,
+    chunk_cost,
     decode_cost,
     distinct_experts,
     gpu_decode_s,
@@ -202,6 +203,24 @@ def test_a_chunk_sweeps_the_store_once(v3: dict[str, Footprint]) -> None:
     assert two.total_s == pytest.approx(2 * prefill_cost(model, instant, 512, 512, share=0.0).total_s, rel=1e-3)
     half = prefill_cost(model, instant, 512, 512, share=0.5)
     assert half.read_nbytes == pytest.approx(367_823_683_584 / 2, rel=1e-3)
+
+
+def test_reads_slow_the_shared_expert_of_a_chunk(v3: dict[str, Footprint]) -> None:
+    """With a drive that never rests, everything from the first read on runs at half its speed."""
+    model = ModelCost.of(v3["int4"])
+    slow = replace(MACHINE, drive_read=7e8)
+    alone, halved = (chunk_cost(model, replace(slow, kernels_beside=share), 512, 0, 0.0) for share in (1.0, 0.5))
+    shared = 58 * 2 * 512 * model.shared_parameters / 1e12
+    assert halved.resident_s - alone.resident_s == pytest.approx(shared)
+    assert halved.experts_s == pytest.approx(2 * alone.experts_s)
+    # The reads take as long, so what the processor takes longer it waits less.
+    assert halved.total_s == pytest.approx(alone.total_s, rel=1e-9)
+    # What goes on beside them is all that is slowed: a short wave ends before the shared expert does.
+    fast = replace(MACHINE, drive_read=7e12, kernels_beside=0.5)
+    wave = 58 * 16 * model.expert_nbytes / 7e12
+    brief, free = (chunk_cost(model, replace(fast, kernels_beside=share), 512, 0, 0.0) for share in (0.5, 1.0))
+    assert brief.resident_s - free.resident_s == pytest.approx(wave * 0.5)
+    assert chunk_cost(model, fast, 512, 0, 1.0).resident_s == free.resident_s
 
 
 def test_prefill_computes_what_the_tokens_need(v3: dict[str, Footprint]) -> None:
