@@ -362,6 +362,11 @@ def serve(store: str, host: str, port: int, max_waiting: int, api_key: str | Non
 @click.option("--vram", type=SIZE, help="All the VRAM it may use. Default: the card's.")
 @click.option("--context", type=click.IntRange(1), help="Longest prompt plus answer, in tokens. Default: 4096.")
 @click.option("--prompt-tokens", "prompt", type=click.IntRange(1), default=1024, show_default=True)
+@click.option(
+    "--prefill-chunk",
+    type=click.IntRange(1),
+    help="Most tokens of a prompt computed at once, as for `generate`. Default: chosen from context and memory.",
+)
 @click.option("--hits", help="Where hit rates come from: local, flat, uniform, or a trace file.  [default: local]")
 @click.option("--allow-slow", is_flag=True, help="Plan with fewer slots than one token's working set, too.")
 @click.option("--revision", help="Revision of a hub repository.")

@@ -49,6 +49,8 @@ class Setting:
     context: int | None = None
     prompt: int = DEFAULT_PROMPT
     allow_slow: bool = False
+    prefill_chunk: int | None = None
+    """Most tokens of a prompt that share one sweep; None: as many as context and memory allow."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,18 @@ class RecipePlan:
         return not self.problems
 
 
-def plan_ram_of(footprint: Footprint, limit: int, context: int, *, process: int, allow_slow: bool = False) -> RamPlan:
+def plan_ram_of(
+    footprint: Footprint,
+    limit: int,
+    context: int,
+    *,
+    process: int,
+    allow_slow: bool = False,
+    prefill_chunk: int | None = None,
+) -> RamPlan:
     """The split of `limit` bytes that the engine would load with. Raises BudgetError."""
-    return plan_ram(footprint.config, limit=limit, allow_slow=allow_slow, **ram_demand(footprint, context, process))
+    demand = ram_demand(footprint, context, process)
+    return plan_ram(footprint.config, limit=limit, allow_slow=allow_slow, prefill_chunk=prefill_chunk, **demand)
 
 
 def ram_demand(footprint: Footprint, context: int, process: int) -> dict[str, int]:
@@ -104,11 +115,10 @@ def ram_demand(footprint: Footprint, context: int, process: int) -> dict[str, in
     }
 
 
-def ram_limit(footprint: Footprint, machine: MachineSpec, context: int) -> int:
+def ram_limit(footprint: Footprint, machine: MachineSpec, context: int, prefill_chunk: int | None = None) -> int:
     """The budget of a run without --ram: a share of what is free, at most the whole model."""
-    everything = ram_for_slots(
-        footprint.config, ModelCost.of(footprint).expert_count, **ram_demand(footprint, context, PROCESS_NBYTES)
-    )
+    demand, experts = ram_demand(footprint, context, PROCESS_NBYTES), ModelCost.of(footprint).expert_count
+    everything = ram_for_slots(footprint.config, experts, prefill_chunk=prefill_chunk, **demand)
     return min(PROCESS_NBYTES + int(machine.ram_available * FREE_SHARE), everything)
 
 
@@ -116,10 +126,12 @@ def plan_recipe(footprint: Footprint, machine: MachineSpec, setting: Setting, cu
     """One recipe on one machine."""
     config = footprint.config
     context = setting.context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
-    limit = setting.ram or ram_limit(footprint, machine, context)
+    chunk = setting.prefill_chunk
+    limit = setting.ram or ram_limit(footprint, machine, context, chunk)
     problems = _disk_problems(footprint, machine)
     try:
-        ram = plan_ram_of(footprint, limit, context, process=PROCESS_NBYTES, allow_slow=setting.allow_slow)
+        slow = setting.allow_slow
+        ram = plan_ram_of(footprint, limit, context, process=PROCESS_NBYTES, allow_slow=slow, prefill_chunk=chunk)
     except BudgetError as fault:
         return RecipePlan(footprint, (*problems, str(fault)), gpu=_gpu(footprint, machine, setting, curve, 0, context))
     if problems:
@@ -140,7 +152,7 @@ def plan_recipe(footprint: Footprint, machine: MachineSpec, setting: Setting, cu
         decode_cost(model, machine, _demand(CURVES["flat"], ram.slots, config), context // 2),
         prefill,
         prefill.total_s,
-        _gains(footprint, machine, curve, limit, context, decode),
+        _gains(footprint, machine, replace(setting, ram=limit, context=context), curve, decode),
         _gpu(footprint, machine, setting, curve, ram.slots, context),
         _conversion_s(footprint, machine),
     )
@@ -163,14 +175,16 @@ def _disk_problems(footprint: Footprint, machine: MachineSpec) -> tuple[str, ...
 
 
 def _gains(
-    footprint: Footprint, machine: MachineSpec, curve: HitCurve, limit: int, context: int, now: Cost
+    footprint: Footprint, machine: MachineSpec, setting: Setting, curve: HitCurve, now: Cost
 ) -> tuple[tuple[str, float], ...]:
-    """Decode tok/s after one change each."""
+    """Decode tok/s after one change each to a `setting` that leaves nothing open."""
     model, config = ModelCost.of(footprint), footprint.config
+    limit, context = setting.ram, setting.context
+    assert limit is not None and context is not None
 
     def speed(spec: MachineSpec = machine, ram: int = limit, cost: ModelCost = model) -> float:
         demand = ram_demand(footprint, context, PROCESS_NBYTES) | {"slot_nbytes": cost.layout.slot_nbytes}
-        slots = plan_ram(config, limit=ram, allow_slow=True, **demand).slots
+        slots = plan_ram(config, limit=ram, allow_slow=True, prefill_chunk=setting.prefill_chunk, **demand).slots
         return decode_cost(cost, spec, _demand(curve, slots, config), context // 2).tok_s
 
     faster = replace(
@@ -226,4 +240,5 @@ def least_ram(footprint: Footprint, setting: Setting) -> int:
     config = footprint.config
     context = setting.context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
     slots = min(floor_slots(config), ModelCost.of(footprint).expert_count)
-    return ram_for_slots(config, slots, **ram_demand(footprint, context, PROCESS_NBYTES))
+    demand = ram_demand(footprint, context, PROCESS_NBYTES)
+    return ram_for_slots(config, slots, prefill_chunk=setting.prefill_chunk, **demand)

@@ -93,6 +93,8 @@ def _check_setting(setting: Setting, machine: MachineSpec, config: ModelConfig) 
         raise UsageError(
             f"--context {setting.context}: the model's positions allow 1 to {config.max_position_embeddings}"
         )
+    if setting.prefill_chunk is not None and setting.prefill_chunk < 1:
+        raise UsageError(f"--prefill-chunk {setting.prefill_chunk}: a chunk has at least one token")
 
 
 # -- for people ------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def plan(
     prompt: int = Setting.prompt,
     hits: str | None = None,
     allow_slow: bool = False,
+    prefill_chunk: int | None = None,
 ) -> PlanReport:
     """Plan `model`. Raises UsageError for files that are missing or malformed."""
     if machine is None and not Path(MACHINE_FILE).exists():
@@ -58,7 +59,7 @@ def plan(
         model.kind,
         model.items,
         load_machine(machine or MACHINE_FILE),
-        Setting(ram, vram, context, prompt, allow_slow),
+        Setting(ram, vram, context, prompt, allow_slow, prefill_chunk),
         hit_curve(hits, model.items[0].config),
     )
 

@@ -16,6 +16,7 @@ from convert.footprint import Footprint, footprints
 from offload.engine.engine import ram_for_share
 from offload.errors import BudgetError, UsageError
 from offload.tune.budget import plan_ram, ram_for_slots
+from offload.tune.cost import ModelCost, prefill_cost
 from offload.tune.hits import CURVES
 from offload.tune.machine import FormatRate, MachineSpec
 from offload.tune.machine_file import load_machine
@@ -53,6 +54,27 @@ def test_refusals_name_what_would_run(v3: dict[str, Footprint]) -> None:
     assert slow.runs and slow.ram and slow.ram.slots < 464
 
 
+@pytest.mark.parametrize(("asked", "made"), [(None, 4096), (4096, 4096), (1500, 1024), (512, 512), (100, 100)])
+def test_shorter_chunks_sweep_the_experts_more_often(v3: dict[str, Footprint], asked: int | None, made: int) -> None:
+    setting = Setting(prompt=4096, context=4096, prefill_chunk=asked)
+    quick = replace(MACHINE, gflops=1e6)  # what is swept decides, not what is computed
+    plan = plan_recipe(v3["int4"], quick, setting, CURVES["local"])
+    assert plan.ram and plan.prefill and plan.ram.chunk == made
+    model = ModelCost.of(v3["int4"])
+    assert plan.prefill == prefill_cost(model, quick, 4096, made, plan.share, CURVES["local"].alike)
+    whole = plan_recipe(v3["int4"], quick, replace(setting, prefill_chunk=None), CURVES["local"])
+    assert whole.ram and whole.prefill
+    if made < 4096:  # memory that a chunk does not take is slots'
+        assert plan.ram.slots > whole.ram.slots and plan.ttft_s > whole.ttft_s
+        assert plan.prefill.read_nbytes > whole.prefill.read_nbytes
+    # The smallest budget is that of the same chunks, and the engine's split.
+    least = least_ram(v3["int4"], setting)
+    split = plan_ram_of(v3["int4"], least, 4096, process=320 << 20, prefill_chunk=asked)
+    assert split.slots == 464 and split.chunk == min(512, made)
+    with pytest.raises(BudgetError):
+        plan_ram_of(v3["int4"], least - 1, 4096, process=320 << 20, prefill_chunk=asked)
+
+
 def test_disk_too_small(v3: dict[str, Footprint]) -> None:
     plan = plan_recipe(v3["int4"], replace(MACHINE, drive_free=300 << 30), Setting(), CURVES["local"])
     assert not plan.runs and "of disk" in plan.problems[0]
@@ -65,6 +87,7 @@ def test_settings_are_checked(v3: dict[str, Footprint]) -> None:
         (Setting(ram=1 << 40), "--ram"),
         (Setting(vram=1 << 30), "no GPU"),
         (Setting(context=1 << 20), "--context"),
+        (Setting(prefill_chunk=0), "--prefill-chunk 0"),
     ):
         with pytest.raises(UsageError, match=message):
             plan_model("V3", "checkpoint", [v3["int4"]], MACHINE, setting)
@@ -121,6 +144,8 @@ def test_command_line(store: Path, machine_file: Path) -> None:
     values = json.loads(done.stdout.splitlines()[-1])
     assert values["kind"] == "store" and values["runs"]
     assert values["recipes"][0]["ram"]["slots"] == values["recipes"][0]["experts_total"]
+    chunked = ["plan", str(store), "--machine", str(machine_file), "--prefill-chunk", "7", "--json"]
+    assert json.loads(runner.invoke(cli.cli, chunked).stdout.splitlines()[-1])["recipes"][0]["ram"]["chunk"] == 7
     text = runner.invoke(cli.cli, ["plan", str(store), "--machine", str(machine_file), "--hits", "flat"]).stdout
     assert "tok/s" in text and "flat (preset)" in text
 
