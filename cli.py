@@ -457,6 +457,13 @@ def tune(store: str, as_json: bool, html: str | None, **arguments: Any) -> None:
 @click.argument("trace", type=click.Path(dir_okay=False))
 @click.option("--policy", "policies", multiple=True, help="Policy to replay; several are allowed.  [default: all]")
 @click.option("--slots", "sizes", multiple=True, type=click.IntRange(1), help="Number of slots; several are allowed.")
+@click.option(
+    "--half-life",
+    type=click.FloatRange(0, min_open=True),
+    metavar="TOKENS",
+    help="Tokens after which a use counts half, for policies that have such a number. Default: the recording's for its "
+    "policy, their own for others.",
+)
 @click.option("--drive", type=SIZE, default="3GB", show_default=True, help="Bytes per second of the drive.")
 @click.option("--memory", type=SIZE, default="30GB", show_default=True, help="Bytes per second of the RAM.")
 @html_option

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offload.cache.policy import POLICIES
+from offload.cache.policy import HALF_LIVES, POLICIES, check_half_life
 from offload.cache.simulator import Machine, Result, sweep
 from offload.cache.trace import Trace
 from offload.errors import UsageError
@@ -94,14 +94,21 @@ def simulate(
     sizes: Sequence[int] = (),
     drive: int = 3 * 10**9,
     memory: int = 30 * 10**9,
+    half_life: float | None = None,
 ) -> Simulation:
     """Replay the recorded routing in the file `trace` for every policy and number of slots.
 
-    `drive` and `memory` are bytes per second. Raises UsageError for an unknown policy or a bad trace.
+    `drive` and `memory` are bytes per second. `half_life` is that of the policies that have one, in tokens; None: the
+    recording's for its policy, their own for others. Raises UsageError for an unknown policy, for a half-life that
+    none of `policies` can use, or a bad trace.
     """
     for policy in policies:
         if policy not in POLICIES:
             raise UsageError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
+    chosen = list(policies) or list(POLICIES)
+    aging = [policy for policy in chosen if policy in HALF_LIVES]
+    if half_life is not None:
+        check_half_life(half_life, aging[0] if aging else chosen[0])
     loaded = Trace.load(trace)
     if not len(loaded.tokens):
         raise UsageError(f"{trace}: the trace holds no tokens")
@@ -109,7 +116,10 @@ def simulate(
     machine = Machine(expert_bytes, float(drive), memory_bytes_per_s=float(memory))
     keys = loaded.shape.keys
     sizes = sizes or sorted({max(1, round(share * keys)) for share in SHARES})
-    results = sweep(loaded, list(policies) or list(POLICIES), list(sizes), machine=machine)
+    results = []
+    for policy in chosen:
+        options = {} if half_life is None or policy not in aging else {"half_life": half_life}
+        results += sweep(loaded, [policy], list(sizes), machine=machine, **options)
     for result in results:
         result.settings["expert_bytes"] = expert_bytes
     return Simulation(loaded, results)

@@ -52,7 +52,9 @@ def _hit_chart(before: Trial, after: Trial) -> str:
     assert trace is not None
     curves = []
     for policy in LIVE_POLICIES:
-        curve = measured_curve(trace, policy, "", SHARES)
+        # The policy that was found has the half-life that was found, not that of the recording; others have their own.
+        half_life = after.options.half_life if policy == after.options.policy else None
+        curve = measured_curve(trace, policy, "", SHARES, half_life=half_life)
         slots = [share * trace.shape.keys for share in curve.shares]
         curves.append(Curve(policy, slots, curve.hits, reference=policy != after.options.policy))
     return line_chart(curves, x_label=f"expert slots of {trace.shape.keys}", y_label="hits", percent=True)

@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from routing_samples import SHAPE, routing
 
+import cli
 from offload.cache.policy import CacheShape, create_policy
 from offload.cache.report import simulate
 from offload.cache.residency import Residency
@@ -140,6 +142,28 @@ def test_a_replay_has_the_half_life_of_the_run(policy, tmp_path):
         assert again.events == expected.events
         # It is no other policy's.
         assert replay(trace, "lru", 33).events == replay(recorded(60, seed=4), "lru", 33).events
+
+
+@pytest.mark.parametrize("recorded_with", [None, 8.0])
+def test_simulate_takes_a_half_life_for_all_that_have_one(recorded_with, tmp_path):
+    run = recorded(60, seed=4)
+    run.header = {"policy": "ema", "slots": 33, "half_life": recorded_with}
+    run.save(tmp_path / "t.npz")
+    asked = simulate(tmp_path / "t.npz", policies=["lru", "ema", "ema+tokens"], sizes=[33], half_life=1.5)
+    assert [result.settings["half_life"] for result in asked.results] == [None, 1.5, 1.5]
+    for result in asked.results[1:]:
+        assert result.events == replay(run, result.policy, 33, half_life=1.5).events
+    plain = simulate(tmp_path / "t.npz", policies=["ema", "ema+tokens"], sizes=[33]).results
+    assert [result.settings["half_life"] for result in plain] == [recorded_with or 32.0, 60.0]
+    assert plain[0].events != asked.results[1].events
+    with pytest.raises(UsageError, match="lru has none"):
+        simulate(tmp_path / "t.npz", policies=["lru", "lfu"], half_life=1.5)
+    with pytest.raises(UsageError, match="number of tokens"):
+        simulate(tmp_path / "t.npz", half_life=-1.0)
+    arguments = ["--policy", "ema", "--slots", "33", "--half-life", "1.5", "--json"]
+    done = CliRunner().invoke(cli.cli, ["simulate", str(tmp_path / "t.npz"), *arguments])
+    (told,) = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert told["half_life"] == 1.5 and told["misses"] == asked.results[1].events.misses
 
 
 def test_reads_ahead_are_repeated_with_the_recorded_half_life_only():

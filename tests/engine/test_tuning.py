@@ -16,8 +16,10 @@ from offload.cache.simulator import replay
 from offload.cache.trace import Prefetch
 from offload.engine.engine import ram_for_share
 from offload.engine.options import LIVE_POLICIES, RuntimeOptions, resolve_options
+from offload.engine.tune_page import SHARES
 from offload.engine.tuning import (
     Trial,
+    TuneReport,
     depth_candidates,
     half_life_candidates,
     measurably_faster,
@@ -30,6 +32,7 @@ from offload.engine.tuning import (
     tune,
 )
 from offload.errors import BudgetError, OffloadError, UsageError
+from offload.tune.hits import measured_curve
 from offload.tune.synthetic import synthetic_trace
 
 TRACE = synthetic_trace("local", CacheShape(2, 32, 4), sessions=2, tokens=40, groups=(4, 2))
@@ -219,6 +222,26 @@ def test_real_runs(store: Path, tmp_path: Path) -> None:
     assert (found.context, found.kernels, found.threads) == (128, "reference", 1)
     assert found.prefill_chunk == 96
     assert "Hits by slots" in (tmp_path / "t.html").read_text()
+
+
+def test_the_hit_curve_has_the_half_life_that_was_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trace = replace(TRACE, header={"policy": "ema+tokens", "half_life": 7.0, "slots": 6})
+    drawn = {}
+
+    def spy(*given, **options):  # type: ignore[no-untyped-def]
+        drawn[given[1]] = found = measured_curve(*given, **options)
+        return found
+
+    monkeypatch.setattr("offload.engine.tune_page.measured_curve", spy)
+    before = Trial(RuntimeOptions(half_life=7.0), (1.0,), ((1,),), 6, trace)
+    for policy, half_life in (("ema+tokens", 3.0), ("ema+tokens", None), ("ema", 4.0)):
+        after = replace(before, options=RuntimeOptions(policy=policy, half_life=half_life))
+        assert "Hits by slots" in TuneReport(before, after, [], tmp_path / "p.toml").page().html()
+        for name in ("ema+tokens", "ema"):
+            expected = measured_curve(trace, name, "", SHARES, half_life=half_life if name == policy else None)
+            assert drawn[name].hits == expected.hits
+    curves = {h: measured_curve(trace, "ema+tokens", "", SHARES, half_life=h).hits for h in (3.0, 7.0, None)}
+    assert len(set(curves.values())) == 3
 
 
 def test_wrong_use(tmp_path: Path) -> None:
