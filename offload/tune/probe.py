@@ -35,7 +35,7 @@ from offload.tune.overhead import measure_overhead
 from offload.tune.probe_attention import measure_attention, measure_past
 from offload.tune.probe_drive import extents_at, measure_drive, measure_together
 from offload.tune.probe_gpu import measure_gpu
-from offload.tune.surroundings import warnings
+from offload.tune.surroundings import OtherWork, warnings
 from offload.tune.timing import median_time
 from offload.types import align_up, format_size
 
@@ -145,6 +145,7 @@ def probe(
     effort, tell = effort or _effort_for(store), tell or _silent
     if not target.absolute().parent.is_dir():
         raise UsageError(f"--output {target}: there is no folder {target.absolute().parent}")
+    others = OtherWork()
     backend = select(kernels, threads)
     count = threads or usable_cpus()
     layout = ExpertLayout(get_codec("int4-g32"), effort.hidden_size, effort.moe_intermediate_size)
@@ -196,7 +197,7 @@ def probe(
         layer_s=overhead.layer_s,
         miss_s=overhead.miss_s,
         foresee_s=overhead.foresee_s,
-        warnings=warnings(folder, kernels=backend.name, drive_read=read, buffered=buffered),
+        warnings=warnings(folder, kernels=backend.name, drive_read=read, buffered=buffered, others=others.cores()),
     )
     save_machine(machine, target)
     return ProbeReport(machine, target, backend.name)

@@ -6,6 +6,7 @@ Owns looking at the system. Linux tells most; where a file is missing there is n
 from __future__ import annotations
 
 import resource
+import time
 from pathlib import Path
 
 import psutil
@@ -14,14 +15,16 @@ from offload.types import format_size
 
 LITTLE_DISK_NBYTES = 400 * 10**9
 SLOW_DRIVE = 1e9
+OTHERS_SHARE = 0.1
+"""Share of the cores that other work may take without a word."""
 
 
 def warnings(
-    folder: Path, *, kernels: str, drive_read: float, buffered: bool, root: Path = Path("/")
+    folder: Path, *, kernels: str, drive_read: float, buffered: bool, others: float, root: Path = Path("/")
 ) -> tuple[str, ...]:
-    """One line for each thing that hurts. `root` is where the system's files begin."""
+    """One line for each thing that hurts. `others`: see `OtherWork`. `root` is where the system's files begin."""
     found = [
-        _load(),
+        _others(others),
         _swap(),
         _memlock(),
         _little_disk(folder),
@@ -34,13 +37,43 @@ def warnings(
     return tuple(line for line in found if line)
 
 
-def _load() -> str:
-    # The average of five minutes: that of one is raised by the measurements themselves.
-    busy, cores = psutil.getloadavg()[1], psutil.cpu_count() or 1
-    if busy < 0.5 * cores:
+class OtherWork:
+    """What other processes, and other guests of the same host, take of the processor from now on.
+
+    The load average does not tell: it counts this process, what has just ended, and tasks that wait for a drive.
+    """
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter(), _busy_s(), _own_s()
+
+    def cores(self) -> float:
+        """Cores they kept busy since, on average; 0 or more."""
+        began, busy, own = self._begun
+        elapsed = time.perf_counter() - began
+        return max(0.0, (_busy_s() - busy - (_own_s() - own)) / elapsed) if elapsed else 0.0
+
+
+def _busy_s() -> float:
+    """Processor seconds of everything since the system's start."""
+    times = psutil.cpu_times()
+    # Linux counts a guest's time to user as well; waiting for a drive is idle time.
+    idle = ("idle", "iowait", "guest", "guest_nice")
+    return float(sum(value for name, value in times._asdict().items() if name not in idle))
+
+
+def _own_s() -> float:
+    """Processor seconds of this process and of those it has waited for."""
+    times = psutil.Process().cpu_times()
+    return float(times.user + times.system + times.children_user + times.children_system)
+
+
+def _others(busy: float) -> str:
+    cores = psutil.cpu_count() or 1
+    if busy < OTHERS_SHARE * cores:
         return ""
     return (
-        f"other work kept {busy:.1f} of {cores} cores busy: every figure is too low; measure again on an idle machine"
+        f"while this was measured, other work kept {busy:.1f} of {cores} cores busy: figures are too low; measure "
+        "again on an idle machine"
     )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -19,6 +23,7 @@ from offload.store import Store
 from offload.store.layout import ExpertLayout
 from offload.tiers.simulated import SimulatedDevice
 from offload.tune import probe as probe_module
+from offload.tune import surroundings
 from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.machine import FormatRate, Gpu, MachineSpec
 from offload.tune.machine_file import load_machine, parse_machine, to_toml
@@ -180,7 +185,7 @@ def test_a_machine_file_is_read_back_equal() -> None:
 
 def test_warnings_of_a_system(tmp_path: Path) -> None:
     def look(root: Path, **changes: object) -> str:
-        values = {"kernels": "native", "drive_read": 7e9, "buffered": False} | changes
+        values = {"kernels": "native", "drive_read": 7e9, "buffered": False, "others": 0.0} | changes
         return "\n".join(warnings(tmp_path, root=root, **values))  # type: ignore[arg-type]
 
     (tmp_path / "proc").mkdir()
@@ -201,6 +206,42 @@ def test_warnings_of_a_system(tmp_path: Path) -> None:
     assert "slow link" in look(tmp_path, drive_read=5e8)
     assert "direct I/O is refused" in look(tmp_path, buffered=True)
     assert "compiled kernels" in look(tmp_path, kernels="reference")
+    cores = psutil.cpu_count() or 1
+    assert "other work" not in look(tmp_path, others=0.09 * cores)
+    assert f"other work kept {0.5 * cores:.1f} of {cores} cores" in look(tmp_path, others=0.5 * cores)
+
+
+def spend(seconds: float) -> None:
+    """Processor time, not wall-clock time: on a busy machine they differ."""
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+
+
+def test_own_work_is_no_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what others really do (0.25 of a core here), own work and a finished child's do not count."""
+    own, system = [0.0], [100.0]
+    clock = [10.0]
+    monkeypatch.setattr(surroundings, "_own_s", lambda: own[0])
+    monkeypatch.setattr(surroundings, "_busy_s", lambda: system[0])
+    monkeypatch.setattr(surroundings.time, "perf_counter", lambda: clock[0])
+    others = surroundings.OtherWork()
+    clock[0], own[0], system[0] = 14.0, 8.0, 109.0
+    assert others.cores() == pytest.approx(0.25)
+    own[0] = 9.5  # clocks of different grain: never below nothing
+    assert others.cores() == 0.0
+
+
+def test_own_time_and_the_systems_grow_together() -> None:
+    own, system = surroundings._own_s(), surroundings._busy_s()
+    spend(0.3)
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+    own, system = surroundings._own_s() - own, surroundings._busy_s() - system
+    assert own > 0.55
+    assert system > own - 0.1  # ticks are counted in hundredths
+    idle = surroundings._busy_s()
+    time.sleep(0.2)
+    assert surroundings._busy_s() - idle <= 0.2 * (psutil.cpu_count() or 1) + 0.1
 
 
 @pytest.mark.parametrize("codec", RESIDENT_FORMATS)
