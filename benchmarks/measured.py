@@ -43,6 +43,7 @@ def _lines() -> Iterator[tuple[str, str, str]]:
     yield from _convert()
     yield from _policies()
     yield from _tuning()
+    yield from _gpu()
     yield from _routing()
 
 
@@ -165,6 +166,29 @@ def _tuning() -> Iterator[tuple[str, str, str]]:
         ratios = {link: [item["ratio"] for item in n[link].values()] for link in n if link != "load_average"}
         text = ", ".join(f"{link} {min(found)} to {max(found)}" for link, found in ratios.items())
         yield "figures of `probe` over those of fio and of read loops in C", text, _load(row)
+
+
+def _gpu() -> Iterator[tuple[str, str, str]]:
+    for row in rows("gpu_speed")[-1:]:
+        n = row["numbers"]
+        kernels = {item["kernel"]: item for item in n["kernels"]}
+        memory = f"{n['device']}, {n['read'] / 1e12:.1f} TB/s"
+        eight = {codec: kernels[f"8 experts {codec}, 1 token"] for codec in ("int4-g32", "int8-g128", "fp8")}
+        shares = (f"{codec} {item['us']:.0f} µs = {item['share_of_read']:.2f}" for codec, item in eight.items())
+        yield f"eight experts of DeepSeek-V3's shapes for a token, beside the memory ({memory})", ", ".join(shares), "-"
+        names = {"head": "head bf16", "`o_proj`": "o int8-g128", "`q_b_proj`": "q_b int8-g128"}
+        shares = (f"{name} {kernels[f'{key}, 1 token']['share_of_read']:.2f}" for name, key in names.items())
+        yield "the same, resident weights", ", ".join(shares), "-"
+    for row in rows("gpu")[-1:]:
+        n = row["numbers"]
+        yield (
+            f"copies of experts while decoding, beside copies alone ({n['device']})",
+            f"{n['copies']['bytes_per_s'] / 1e9:.1f} : {n['link'] / 1e9:.1f} GB/s = {n['copies']['share_of_link']:.2f}",
+            "-",
+        )
+        steps = (f"{item['step_over_bound']:.2f} at {item['planted_hits']:.0%} hits" for item in n["decode"])
+        options = row["command"].split("gpu.py ")[1]
+        yield f"a step over max(link, device) ({options}; commit {row['commit']})", ", ".join(steps), "-"
 
 
 def _routing() -> Iterator[tuple[str, str, str]]:
