@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from offload.cache.decisions import Decision
 from offload.cache.policy import CachePolicy, CacheShape, create_policy
-from offload.cache.residency import Decision, Residency
+from offload.cache.residency import Residency
 from offload.cache.simulator import replay
 from offload.cache.trace import Trace
 

@@ -55,18 +55,18 @@ def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def interrupted() -> Callable[[Callable[[], object], int, str], bool]:
+def interrupted() -> Callable[..., bool]:
     """Calls a function with a KeyboardInterrupt before the n-th line of certain modules; False if it ended before.
 
-    The modules are those whose path holds the given text.
+    The modules are those whose path holds one of the given texts.
     """
 
-    def call(run: Callable[[], object], at: int, modules: str) -> bool:
+    def call(run: Callable[[], object], at: int, *modules: str) -> bool:
         left = at
 
         def trace(frame: FrameType, event: str, _: Any) -> Any:
             nonlocal left
-            if modules not in frame.f_code.co_filename:
+            if not any(module in frame.f_code.co_filename for module in modules):
                 return None
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
             # Signals are not looked for there, while the event of such a line may come before a lock is given back.

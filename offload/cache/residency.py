@@ -1,7 +1,7 @@
 """Which expert is in which slot, and what has to move for a layer to be computed.
 
-Owns slots, pins, loads in flight and the order of decisions. Must not know files, tensors, threads
-or time: the executor performs what is decided here, the simulator charges it to a clock, and both
+Owns slots, pins, loads in flight and the order of decisions; `victims` finds what has to go. Must not know files,
+tensors, threads or time: the executor performs what is decided here, the simulator charges it to a clock, and both
 drive it through the same `serve`, so a recorded run can be replayed exactly.
 
 Every slot is in one of four states:
@@ -14,98 +14,27 @@ Every slot is in one of four states:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from math import inf
-from operator import index
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offload.cache.decisions import CacheEvents, Decision, Load, Service, new_decision, new_load, new_service
 from offload.cache.policy import CachePolicy, Routing
+from offload.cache.victims import Victims
 from offload.errors import BudgetError
-
-
-class Load(NamedTuple):
-    """Read `expert` into `slot`. The bytes of `victim` (a key, or -1) there are given up."""
-
-    expert: int
-    slot: int
-    victim: int
-
-
-class Decision(NamedTuple):
-    """What one wave of a layer needs. All its slots are pinned until `release`."""
-
-    layer: int
-    hits: list[tuple[int, int]]
-    """(expert, slot) whose bytes are there."""
-    joins: list[tuple[int, int]]
-    """(expert, slot) that a prefetch is already reading."""
-    loads: list[Load]
-    slots: list[int]
-    """All slots this decision pins; none if nothing could be decided before others are released."""
-
-
-class Service(NamedTuple):
-    """A layer whose first wave is under way."""
-
-    held: Decision
-    waiting: list[int]
-    """Experts that no wave has taken up yet."""
-
-    @property
-    def layer(self) -> int:
-        """Whose experts they are."""
-        return self.held.layer
-
-
-# What Load(...) and the others do, in half the time.
-_new_load = partial(tuple.__new__, Load)
-_new_decision = partial(tuple.__new__, Decision)
-_new_service = partial(tuple.__new__, Service)
-
-
-@dataclass
-class CacheEvents:
-    """What a replay of the same trace must reproduce."""
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    prefetch_issued: int = 0
-    prefetch_useful: int = 0
-    prefetch_late: int = 0
-    prefetch_wasted: int = 0
-    prefetch_cancelled: int = 0
-
-    @property
-    def absent(self) -> int:
-        """Demands whose expert had to be fetched, ahead of time or not."""
-        return self.misses + self.prefetch_useful + self.prefetch_late
 
 
 class Residency:
     """The expert cache of one tier, without the bytes.
 
-    `floor` is the number of slots of a layer that no other layer may take away, as long as there
-    is any other victim: without it a global budget starves the layers that happen to be cold. The
-    policy says how much of the slots floors may take up (`floor_share`).
-    `width` bounds the loads of one wave, so that a sweep over a whole layer recycles a few slots;
-    it is lowered where two waves would take more than a quarter of the slots.
+    `floor` is the number of slots of a layer that no other layer may take away, as long as there is any other victim:
+    without it a global budget starves the layers that happen to be cold. The policy says how much of the slots floors
+    may take up (`floor_share`).
+    `width` bounds the loads of one wave, so that a sweep over a whole layer recycles a few slots; it is lowered where
+    two waves would take more than a quarter of the slots.
     `leads` is False for a tier that follows another one's policy: only one of them tells it of evictions.
     """
-
-    # Python keeps up to 30 attributes of an object where it finds them quickest; with slots, any number.
-    # fmt: off
-    __slots__ = (
-        "_cheapest", "_cheapest_expert", "_closed", "_closed_at", "_first_key", "_free", "_held", "_key_of",
-        "_layer_count", "_least_offer", "_lent", "_loading", "_lowest", "_offer", "_offer_at", "_passed",
-        "_pinned", "_prefetched", "_revision", "_rows", "_slot_of", "_tell", "_unranked", "_values",
-        "_values_at", "_worth", "_worth_at", "events", "floor", "policy", "shape", "slots", "width",
-    )
-    # fmt: on
 
     def __init__(self, policy: CachePolicy, slots: int, *, floor: int, width: int = 16, leads: bool = True) -> None:
         shape = policy.shape
@@ -125,31 +54,7 @@ class Residency:
         self._lent: set[int] = set()
         self._loading: dict[int, Load] = {}
         self._prefetched: set[int] = set()
-        self._layer_count = [0] * shape.layers
-        # Search for victims: `closed` is 0 where an expert could be evicted if it is not pinned, infinite elsewhere,
-        # `worth` = values + closed, and per layer the cheapest expert that is not pinned and its worth. `offer` is
-        # that worth, but infinite for layers at their floor. Pins change with every layer and seldom name the
-        # cheapest expert: they are not written down there, but passed over where the search meets them.
-        self._values = policy.values
-        self._revision = policy.revision
-        self._closed = np.full_like(self._values, inf)
-        self._worth = np.full_like(self._values, inf)
-        self._offer = np.full(shape.layers, inf)
-        self._first_key = np.arange(shape.layers) * shape.experts
-        self._rows = list(zip(self._values, self._closed, self._worth, strict=True))
-        # Single items without numpy's overhead.
-        self._closed_at: Any = self._closed.reshape(-1).data
-        self._lowest = [row.argmin for row in self._worth]
-        self._values_at: Any = self._values.reshape(-1).data
-        self._worth_at: Any = self._worth.reshape(-1).data
-        self._offer_at: Any = self._offer.data
-        self._least_offer = self._offer.argmin
-        self._cheapest = [inf] * shape.layers
-        self._cheapest_expert = [0] * shape.layers
-        self._unranked: set[int] = set()  # layers where anything has changed since their cheapest was found
-        self._passed: set[int] = set()  # layers with pinned experts that were passed over
-        overridden = type(policy).evicted is not CachePolicy.evicted
-        self._tell = policy.evicted if overridden and leads else None
+        self._victims = Victims(policy, self.floor, self._slot_of, self._key_of, self._pinned, leads=leads)
 
     # -- one layer of one step ---------------------------------------------------------------
 
@@ -165,17 +70,7 @@ class Residency:
 
     def refresh(self) -> None:
         """The policy's values have changed in any layer."""
-        self._revision = self.policy.revision
-        self._unranked.clear()
-        np.add(self._values, self._closed, out=self._worth)
-        cheapest = self._worth.argmin(axis=1)
-        self._cheapest_expert = cheapest.tolist()
-        self._offer[:] = self._worth.reshape(-1)[cheapest + self._first_key]
-        self._cheapest = self._offer.tolist()
-        for layer, count in enumerate(self._layer_count):
-            if count <= self.floor:
-                self._offer_at[layer] = inf
-        self._unranked.update(self._key_of[slot] // self.shape.experts for slot in self._pinned)
+        self._victims.refresh()
 
     def serve(
         self, layer: int, ids: Routing, start: Callable[[Decision], None], finish: Callable[[Decision], None]
@@ -208,16 +103,16 @@ class Residency:
         if self._prefetched and not self._prefetched.isdisjoint(slots):
             self.events.prefetch_useful += len(self._prefetched.intersection(slots))
             self._prefetched.difference_update(slots)
-        self._unranked.add(layer)
+        self._victims.changed.add(layer)
         return slots
 
     def open(self, layer: int, wanted: list[int], start: Callable[[Decision], None]) -> Service:
         """The first half of `serve`: decide the first wave of `wanted` (ascending) and begin its reads."""
-        self._unranked.add(layer)
+        self._victims.changed.add(layer)
         held, waiting = self._decide(layer, wanted, first=True)
         if held.slots:
             start(held)
-        return _new_service((held, waiting))
+        return new_service((held, waiting))
 
     def complete(
         self,
@@ -265,7 +160,7 @@ class Residency:
             self._pinned.update(slots)
             self.events.misses += len(loads)
             missing = missing[len(loads) :]
-        return _new_decision((layer, found, joins, loads, slots)), missing
+        return new_decision((layer, found, joins, loads, slots)), missing
 
     def _bounded(self, missing: int, first: bool) -> int:
         """The loads of one wave, of which `missing` are wanted."""
@@ -305,9 +200,7 @@ class Residency:
     def release(self, decision: Decision) -> None:
         """The computation of `decision` is over; its slots may become victims."""
         self._pinned.difference_update(decision.slots)
-        if self._passed:
-            self._unranked |= self._passed
-            self._passed.clear()
+        self._victims.unpinned()
 
     def hold(self, slot: int) -> None:
         """Keep `slot` from becoming a victim until `let_go`, released or not: a copy or kernel is on its way.
@@ -317,9 +210,7 @@ class Residency:
         key = self._key_of[slot]
         assert key >= 0, "an empty slot needs no hold"
         self._held[slot] = self._held.get(slot, 0) + 1
-        if self._closed_at[key] == 0.0:
-            self._closed_at[key] = inf
-            self._unranked.add(key // self.shape.experts)
+        self._victims.close(key)
 
     def let_go(self, slot: int) -> None:
         """The end of one `hold`."""
@@ -329,7 +220,7 @@ class Residency:
             return
         del self._held[slot]
         if slot not in self._loading:
-            self._open(self._key_of[slot])
+            self._victims.open(self._key_of[slot])
 
     # -- loads -------------------------------------------------------------------------------
 
@@ -337,7 +228,7 @@ class Residency:
         """The bytes of a load have arrived."""
         del self._loading[slot]
         if slot not in self._held:
-            self._open(self._key_of[slot])
+            self._victims.open(self._key_of[slot])
 
     def failed(self, slot: int) -> None:
         """The bytes of a load will not come: the slot is free, the expert not resident."""
@@ -356,37 +247,33 @@ class Residency:
         if load.victim < 0 or self._slot_of[load.victim] >= 0:
             self._free.append(slot)
         else:
-            self._occupy(slot, load.victim)
-            self._open(load.victim)
+            self._slot_of[load.victim] = slot
+            self._key_of[slot] = load.victim
+            self._victims.count(load.victim // self.shape.experts, 1)
+            self._victims.open(load.victim)
             self.events.evictions -= 1
         del self._loading[slot]
 
     def abandon(self) -> None:
         """A step broke off: nothing computes from a slot or copies it any more, nothing is being read.
 
-        Slots whose bytes had not arrived become free. Right also when the step was interrupted anywhere in this class:
-        an expert is resident if it and its slot name each other and no load does, which is why loads are noted before
-        anything else changes and crossed out after everything else.
+        Slots whose bytes had not arrived become free. Right also when the step was interrupted anywhere in this class
+        or `Victims`: an expert is resident if it and its slot name each other and no load does, which is why loads are
+        noted before anything else changes and crossed out after everything else.
         """
-        experts, slot_of, key_of = self.shape.experts, self._slot_of, self._key_of
-        loading = self._loading
+        slot_of, key_of, loading = self._slot_of, self._key_of, self._loading
         resident = {s: key for s, key in enumerate(key_of) if key >= 0 and slot_of[key] == s and s not in loading}
         slot_of[:] = [-1] * len(slot_of)
         key_of[:] = [-1] * len(key_of)
-        self._layer_count[:] = [0] * self.shape.layers
-        self._closed.fill(inf)
         for slot, key in resident.items():
             slot_of[key], key_of[slot] = slot, key
-            self._layer_count[key // experts] += 1
-            self._closed_at[key] = 0.0
         taken = resident.keys() | self._lent
         self._free[:] = [slot for slot in range(self.slots - 1, -1, -1) if slot not in taken]
         self._prefetched &= resident.keys()
         self._pinned.clear()
-        self._passed.clear()
         self._held.clear()
         loading.clear()
-        self.refresh()
+        self._victims.restart(resident.values())
 
     def prefetch(self, layer: int, expert: int, *, worth: float = 0.5, margin: float = 1.25) -> Load | None:
         """A slot for an expert that is only expected, or None if nothing worth less is there.
@@ -397,14 +284,11 @@ class Residency:
         if self._slot_of[layer * self.shape.experts + expert] >= 0:
             return None
         if not self._free:
-            self._rank_changed()
-            self._offer_at[layer] = self._cheapest[layer]
-            owner = self._cheapest_layer()
-            self._count(layer, 0)
-            if owner < 0:
+            victim = self._victims.least(layer)
+            if victim < 0:
                 return None
-            lost = self._values[owner, self._cheapest_expert[owner]]
-            if lost + abs(lost) * (margin - 1.0) >= max(self._values[layer, expert], worth):
+            lost = self.policy.values[divmod(victim, self.shape.experts)]
+            if lost + abs(lost) * (margin - 1.0) >= max(self.policy.values[layer, expert], worth):
                 return None
         load = self._place(layer, [expert])[0]
         self._prefetched.add(load.slot)
@@ -416,10 +300,8 @@ class Residency:
         loads = []
         for layer, expert in (divmod(key, self.shape.experts) for key in keys[: len(self._free)]):
             loads.append((layer, self._place(layer, [expert])[0]))
-        if self._tell is not None:  # a policy that has learned from a trace took its experts for residents
-            for key, slot in enumerate(self._slot_of):
-                if slot < 0:
-                    self._tell(*divmod(key, self.shape.experts))
+        # A policy that has learned from a trace took its experts for residents.
+        self._victims.tell([key for key, slot in enumerate(self._slot_of) if slot < 0])
         return loads
 
     def lend(self, slots: range) -> None:
@@ -431,7 +313,7 @@ class Residency:
                 self._free.remove(slot)
             else:
                 self._vacate(slot)
-                self._closed_at[key] = inf
+                self._victims.close(key)
                 self.events.evictions += 1
                 if slot in self._prefetched:
                     self._prefetched.discard(slot)
@@ -480,11 +362,10 @@ class Residency:
 
     def best_absent(self, layer: int) -> int | None:
         """The expert of `layer` of highest value that has no slot; None if all have one."""
-        base = layer * self.shape.experts
-        absent = np.asarray(self._slot_of[base : base + self.shape.experts]) < 0
+        absent = ~self.at_hand(layer)
         if not absent.any():
             return None
-        return int(np.where(absent, self._values[layer], -inf).argmax())
+        return int(np.where(absent, self.policy.values[layer], -inf).argmax())
 
     def contents(self) -> list[tuple[int, int]]:
         """(layer, expert) of every slot in use, in key order."""
@@ -493,32 +374,17 @@ class Residency:
 
     def check(self) -> None:
         """Assert that the tables agree with each other; for tests and for idle moments."""
-        self._rank_changed()
         used = {slot: key for key, slot in enumerate(self._slot_of) if slot >= 0}
         assert len(used) == sum(slot >= 0 for slot in self._slot_of), "two experts in one slot"
         assert not used.keys() & set(self._free), "a slot in use is in the free list"
         assert len(set(self._free)) == len(self._free), "a slot is free twice"
         assert not self._lent & (used.keys() | set(self._free)), "a lent slot is in use"
         assert len(used) + len(self._free) + len(self._lent) == self.slots, "a slot is lost"
-        counts = [0] * self.shape.layers
-        for slot, key in used.items():
-            assert self._key_of[slot] == key, "slot and expert disagree"
-            counts[key // self.shape.experts] += 1
-        assert counts == self._layer_count, "slots per layer are miscounted"
-        for layer, count in enumerate(counts):
-            guarded = count <= self.floor
-            assert self._offer[layer] == (inf if guarded else self._cheapest[layer]), "an offer is out of date"
+        assert all(self._key_of[slot] == key for slot, key in used.items()), "slot and expert disagree"
         taken = self._pinned | self._held.keys()
         assert taken <= used.keys(), "a pinned slot holds nothing"
-        open_keys = {key for slot, key in used.items() if slot not in self._held.keys() | self._loading.keys()}
-        assert set(np.flatnonzero(self._closed == 0.0).tolist()) == open_keys, "victims disagree"
-        worth, pinned = self._values + self._closed, [used[slot] for slot in self._pinned]
-        passed = np.isin(np.arange(self.shape.keys), pinned).reshape(worth.shape) & np.isinf(self._worth)
-        assert np.array_equal(np.where(passed, inf, self._worth), np.where(passed, inf, worth)), (
-            "worth is out of date"
-        )
-        worth.reshape(-1)[pinned] = inf
-        assert np.array_equal(worth.min(axis=1), self._cheapest), "cheapest is out of date"
+        closed = self._held.keys() | self._loading.keys()
+        self._victims.check({key for slot, key in used.items() if slot not in closed})
         assert set(self._loading) <= used.keys(), "a loading slot belongs to nobody"
         assert self._prefetched <= used.keys(), "a prefetched slot holds nothing"
 
@@ -533,100 +399,29 @@ class Residency:
         base = layer * self.shape.experts
         loads = []
         for expert, (slot, victim) in zip(experts, places, strict=False):
-            load = loading[slot] = _new_load((expert, slot, victim))
+            load = loading[slot] = new_load((expert, slot, victim))
             slot_of[base + expert] = slot
             key_of[slot] = base + expert
             loads.append(load)
-        self._count(layer, len(loads))
+        self._victims.count(layer, len(loads))
         return loads
 
     def _evict(self, layer: int, count: int) -> list[tuple[int, int]]:
-        """Take the slots of up to `count` evictable experts of lowest value: (slot, key), the lowest first.
-
-        The offer of `layer` is out of date until what it puts there is counted.
-        """
-        self._rank_changed()
-        experts, slot_of, layer_count, offer_at = self.shape.experts, self._slot_of, self._layer_count, self._offer_at
-        offer_at[layer] = self._cheapest[layer]  # a layer may replace its own, floor or not
-        taken: list[tuple[int, int]] = []
-        for _ in range(count):
-            owner = self._cheapest_layer()
-            if owner < 0:
-                break
-            key = owner * experts + self._cheapest_expert[owner]
+        """Take the slots of up to `count` evictable experts of lowest value: (slot, key), the lowest first."""
+        slot_of = self._slot_of
+        taken = []
+        for key in self._victims.take(layer, count):
             taken.append((slot_of[key], key))
             slot_of[key] = -1
-            self._closed_at[key] = self._worth_at[key] = inf
-            worth = self._seek(owner)
-            left = layer_count[owner] = layer_count[owner] - 1
-            offer_at[owner] = worth if left > self.floor or owner == layer else inf
         self.events.evictions += len(taken)
         if self._prefetched:
             wasted = self._prefetched.intersection([slot for slot, _ in taken])
             self._prefetched -= wasted
             self.events.prefetch_wasted += len(wasted)
-        if self._tell is not None:
-            for _, key in taken:
-                self._tell(*divmod(key, experts))
-            # A follower may still hold them; here they are no candidates, and every other one has just been ranked.
-            self._revision = self.policy.revision
         return taken
-
-    def _cheapest_layer(self) -> int:
-        """The layer of the evictable expert of lowest value, one at its floor only for want of others; -1 if none."""
-        layer = index(self._least_offer())
-        if self._offer_at[layer] < inf:
-            return layer
-        least = min(self._cheapest)
-        return self._cheapest.index(least) if least < inf else -1
-
-    def _rank_changed(self) -> None:
-        """Find the cheapest evictable expert of every layer where anything has changed.
-
-        Its worth is infinite if there is none.
-        """
-        if self._revision != self.policy.revision:
-            self.refresh()
-        for layer in self._unranked:
-            values, closed, row = self._rows[layer]
-            np.add(values, closed, row)
-            worth = self._seek(layer)
-            self._offer_at[layer] = worth if self._layer_count[layer] > self.floor else inf
-        self._unranked.clear()
-
-    def _seek(self, layer: int) -> float:
-        """Find the cheapest expert of `layer` that is not pinned, and its worth."""
-        base, lowest, worth_at = layer * self.shape.experts, self._lowest[layer], self._worth_at
-        while True:
-            expert = index(lowest())
-            worth = worth_at[base + expert]
-            if self._slot_of[base + expert] not in self._pinned or worth == inf:
-                break
-            self._passed.add(layer)
-            worth_at[base + expert] = inf
-        self._cheapest_expert[layer] = expert
-        self._cheapest[layer] = worth
-        return worth
-
-    def _open(self, key: int) -> None:
-        """The expert may be evicted from now on, unless it is pinned."""
-        layer = key // self.shape.experts
-        self._closed_at[key] = 0.0
-        worth = self._worth_at[key] = self._values_at[key]
-        if worth <= self._cheapest[layer]:
-            self._unranked.add(layer)
-
-    def _occupy(self, slot: int, key: int) -> None:
-        self._slot_of[key] = slot
-        self._key_of[slot] = key
-        self._count(key // self.shape.experts, 1)
 
     def _vacate(self, slot: int) -> None:
         key = self._key_of[slot]
         self._slot_of[key] = -1
         self._key_of[slot] = -1
-        self._count(key // self.shape.experts, -1)
-
-    def _count(self, layer: int, change: int) -> None:
-        count = self._layer_count[layer] = self._layer_count[layer] + change
-        self._offer_at[layer] = self._cheapest[layer] if count > self.floor else inf
+        self._victims.count(key // self.shape.experts, -1)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from offload.cache.decisions import CacheEvents, Decision
 from offload.cache.policy import HALF_LIVES, CachePolicy, Routing, create_policy
-from offload.cache.residency import CacheEvents, Decision, Residency
+from offload.cache.residency import Residency
 from offload.cache.speculation import Foresight
 from offload.cache.trace import Prefetch, Trace
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from offload.cache.decisions import Load
 from offload.cache.lookahead import LookAhead
-from offload.cache.residency import Load, Residency
+from offload.cache.residency import Residency
 from offload.cache.trace import Trace
 
 LOOKAHEAD_LAYERS = 3

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload.cache.decisions import Service
 from offload.cache.policy import Routing
-from offload.cache.residency import Service
 from offload.cache.trace import Trace
 from offload.kernels import FusedKernels, Kernels, MoeLayer, MoeStart
 from offload.telemetry import Telemetry

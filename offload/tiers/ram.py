@@ -15,10 +15,11 @@ from typing import Protocol
 import numpy as np
 
 from offload.cache.atlas import count_choices
+from offload.cache.decisions import Decision, Service
 from offload.cache.lookahead import EARLY_ROUTERS, LookAhead
 from offload.cache.policy import CacheShape, Routing, create_policy
 from offload.cache.preference import Preference
-from offload.cache.residency import Decision, Residency, Service
+from offload.cache.residency import Residency
 from offload.cache.speculation import granted
 from offload.cache.trace import Trace, TraceRecorder
 from offload.cache.usage import load_usage, save_usage

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offload.cache.decisions import Decision, Service
 from offload.cache.lookahead import EARLY_ROUTERS, LookAhead
-from offload.cache.residency import Decision, Residency, Service
+from offload.cache.residency import Residency
 from offload.cache.split import SplitModel
 from offload.errors import DeviceError
 from offload.kernels import Kernels

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from offload.cache.decisions import Decision
 from offload.cache.policy import CacheShape, create_policy
 from offload.cache.preference import Preference
-from offload.cache.residency import Decision, Residency
+from offload.cache.residency import Residency
 
 SHAPE = CacheShape(layers=2, experts=8, top_k=2)
 

@@ -8,8 +8,9 @@ from collections import OrderedDict
 import pytest
 from routing_samples import SHAPE, routing
 
+from offload.cache.decisions import Decision
 from offload.cache.policy import CacheShape, create_policy
-from offload.cache.residency import Decision, Residency
+from offload.cache.residency import Residency
 from offload.errors import BudgetError, UsageError
 
 
@@ -215,8 +216,7 @@ def test_prefetch_needs_a_victim_worth_less_and_can_be_withdrawn():
     assert residency.prefetch(0, 0) is None, "already resident"
     residency.check()
     residency.policy.values[0, 7] = 0.5
-    residency._unranked.add(0)
-    residency._rank_changed()
+    residency.policy.revision += 1
     load = residency.prefetch(0, 7)
     assert load is not None
     assert load.victim in (2, 3)
@@ -370,7 +370,7 @@ def test_after_an_interrupt_anywhere_only_what_has_arrived_is_resident(policy, i
 
     interrupts = 0
     for at in range(1, 900):
-        interrupts += interrupted(step, at, "cache/residency.py")
+        interrupts += interrupted(step, at, "cache/residency.py", "cache/victims.py")
         residency.abandon()
         residency.check()
         for layer, expert in residency.contents():
