@@ -83,7 +83,7 @@ class SyntheticStore:
         store = cls(folder, config, ExpertLayout(get_codec(codec), config.hidden_size, config.moe_intermediate_size))
         folder.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(0)
-        patterns = [_expert(store.layout, generator) for _ in range(PATTERNS)]
+        patterns = [random_expert(store.layout, generator) for _ in range(PATTERNS)]
         for layer in config.moe_layers:
             path = folder / f"{layer}.bin"
             if path.exists() and path.stat().st_size == config.n_routed_experts * store._step:
@@ -105,7 +105,8 @@ class SyntheticStore:
         return len(self.config.moe_layers) * self.config.n_routed_experts * self.layout.stride
 
 
-def _expert(layout: ExpertLayout, generator: torch.Generator) -> bytes:
+def random_expert(layout: ExpertLayout, generator: torch.Generator) -> bytes:
+    """Random codes, scales that keep the size of what goes through."""
     raw = bytearray(layout.stride)
     for field in layout.fields:
         cols = layout.shape(field.projection)[1]
@@ -134,6 +135,21 @@ def _repeated(values: Tensor, shape: Sequence[int]) -> Tensor:
     return raw.repeat(-(-count // raw.numel()))[:count].view(values.dtype).view(tuple(shape))
 
 
+def random_weight(codec: str, rows: int, cols: int, generator: torch.Generator) -> QuantizedTensor:
+    """A weight [rows, cols] of random codes whose product keeps about the size of what goes in."""
+    made = get_codec(codec)
+
+    def part(dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        if dtype == torch.bfloat16 and shape[-1] == cols:  # a plain weight, not scales
+            return _repeated((torch.randn(_SAMPLE, generator=generator) / math.sqrt(cols)).to(dtype), shape)
+        tensor = _raw(dtype, shape, cols, generator)
+        return tensor / 16 if dtype == torch.bfloat16 and codec.startswith("int8") else tensor
+
+    return QuantizedTensor(
+        made, rows, cols, {spec.suffix: part(spec.dtype, spec.shape) for spec in made.parts(rows, cols)}
+    )
+
+
 class SyntheticWeights:
     """Resident weights by HF name, made when they are asked for."""
 
@@ -144,9 +160,8 @@ class SyntheticWeights:
 
     def resident(self, module: str) -> QuantizedTensor:
         rows, cols = self._shape(module)
-        codec = get_codec("bf16") if module in ("lm_head", "model.embed_tokens") else self._codec
-        parts = {spec.suffix: self._part(spec.dtype, spec.shape, cols) for spec in codec.parts(rows, cols)}
-        return QuantizedTensor(codec, rows, cols, parts)
+        codec = "bf16" if module in ("lm_head", "model.embed_tokens") else self._codec.name
+        return random_weight(codec, rows, cols, self._generator)
 
     def tensor(self, name: str) -> Tensor:
         c = self._config
@@ -168,12 +183,6 @@ class SyntheticWeights:
         modules += [f"{part}.{p}" for part in mlp for p in ("gate_proj", "up_proj", "down_proj")]
         total = sum(self._codec.nbytes(*self._shape(f"{prefix}.{module}")) for module in modules)
         return total + (4 * c.n_routed_experts * (c.hidden_size + 1) if layer in c.moe_layers else 0)
-
-    def _part(self, dtype: torch.dtype, shape: Sequence[int], cols: int) -> Tensor:
-        if dtype == torch.bfloat16 and shape[-1] == cols:  # a plain weight, not scales
-            return _repeated((torch.randn(_SAMPLE, generator=self._generator) / math.sqrt(cols)).to(dtype), shape)
-        tensor = _raw(dtype, shape, cols, self._generator)
-        return tensor / 16 if dtype == torch.bfloat16 and self._codec.name.startswith("int8") else tensor
 
     def _shape(self, module: str) -> tuple[int, int]:
         c = self._config

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from gpu_model import random_expert, random_weight  # noqa: E402
 from record import append  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -43,6 +44,7 @@ RESIDENT = {
 TURN_NBYTES = 200_000_000
 """Weights that take turns: several times the largest cache of a GPU."""
 REPLAYS = 7
+GENERATOR = torch.Generator().manual_seed(0)
 
 Work = Callable[[], object]
 
@@ -128,22 +130,21 @@ def seconds(works: list[Work]) -> float:
 
 def turns(codec: str, rows: int, cols: int) -> list[QuantizedTensor]:
     """So many weights that none is in a cache when its turn comes."""
+    made = weight(codec, rows, cols)
     count = max(2, min(40, TURN_NBYTES // get_codec(codec).nbytes(rows, cols)))
-    return [weight(codec, rows, cols) for _ in range(count)]
+    copies = ({suffix: part.clone() for suffix, part in made.parts.items()} for _ in range(count))
+    return [QuantizedTensor(made.codec, rows, cols, parts) for parts in copies]
 
 
 def weight(codec: str, rows: int, cols: int) -> QuantizedTensor:
-    made = get_codec(codec)
-    parts = {spec.suffix: random(spec.dtype, spec.shape, cols) for spec in made.parts(rows, cols)}
-    return QuantizedTensor(made, rows, cols, parts)
+    made = random_weight(codec, rows, cols, GENERATOR)
+    return QuantizedTensor(made.codec, rows, cols, {suffix: part.cuda() for suffix, part in made.parts.items()})
 
 
 def experts(codec: str, slots: int) -> ExpertSlab:
     layout = ExpertLayout(get_codec(codec), HIDDEN, WIDTH)
-    one = torch.zeros(align_up(layout.stride), dtype=torch.uint8, device="cuda")
-    for item in layout.fields:
-        raw = random(item.dtype, item.shape, layout.shape(item.projection)[1]).contiguous().view(torch.uint8).flatten()
-        one[item.offset : item.offset + item.nbytes] = raw
+    raw = random_expert(layout, GENERATOR).ljust(align_up(layout.stride), b"\0")
+    one = torch.frombuffer(bytearray(raw), dtype=torch.uint8).cuda()
     return ExpertSlab(layout, one.repeat(slots).view(slots, -1))
 
 
@@ -152,16 +153,6 @@ def slots_of(count: int) -> Tensor:
     slots = torch.full((TOP_K,), -1, dtype=torch.int32)
     slots[:count] = torch.randperm(64)[:count]
     return slots.cuda()
-
-
-def random(dtype: torch.dtype, shape: tuple[int, ...], cols: int) -> Tensor:
-    """Random codes, small equal scales."""
-    if dtype.is_floating_point and dtype.itemsize > 1 and shape[-1] != cols:
-        return torch.full(tuple(shape), 0.01, dtype=dtype, device="cuda")
-    if dtype.is_floating_point:
-        return torch.randn(tuple(shape), device="cuda").to(dtype)
-    info = torch.iinfo(dtype)
-    return torch.randint(info.min, info.max, tuple(shape), dtype=dtype, device="cuda")
 
 
 if __name__ == "__main__":

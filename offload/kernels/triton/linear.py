@@ -96,15 +96,8 @@ def product(
     count = head_rows - first_row if heads > 1 or head_rows else weight.rows
     out = torch.empty((*x.shape[:-1], count), dtype=torch.float32, device=x.device)
     form, cols = weight.format, weight.cols
-    scale_cols = form.scale_cols(cols)
     if tokens <= FEW_TOKENS:
-        blocks = row_blocks(count * heads, cols, form)
-        grid = (tokens * heads, ceil_div(count, blocks["N"]))
-        launch(
-            rows.rows_kernel, grid, weight.words, weight.scale, arrange(launch, x, form, cols), out,
-            count, cols, form.row_words(cols), scale_cols, form.x_words(cols), form.x_width(cols),
-            heads, head_rows, first_row, form.aid(x.device), **form.rows_meta, **blocks,
-        )  # fmt: skip
+        _arranged_product(launch, arrange(launch, x, form, cols), weight, out, heads, head_rows, first_row)
         return out
     if cols != x.shape[-1]:
         x = pad(x, (0, cols - x.shape[-1]))
@@ -113,10 +106,23 @@ def product(
     tiled = (ceil_div(tokens, blocks["M"]), ceil_div(count, blocks["N"]), heads)
     launch(
         tiles.tiles_kernel, tiled, weight.raw, weight.scale, a, out,
-        tokens, count, cols, part, a.shape[-1], form.raw_row(cols), scale_cols, heads, head_rows, first_row,
-        form.aid(x.device), **form.tiles_meta, **blocks,
+        tokens, count, cols, part, a.shape[-1], form.raw_row(cols), form.scale_cols(cols),
+        heads, head_rows, first_row, form.aid(x.device), **form.tiles_meta, **blocks,
     )  # fmt: skip
     return out
+
+
+def _arranged_product(
+    launch: Launcher, x: Tensor, weight: Packed, out: Tensor, heads: int = 1, head_rows: int = 0, first_row: int = 0
+) -> None:
+    """`product` into `out` [.., rows] for the vectors x [T * heads, x_width], which are `arranged`."""
+    form, cols, count = weight.format, weight.cols, out.shape[-1]
+    blocks = row_blocks(count * heads, cols, form)
+    launch(
+        rows.rows_kernel, (x.shape[0], ceil_div(count, blocks["N"])), weight.words, weight.scale, x, out,
+        count, cols, form.row_words(cols), form.scale_cols(cols), form.x_words(cols), form.x_width(cols),
+        heads, head_rows, first_row, form.aid(x.device), **form.rows_meta, **blocks,
+    )  # fmt: skip
 
 
 def mlp(launch: Launcher, x: Tensor, gate: Packed, up: Packed, down: Packed) -> Tensor:
@@ -132,12 +138,7 @@ def mlp(launch: Launcher, x: Tensor, gate: Packed, up: Packed, down: Packed) -> 
         form.x_words(count), h_width, h_cols, form.aid(x.device), **form.rows_meta, **blocks,
     )  # fmt: skip
     out = torch.empty((tokens, down.rows), dtype=torch.float32, device=x.device)
-    blocks = row_blocks(down.rows, count, form)
-    launch(
-        rows.rows_kernel, (tokens, ceil_div(down.rows, blocks["N"])), down.words, down.scale, h, out,
-        down.rows, count, form.row_words(count), form.scale_cols(count), form.x_words(count), h_width,
-        1, 0, 0, form.aid(x.device), **form.rows_meta, **blocks,
-    )  # fmt: skip
+    _arranged_product(launch, h, down, out)
     return out
 
 
