@@ -46,6 +46,8 @@ def group_tile(form: Format, tokens: int) -> dict[str, int]:
     part = 2 if form.kind in (NF4.value, INT3.value, INT2.value) else 1
     if tokens <= 512:
         return {"M": 16, "N": 64 // part, "K": 128, "num_warps": 4, "num_stages": 3}
+    # So do the two sums that each of gate and up has where a byte holds two columns.
+    part = max(part, 2 if form.halves else 1)
     return {"M": 64, "N": 64 // part, "K": 64, "num_warps": 4, "num_stages": 3}
 
 

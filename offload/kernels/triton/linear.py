@@ -48,7 +48,7 @@ def tile_blocks(tokens: int) -> dict[str, int]:
         return {"M": 16, "N": 32, "K": 128, "num_warps": 4, "num_stages": 3}
     if tokens <= 64:
         return {"M": 32, "N": 64, "K": 128, "num_warps": 4, "num_stages": 3}
-    return {"M": 128, "N": 64, "K": 64, "num_warps": 4, "num_stages": 3}
+    return {"M": 128, "N": 64, "K": 64, "num_warps": 8, "num_stages": 3}
 
 
 def packed(weight: QuantizedTensor) -> Packed:
