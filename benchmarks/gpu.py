@@ -52,7 +52,7 @@ from offload.model.weights import PlacedWeights, load_weights  # noqa: E402
 from offload.tiers.device import Device  # noqa: E402
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare  # noqa: E402
 from offload.tiers.simulated import SimulatedDevice  # noqa: E402
-from offload.tiers.vram import lent_slots, slot_nbytes  # noqa: E402
+from offload.tiers.vram_memory import lent_slots, slot_nbytes  # noqa: E402
 from offload.tune.probe_gpu import read_rate  # noqa: E402
 from offload.tune.vram_budget import DeviceDemand, VramPlan, plan_vram  # noqa: E402
 from offload.types import parse_size  # noqa: E402

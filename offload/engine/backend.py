@@ -31,7 +31,7 @@ from offload.store.mirror import check_mirror
 from offload.tiers.device import Device
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare
 from offload.tiers.executor import Executor
-from offload.tiers.vram import lent_slots, slot_nbytes
+from offload.tiers.vram_memory import lent_slots, slot_nbytes
 from offload.tune.budget import FREE_SHARE, RamPlan, longest_chunk, plan_ram, ram_for_slots
 from offload.tune.memory import memory
 from offload.tune.vram_budget import DEVICE_CHUNK, DeviceDemand, VramPlan, device_kv_nbytes, plan_vram

@@ -19,7 +19,7 @@ from offload.kernels import ExpertSlab
 from offload.kernels.device import DeviceKernels
 from offload.store.layout import ExpertLayout
 from offload.tiers.device import Device
-from offload.tiers.vram import slot_nbytes
+from offload.tiers.vram_memory import slot_nbytes
 from offload.tune.machine import Gpu
 from offload.types import format_size
 

@@ -14,7 +14,7 @@ from offload.errors import BudgetError
 from offload.kernels.device import FEW_TOKENS
 from offload.model.blocks import BLOCK
 from offload.tiers.staging import staging_nbytes
-from offload.tiers.vram import SHORT
+from offload.tiers.vram_memory import SHORT
 from offload.tune.budget import working_nbytes
 from offload.types import format_size
 

@@ -10,7 +10,7 @@ from paging_samples import EXPERTS, FIRST, LAYERS, TOP_K, Unruly, make_store, ra
 from test_executor import reference, repeating
 
 from offload.cache.lookahead import EARLY_ROUTERS
-from offload.cache.split import Rates, SplitModel
+from offload.cache.split import Rates
 from offload.errors import DeviceError, DiskError
 from offload.kernels import select
 from offload.kernels.native import available
@@ -18,7 +18,7 @@ from offload.kernels.reference_device import ReferenceDeviceKernels
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare
 from offload.tiers.disk import DiskReader
 from offload.tiers.simulated import SimulatedDevice
-from offload.tiers.vram import lent_slots
+from offload.tiers.vram_memory import lent_slots
 
 LENGTHS = [1, 1, 7, 1, 1, 23, 1, 1, 1]
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(available() is not None, reason="no compiled kernels here"))
@@ -206,7 +206,7 @@ def test_nothing_is_foreseen_where_nothing_is_missing(store, kernels, depth):
 def test_experts_computed_in_place_join_the_sum(store, kernels, steps, expected, below, cpu, vram, ram, seed):
     executor = make(store, kernels, vram, ram, seeds=[seed, None], below=select(below))
     for tier in executor.tiers:
-        tier.split = tier._in_place.model = SplitModel(store.layout.stride, Rates(1e5, 1e9, cpu, 1e9))
+        tier.split.rates = Rates(1e5, 1e9, cpu, 1e9)
     outputs = run(executor, steps)
     if below == "reference":  # these have the bits of the simulated device's kernels, so even the split changes none
         assert_same(outputs, expected)
@@ -371,7 +371,7 @@ def test_the_device_gets_its_work_in_the_order_of_its_needs_and_books_are_kept_b
 
     copies.copy, compute.launch = noting(copies.copy, "copy"), noting(compute.launch, "kernels")
     compute.copy = noting(compute.copy, "list")
-    tier._promote = noting(tier._promote, "promotion")
+    tier._promotions.promote = noting(tier._promotions.promote, "promotion")
     tier.settle = noting(tier.settle, "books")
     executor.ram._speculate = noting(executor.ram._speculate, "reads")
     executor._desks[0].receive = noting(executor._desks[0].receive, "ids")

@@ -11,7 +11,7 @@ from offload.config import ModelConfig
 from offload.errors import BudgetError
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout
-from offload.tiers.vram import lent_slots, slot_nbytes
+from offload.tiers.vram_memory import lent_slots, slot_nbytes
 from offload.tune.vram_budget import DEVICE_CHUNK, LEAST_WITH_LENDING, MIN_SLOTS, DeviceDemand, plan_vram
 
 CONFIG = ModelConfig.from_hf(V3_CONFIG)
