@@ -23,7 +23,8 @@ from offload.kernels.device import DeviceKernels
 from offload.telemetry import Telemetry, TierCounters
 from offload.tiers.device import Device, Event
 from offload.tiers.launches import LayerJob
-from offload.tiers.ram import ExpertStore, RamTier
+from offload.tiers.ram import RamTier
+from offload.tiers.slot_reads import ExpertStore
 from offload.tiers.vram import VramTier
 
 

@@ -18,7 +18,8 @@ from offload.cache.policy import Routing
 from offload.cache.trace import Trace
 from offload.kernels import FusedKernels, Kernels, MoeLayer, MoeStart
 from offload.telemetry import Telemetry
-from offload.tiers.ram import ExpertStore, RamTier
+from offload.tiers.ram import RamTier
+from offload.tiers.slot_reads import ExpertStore
 
 
 class Executor:

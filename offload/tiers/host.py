@@ -1,4 +1,4 @@
-"""Expert slots in host memory: one allocation, made and touched at load.
+"""Expert slots in host memory: one allocation, made and touched at load, and the tensors of what lies there.
 
 Owns the memory. Must not know which expert is in which slot.
 """
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offload.errors import BudgetError
 from offload.store.direct import page_buffer
+from offload.store.layout import ExpertLayout, ExpertWeights
 from offload.types import PAGE, align_up, format_size
 
 
@@ -45,3 +46,29 @@ class SlotPool:
     def buffer(self, slot: int) -> memoryview:
         """The slot's bytes as a writable buffer for reads."""
         return self._view[slot * self.stride : (slot + 1) * self.stride]
+
+
+class SlotWeights:
+    """The expert in each slot as views; made once per slot where its bytes always lie alike."""
+
+    def __init__(self, layout: ExpertLayout, pool: SlotPool) -> None:
+        self._layout = layout
+        self._pool = pool
+        self._views: list[ExpertWeights | None] = [None] * pool.slots
+        self._skips = [0] * pool.slots
+        self._alignment = max(field.dtype.itemsize for field in layout.fields)
+        self._fields_aligned = all(field.offset % field.dtype.itemsize == 0 for field in layout.fields)
+
+    def filling(self, slot: int, skip: int) -> None:
+        """An expert is being read into `slot`, its first byte at `skip`."""
+        # A view of misaligned elements would be a copy, which goes stale when the slot is filled.
+        if skip != self._skips[slot] or skip % self._alignment or not self._fields_aligned:
+            self._views[slot] = None
+            self._skips[slot] = skip
+
+    def __getitem__(self, slot: int) -> ExpertWeights:
+        weights = self._views[slot]
+        if weights is None:
+            weights = self._layout.views(self._pool.tensor(slot)[self._skips[slot] :])
+            self._views[slot] = weights
+        return weights

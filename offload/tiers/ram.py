@@ -1,8 +1,8 @@
 """The RAM tier: routed experts in slots of host memory, read from the drive as they are demanded.
 
-Owns slots, reads and what is told to whom: residency decides, the reader carries out, whoever computes is
-handed each expert as soon as its bytes are there. Must not compute, nor know who does: a processor that
-works in place and a device tier that copies from here use it alike.
+Owns slots and what is told to whom: residency decides, `slot_reads` carry out, whoever computes is handed each
+expert as soon as its bytes are there, and an idle drive is left to `reads_ahead`. Must not compute, nor know who does:
+a processor that works in place and a device tier that copies from here use it alike.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -20,35 +19,20 @@ from offload.cache.lookahead import EARLY_ROUTERS, LookAhead
 from offload.cache.policy import CacheShape, Routing, create_policy
 from offload.cache.preference import Preference
 from offload.cache.residency import Residency
-from offload.cache.speculation import granted
 from offload.cache.trace import Trace, TraceRecorder
 from offload.cache.usage import load_usage, save_usage
-from offload.config import ModelConfig
 from offload.errors import BudgetError, UsageError
-from offload.store.layout import ExpertLayout, ExpertWeights
+from offload.store.layout import ExpertWeights
 from offload.telemetry import Telemetry
 from offload.tiers.disk import READERS, DiskReader
-from offload.tiers.host import SlotPool
+from offload.tiers.host import SlotPool, SlotWeights
 from offload.tiers.reads import Read
-from offload.types import PAGE, ExpertId, Extent, align_up, format_size
+from offload.tiers.reads_ahead import ReadsAhead
+from offload.tiers.slot_reads import ExpertStore, SlotReads, slot_nbytes
+from offload.types import format_size
 
 Use = Callable[[Sequence[tuple[int, int]]], None]
 """Is given (expert, slot) pairs whose bytes are there; the slots are its own until it returns."""
-
-
-class ExpertStore(Protocol):
-    """What the tier needs of a store."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    @property
-    def layout(self) -> ExpertLayout: ...
-
-    def locate(self, expert: ExpertId) -> Extent: ...
 
 
 class RamTier:
@@ -85,13 +69,14 @@ class RamTier:
         self.layers = config.moe_layers
         self.shape = CacheShape(len(self.layers), config.n_routed_experts, config.num_experts_per_tok)
         slots = min(slots, self.shape.keys)
-        slot_nbytes = _slot_nbytes(store, self.layers[0])
-        _check_budget(self.shape, slots, slot_nbytes, allow_slow)
+        nbytes = slot_nbytes(store)
+        _check_budget(self.shape, slots, nbytes, allow_slow)
         self._store = store
         self.residency = Residency(create_policy(policy, self.shape, half_life), slots, floor=self.shape.top_k)
-        self.pool = SlotPool(slots, slot_nbytes)
-        self._weights = _SlotWeights(store.layout, self.pool)
+        self.pool = SlotPool(slots, nbytes)
+        self._weights = SlotWeights(store.layout, self.pool)
         self.reader = reader or DiskReader(threads=readers, mirror=mirror)
+        self._reads = SlotReads(store, self.reader, self.pool, self._weights)
         self.telemetry = Telemetry(layer_stall_s=[0.0] * self.shape.layers)
         self._recorder = TraceRecorder(self.shape) if record else None
         self.preference = None if prefer_resident is None else Preference(self.residency, prefer_resident)
@@ -99,10 +84,10 @@ class RamTier:
         self._usage = None if record else usage
         if self._usage is not None:
             load_usage(self.residency.policy, self._usage, _model_name(store))
-        self._lookahead = LookAhead(self.residency.policy, prefetch_depth=prefetch_depth) if prefetch else None
-        self._speculative: dict[int, tuple[int, int]] = {}  # slot -> (layer, expert) of reads nobody demanded yet
-        self._settled: list[Read] = []
-        self._reads: dict[int, Read] = {}
+        self._ahead: ReadsAhead | None = None
+        if prefetch:
+            lookahead = LookAhead(self.residency.policy, prefetch_depth=prefetch_depth)
+            self._ahead = ReadsAhead(self._reads, self.residency, lookahead, self._recorder, self.telemetry)
         self._next_layer = 0
         self._broken = False
         self._holders: list[Callable[[], bool]] = []
@@ -124,15 +109,16 @@ class RamTier:
             for layer, ids in enumerate(experts):
                 self.residency.observe(layer, [ids])
         keys = np.argsort(-counts.reshape(-1), kind="stable")[: np.count_nonzero(counts)]
-        reads = [self._read(layer, load.expert, load.slot) for layer, load in self.residency.warm(keys.tolist())]
-        self.reader.submit(reads)
+        loads = self.residency.warm(keys.tolist())
         try:
+            for layer, load in loads:
+                self._reads.demand(layer, [load])
             while self._reads:
                 self._collect(wait=True)
         except BaseException:
             self.abandon()
             raise
-        return len(reads)
+        return len(loads)
 
     # -- a forward pass ----------------------------------------------------------------------
 
@@ -152,9 +138,8 @@ class RamTier:
         changed = self.residency.begin_step(tokens, upcoming)
         if self._recorder:
             self._recorder.begin_step(tokens)
-        if self._lookahead:
-            self._lookahead.begin_step(tokens, self.residency.events.absent)
-            self._speculate(0)
+        if self._ahead:
+            self._ahead.begin_step(tokens)
         return changed
 
     def begin_layer(self, layer: int, routing: Routing) -> list[int]:
@@ -163,12 +148,12 @@ class RamTier:
         self._next_layer = layer + 1
         if self.preference:
             self.preference.executed(routing)
-        if self._speculative:
-            self._settle()
+        if self._ahead and self._ahead.pending:
+            self._settle(self._ahead)
         if self._recorder:
             self._recorder.route(layer, routing)
-            if self._lookahead:
-                self._lookahead.routed(layer, routing[0])
+            if self._ahead:
+                self._ahead.lookahead.routed(layer, routing[0])
         return self.residency.observe(layer, routing)
 
     def at_hand(self, layer: int, experts: Sequence[int]) -> list[int] | None:
@@ -199,20 +184,20 @@ class RamTier:
 
     def end_layer(self) -> None:
         """All demands of the layer are complete: the drive is free for speculation."""
-        if self._lookahead:
-            self._speculate(self._next_layer)
+        if self._ahead:
+            self._ahead.begin(self._next_layer)
 
     def lookahead(self) -> int:
         """For how many layers ahead `expect` is of use now: not where nothing is missing, nor in a prefill."""
-        if self._lookahead is None or self.residency.slots >= self.shape.keys:
+        if self._ahead is None or self.residency.slots >= self.shape.keys:
             return 0
-        return self._lookahead.early_routers
+        return self._ahead.lookahead.early_routers
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """A router applied early chose `experts` (best first) for `layer`: read them if the drive idles."""
-        if self._lookahead:
-            self._lookahead.expect(layer, experts)
-            self._speculate(self._next_layer)
+        if self._ahead:
+            self._ahead.lookahead.expect(layer, experts)
+            self._ahead.begin(self._next_layer)
 
     def on_stuck(self, let_go: Callable[[], bool]) -> None:
         """`let_go` is asked to give one held slot back when all are taken; False if it holds none."""
@@ -225,10 +210,9 @@ class RamTier:
     def abandon(self) -> None:
         """A step broke off: drop its reads and wait for those under way, so that their slots can be used again."""
         self._broken = True  # until the end: an interrupt may come here, too
-        self.reader.abandon()
-        self._reads.clear()
-        self._settled.clear()
-        self._speculative.clear()
+        self._reads.abandon()
+        if self._ahead:
+            self._ahead.abandon()
         self.residency.abandon()
         self._broken = False
 
@@ -258,7 +242,7 @@ class RamTier:
             events=vars(self.residency.events).copy(),
             telemetry=self.counters().as_dict(),
             prefer_resident=self.preference.margin if self.preference else None,
-            foretold_right=self._lookahead.right if self._lookahead else None,
+            foretold_right=self._ahead.lookahead.right if self._ahead else None,
         )
 
     def close(self) -> None:
@@ -270,26 +254,13 @@ class RamTier:
 
     # -- reads -------------------------------------------------------------------------------
 
-    def _read(self, layer: int, expert: int, slot: int) -> Read:
-        """A read of an expert into `slot`, not yet queued."""
-        name = ExpertId(self.layers[layer], expert)
-        what = f"expert {expert} of layer {name.layer}"
-        read = Read(self._store.locate(name), self.pool.buffer(slot), what, tag=slot)
-        self._reads[slot] = read
-        self._weights.filling(slot, read.skip)
-        return read
-
     def _begin_reads(self, decision: Decision) -> None:
         if decision.loads:
-            self.reader.submit([self._read(decision.layer, load.expert, load.slot) for load in decision.loads])
+            self._reads.demand(decision.layer, decision.loads)
         for _, slot in decision.joins:
-            self._speculative.pop(slot, None)
-            if slot in self._reads:
-                self.reader.promote(self._reads[slot])
-                continue
-            for read in [read for read in self._settled if read.tag == slot]:  # it has ended, but nobody was told
-                self._settled.remove(read)
-                self._take(read)
+            ended = self._ahead.demanded(slot) if self._ahead else None
+            if ended is not None:
+                self._take(ended)
 
     def _serve(self, decision: Decision, use: Use) -> None:
         if decision.hits:
@@ -311,13 +282,8 @@ class RamTier:
 
     def _collect(self, wait: bool) -> Read | None:
         """Take note of the next read that has ended. Raises its DiskError."""
-        read = self.reader.completed(wait)
-        if read is None:
-            return None
-        del self._reads[read.tag]
-        if read.tag in self._speculative:
-            self._settled.append(read)  # nobody waits for it: it counts from the next layer on
-        else:
+        read = self._reads.ended(wait)
+        if read is not None and not (self._ahead and self._ahead.take(read)):
             self._take(read)
         return read
 
@@ -331,93 +297,22 @@ class RamTier:
     def _stuck(self) -> None:
         if any(let_go() for let_go in self._holders):
             return
-        assert self._speculative, "every slot is taken and nothing is under way"
-        if not self._settled:
+        assert self._ahead and self._ahead.pending, "every slot is taken and nothing is under way"
+        if not self._ahead.arrived:
             self._collect(wait=True)
-        self._settle()
+        self._settle(self._ahead)
 
-    # -- speculation: issued and settled between layers only, so that a replay can repeat it ------
-
-    def _speculate(self, first: int) -> None:
-        """Use an idle drive to read what the layers from `first` on will probably need."""
-        lookahead = self._lookahead
-        assert lookahead is not None
-        if lookahead.idle or self.residency.resident == self.shape.keys:
-            return  # nothing to read, or every expert has a slot
-        if len(self._reads) > len(self._speculative):
-            return  # somebody waits for a read
-        for layer, load in granted(lookahead, self.residency, first, len(self._speculative)):
-            if self._recorder:
-                self._recorder.prefetch(0, layer, load.expert)
-            self._speculative[load.slot] = layer, load.expert
-            self.reader.prefetch(self._read(layer, load.expert, load.slot))
-
-    def _settle(self) -> None:
-        """Speculative reads that have ended become residents; those for layers long past are withdrawn."""
+    def _settle(self, ahead: ReadsAhead) -> None:
+        """Let reads ahead that have ended count, and withdraw those for layers long past."""
         while self._collect(wait=False):
             pass
-        for read in self._settled:
-            layer, expert = self._speculative.pop(read.tag)
-            (self.residency.loaded if read.error is None else self.residency.failed)(read.tag)
-            if self._recorder:
-                self._recorder.prefetch(1 if read.error is None else 3, layer, expert)
-        self._settled.clear()
-        for slot, (layer, expert) in list(self._speculative.items()):
-            if layer < self._next_layer - 1 and self.reader.cancel(self._reads[slot]):
-                del self._speculative[slot], self._reads[slot]
-                self.residency.cancelled(slot)
-                victim = self.residency.holder(slot)
-                if victim is not None:  # its bytes are intact, where they lay before
-                    extent = self._store.locate(ExpertId(self.layers[victim[0]], victim[1]))
-                    self._weights.filling(slot, extent.offset % PAGE)
-                if self._recorder:
-                    self._recorder.prefetch(2, layer, expert)
-        lookahead = self._lookahead
-        if lookahead is not None:
-            lookahead.learn(self.residency.events)
-            if lookahead.off_reason is not None:
-                self.telemetry.note(lookahead.off_reason)
-
-
-class _SlotWeights:
-    """The expert in each slot as views; made once per slot where its bytes always lie alike."""
-
-    def __init__(self, layout: ExpertLayout, pool: SlotPool) -> None:
-        self._layout = layout
-        self._pool = pool
-        self._views: list[ExpertWeights | None] = [None] * pool.slots
-        self._skips = [0] * pool.slots
-        self._alignment = max(field.dtype.itemsize for field in layout.fields)
-        self._fields_aligned = all(field.offset % field.dtype.itemsize == 0 for field in layout.fields)
-
-    def filling(self, slot: int, skip: int) -> None:
-        """An expert is being read into `slot`, its first byte at `skip`."""
-        # A view of misaligned elements would be a copy, which goes stale when the slot is filled.
-        if skip != self._skips[slot] or skip % self._alignment or not self._fields_aligned:
-            self._views[slot] = None
-            self._skips[slot] = skip
-
-    def __getitem__(self, slot: int) -> ExpertWeights:
-        weights = self._views[slot]
-        if weights is None:
-            weights = self._layout.views(self._pool.tensor(slot)[self._skips[slot] :])
-            self._views[slot] = weights
-        return weights
+        ahead.settle(self._next_layer - 1)
 
 
 def _model_name(store: ExpertStore) -> str:
     """Identifies the routing that was learned: sizes and the name of the store, not its codec."""
     config = store.config
     return f"{store.path.name} {config.hidden_size}x{config.moe_intermediate_size}"
-
-
-def _slot_nbytes(store: ExpertStore, layer: int) -> int:
-    """Bytes of a slot: an expert with the pages around it, the same for every expert."""
-    stride = store.layout.stride
-    first = store.locate(ExpertId(layer, 0)).offset
-    if stride % PAGE == 0 and first % PAGE == 0:
-        return stride
-    return align_up(stride) + PAGE
 
 
 def _check_budget(shape: CacheShape, slots: int, slot_nbytes: int, allow_slow: bool) -> None:

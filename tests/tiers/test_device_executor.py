@@ -373,7 +373,7 @@ def test_the_device_gets_its_work_in_the_order_of_its_needs_and_books_are_kept_b
     compute.copy = noting(compute.copy, "list")
     tier._promotions.promote = noting(tier._promotions.promote, "promotion")
     tier.settle = noting(tier.settle, "books")
-    executor.ram._speculate = noting(executor.ram._speculate, "reads")
+    executor.ram._ahead.begin = noting(executor.ram._ahead.begin, "reads")
     executor._desks[0].receive = noting(executor._desks[0].receive, "ids")
     executor.begin_step([0] * 3)
     x, ids = torch.randn(3, 64), torch.tensor([[1, 2, 3], [3, 8, 1], [2, 5, 3]])

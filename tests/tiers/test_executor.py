@@ -166,7 +166,7 @@ def test_reads_ahead_reach_as_far_as_routers_are_applied_early(kernels, depth, r
         executor.expect(FIRST + layer, [layer])
         while executor.ram._reads:  # the drive idles again
             executor.ram._collect(wait=True)
-        executor.ram._settle()
+        executor.ram._settle(executor.ram._ahead)
     residency = executor.ram.residency
     assert [layer for layer in range(1, 8) if residency.slot(layer, layer) >= 0] == list(range(1, 1 + reach))
     executor.close()
