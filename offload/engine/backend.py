@@ -34,8 +34,14 @@ from offload.tiers.executor import Executor
 from offload.tiers.vram_memory import lent_slots, slot_nbytes
 from offload.tune.budget import FREE_SHARE, RamPlan, longest_chunk, plan_ram, ram_for_slots
 from offload.tune.memory import memory
-from offload.tune.vram_budget import DEVICE_CHUNK, DeviceDemand, VramPlan, device_kv_nbytes, plan_vram
-from offload.tune.vram_budget import FREE_SHARE as FREE_VRAM_SHARE
+from offload.tune.vram_budget import (
+    DEVICE_CHUNK,
+    DeviceDemand,
+    VramPlan,
+    default_limit,
+    device_kv_nbytes,
+    plan_vram,
+)
 from offload.types import format_size, parse_size
 
 log = logging.getLogger("expertpager")
@@ -211,7 +217,7 @@ def _plan_devices(
     attention = config.num_attention_heads, config.kv_lora_rank, context
     few, recorded = (kernels.scratch_nbytes(min(n, chunk), *attention) for n in (FEW_TOKENS, 1))
     limits = [
-        parse_size(options.vram) if options.vram is not None else int(device.memory().free * FREE_VRAM_SHARE)
+        default_limit(device.memory().free, device.driver_nbytes) if options.vram is None else parse_size(options.vram)
         for device in devices
     ]
     sizes = _layer_nbytes(store)

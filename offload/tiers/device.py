@@ -95,7 +95,9 @@ class Device(Protocol):
         """The stream of copies that run beside computation."""
         ...
 
-    def memory(self) -> Memory: ...
+    def memory(self) -> Memory:
+        """As its driver reports it: what driver and libraries have taken for this process is not free any more."""
+        ...
 
     def limit(self, nbytes: int) -> None:
         """From now on, all memory of this process on the device together stays below `nbytes`."""

@@ -19,7 +19,8 @@ from offload.tune.budget import working_nbytes
 from offload.types import format_size
 
 FREE_SHARE = 0.94
-"""Share of the free VRAM that is used when no budget is given: a desktop needs some of the rest."""
+"""Share of the free VRAM that is used when no budget is given: a desktop and late modules of the driver need some of
+the rest."""
 
 LEAST_WITH_LENDING = 24
 """Fewest slots that must stay while others are lent to a prompt: three waves of its sweep."""
@@ -92,6 +93,15 @@ class DeviceDemand:
     """Bytes of a number in the KV cache."""
     libraries: int = 0
     """Bytes that libraries allocate beside the tensors and keep."""
+
+
+def default_limit(free: int, driver: int) -> int:
+    """The budget of a device where none is given, in bytes.
+
+    `free` is what its driver reports to a process that uses it: most of what `driver` foresees is taken by then, and
+    the little that comes later is less than the share of `free` that is left alone.
+    """
+    return driver + int(free * FREE_SHARE)
 
 
 def device_kv_nbytes(config: ModelConfig, layers: range, context: int, itemsize: int) -> int:

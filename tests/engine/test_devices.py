@@ -76,6 +76,21 @@ def test_workspaces_of_cublas_are_set_aside_where_it_is_used(store, monkeypatch,
         assert engine._backend.vram[0].fixed == fixed + (96 << 20) * uses_blas
 
 
+def test_the_default_budget_counts_the_driver_once(store):
+    """What a driver reports as free is what it has left of the memory already."""
+    fixed, slot = fixed_nbytes(store)
+    free = int((fixed + 20 * slot) / 0.94)
+    allocated = []
+    for driver in (0, 15 * slot):
+        device = SimulatedDevice(memory=free)
+        device.driver_nbytes = driver
+        with load(store, [device]) as engine:
+            (plan,) = engine._backend.vram
+            assert plan.slots < plan.experts
+            allocated.append(plan.total - plan.driver)
+    assert allocated[0] == allocated[1] <= 0.94 * free
+
+
 @pytest.mark.parametrize("limits", [(1, 1), (3, 1), (1, 1, 1)])
 def test_tokens_do_not_depend_on_the_number_of_devices(store, expected, limits):
     fixed, slot = fixed_nbytes(store)
