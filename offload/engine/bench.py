@@ -212,7 +212,7 @@ def bench(
     compared: list[Comparison] = []
     expected = None
     if spec is not None:
-        curve = hit_curve(hits, model.config, resolved.policy, resolved.early_routers)
+        curve = hit_curve(hits, model.config, resolved.policy, resolved.early_routers, resolved.half_life)
         demand = curve.demand(share)
         expected = demand.hit + demand.ahead
         compared = predictions(model, spec, samples["cold"], samples["warm"], demand, plan.chunk, curve.alike)

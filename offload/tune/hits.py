@@ -102,7 +102,11 @@ POLICY = "ema+tokens"
 
 
 def curve_of_trace(
-    file: str | Path, config: ModelConfig, policy: str = POLICY, prefetch_depth: int | None = EARLY_ROUTERS
+    file: str | Path,
+    config: ModelConfig,
+    policy: str = POLICY,
+    prefetch_depth: int | None = EARLY_ROUTERS,
+    half_life: float | None = None,
 ) -> HitCurve:
     """Replay the trace in `file` at several cache sizes. Raises UsageError if it is of another kind of model."""
     trace = Trace.load(file)
@@ -115,7 +119,7 @@ def curve_of_trace(
         )
     if not len(trace.tokens):
         raise UsageError(f"{file}: the trace holds no tokens")
-    return measured_curve(trace, policy, Path(file).name, prefetch_depth=prefetch_depth)
+    return measured_curve(trace, policy, Path(file).name, prefetch_depth=prefetch_depth, half_life=half_life)
 
 
 def measured_curve(

@@ -65,14 +65,19 @@ def plan(
 
 
 def hit_curve(
-    hits: str | None, config: ModelConfig, policy: str = POLICY, prefetch_depth: int | None = EARLY_ROUTERS
+    hits: str | None,
+    config: ModelConfig,
+    policy: str = POLICY,
+    prefetch_depth: int | None = EARLY_ROUTERS,
+    half_life: float | None = None,
 ) -> HitCurve:
     """The preset called `hits`, or the curve of the trace in that file under `policy`.
 
-    `prefetch_depth`: layers ahead for which routers are applied early; None: nothing is read ahead.
+    `prefetch_depth`: layers ahead for which routers are applied early; None: nothing is read ahead. `half_life`: that
+    of the policy, in tokens; None: its own.
     """
     if hits is None or hits in CURVES:
         return replace(CURVES[hits or "local"], prefetch_depth=prefetch_depth)
     if not Path(hits).exists():
         raise UsageError(f"--hits {hits}: neither a trace file nor one of {', '.join(CURVES)}")
-    return curve_of_trace(hits, config, policy, prefetch_depth)
+    return curve_of_trace(hits, config, policy, prefetch_depth, half_life)

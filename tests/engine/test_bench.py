@@ -11,10 +11,15 @@ from click.testing import CliRunner
 import cli
 from convert import convert
 from convert.synthetic import write_checkpoint
+from offload.cache.policy import CacheShape
+from offload.engine import backend
 from offload.engine import bench as module
 from offload.engine.bench import bench, forget_pages, spread
 from offload.engine.engine import ram_for_share
 from offload.errors import UsageError
+from offload.store import Store
+from offload.tune.hits import curve_of_trace
+from offload.tune.synthetic import synthetic_trace
 
 SMALL = {"context": 64, "kernels": "reference"}
 MACHINE = 'name="t"\nram={total="16GiB", read="10GB"}\ndrive={read="1GB"}\ncpu={threads=2, gflops=50}\n'
@@ -44,8 +49,6 @@ def test_counts_and_prompts(store: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def _stride(store: Path) -> int:
-    from offload.store import Store
-
     return Store.open(store).layout.stride
 
 
@@ -64,6 +67,22 @@ def test_prediction_and_command_line(store: Path, tmp_path: Path) -> None:
     text = CliRunner().invoke(cli.cli, arguments).stdout
     for part in ("cold prefill", "warm decode", "predicted", "first token after", "peak RAM"):
         assert part in text
+
+
+def test_the_forecast_has_the_half_life_of_the_run(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "process_nbytes", lambda: 1 << 30)  # half of the experts, whatever this one takes
+    machine, trace = tmp_path / "m.toml", tmp_path / "t.npz"
+    machine.write_text(MACHINE)
+    config = Store.open(store).config
+    shape = CacheShape(len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok)
+    synthetic_trace("local", shape, tokens=200).save(trace)
+    ram = ram_for_share(store, 0.5, context=64)
+    options = {"policy": "ema", "half_life": 1.0, "prefetch": False, "ram": ram, **SMALL}
+    report = bench(store, machine=machine, hits=str(trace), prompt_tokens=4, max_tokens=2, warm=1, **options)
+    short, own = (curve_of_trace(trace, config, "ema", None, life).at(report.share) for life in (1.0, None))
+    assert report.expected_hit_rate == short != own
 
 
 def test_without_a_tokenizer(tmp_path: Path) -> None:
