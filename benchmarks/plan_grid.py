@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from offload.engine.bench import Phase, Sample, mean_demand, predictions  # noqa
 from offload.engine.beside_plan import model_cost  # noqa: E402
 from offload.engine.engine import ram_for_share  # noqa: E402
 from offload.store import Store  # noqa: E402
-from offload.tune.machine import FormatRate, MachineSpec  # noqa: E402
+from offload.tune.machine import MachineSpec, mean  # noqa: E402
 from offload.tune.machine_file import load_machine  # noqa: E402
 from offload.tune.planner import hit_curve  # noqa: E402
 
@@ -76,7 +75,7 @@ def main() -> None:
         for store, share, policy in cells:
             report = measured(store, share, policy, arguments)
             after = probed(store, Path(folder))
-            rows.append(cell(store, policy, report, between(before, after), traces[store], arguments))
+            rows.append(cell(store, policy, report, mean([before, after]), traces[store], arguments))
             before = after
             append("plan_grid", f"python benchmarks/plan_grid.py {options(arguments)}", rows[-1])
             print(json.dumps(rows[-1]), flush=True)
@@ -115,34 +114,6 @@ def probed(store: Path, folder: Path) -> MachineSpec:
     file = folder / "machine.toml"
     program("probe", str(store), "-o", str(file))
     return load_machine(file)
-
-
-def between(one: MachineSpec, other: MachineSpec) -> MachineSpec:
-    """A machine that takes for everything the mean of the times that both take."""
-
-    def rate(*found: float) -> float:
-        return statistics.harmonic_mean(found)
-
-    def format_rate(found: FormatRate, again: FormatRate) -> FormatRate:
-        pairs = zip(astuple(found), astuple(again), strict=True)
-        return FormatRate(*(rate(*both) if all(both) else None for both in pairs))
-
-    formats = {name: format_rate(found, other.formats[name]) for name, found in one.formats.items()}
-    return replace(
-        one,
-        ram_read=rate(one.ram_read, other.ram_read),
-        drive_read=rate(one.drive_read, other.drive_read),
-        gflops=rate(one.gflops, other.gflops),
-        attention_gflops=rate(one.past_gflops, other.past_gflops),
-        drive_latency_s=(one.drive_latency_s + other.drive_latency_s) / 2,
-        drive_beside=(one.drive_beside + other.drive_beside) / 2,
-        kernels_beside=(one.kernels_beside + other.kernels_beside) / 2,
-        layer_s=(one.layer_s + other.layer_s) / 2,
-        miss_s=(one.miss_s + other.miss_s) / 2,
-        foresee_s=(one.foresee_s + other.foresee_s) / 2,
-        depths={depth: rate(found, other.depths[depth]) for depth, found in one.depths.items()},
-        formats=formats,
-    )
 
 
 def measured(store: Path, share: float, policy: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -6,9 +6,10 @@ Owns the figures and what stands for those nobody measured. Must not read them (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from statistics import fmean, harmonic_mean
 
 from offload.tiers.disk import READERS
 
@@ -111,3 +112,47 @@ class MachineSpec:
     def past_gflops(self) -> float:
         """`attention_gflops`, else the part of `gflops` that its fp32 arithmetic usually reaches."""
         return self.attention_gflops or ATTENTION_SHARE * self.gflops
+
+
+def mean(machines: Sequence[MachineSpec]) -> MachineSpec:
+    """A machine that takes for everything the mean of the times that `machines` take; sizes are those of the first.
+
+    All must have measured the same figures.
+    """
+    first = machines[0]
+
+    def formats(name: str) -> FormatRate:
+        found = [machine.formats[name] for machine in machines]
+        attention = [each.attention for each in found if each.attention]
+        return FormatRate(
+            harmonic_mean([each.read for each in found]),
+            harmonic_mean([each.gflops for each in found]),
+            harmonic_mean(attention) if attention else None,
+        )
+
+    def rate(name: str) -> float:
+        return harmonic_mean([getattr(machine, name) for machine in machines])
+
+    def rates(name: str) -> dict[str, float]:
+        found = [getattr(machine, name) for machine in machines]
+        return {key: harmonic_mean([each[key] for each in found]) for key in found[0]}
+
+    def average(name: str) -> float:
+        return fmean(getattr(machine, name) for machine in machines)
+
+    return replace(
+        first,
+        ram_read=rate("ram_read"),
+        ram_threads=rates("ram_threads"),
+        drive_read=rate("drive_read"),
+        depths=rates("depths"),
+        gflops=rate("gflops"),
+        attention_gflops=rate("past_gflops"),
+        formats={name: formats(name) for name in first.formats},
+        drive_latency_s=average("drive_latency_s"),
+        drive_beside=average("drive_beside"),
+        kernels_beside=average("kernels_beside"),
+        layer_s=average("layer_s"),
+        miss_s=average("miss_s"),
+        foresee_s=average("foresee_s"),
+    )

@@ -100,6 +100,10 @@ RESIDENT_SHARE = 0.4
 """Share of the experts that have a slot where the cost of a miss is measured."""
 
 
+ROUNDS = 8
+"""Tokens at least that each of the settings decodes."""
+
+
 @dataclass(frozen=True)
 class Overhead:
     """What decoding takes besides matrix products and waiting."""
@@ -123,7 +127,7 @@ def measure_overhead(kernels: Kernels, seconds: float) -> Overhead:
         runs = [stack.enter_context(_decoding(kernels, share, prefetch)) for share, prefetch in settings]
         begun = time.perf_counter()
         rounds: list[list[_Step]] = []
-        while len(rounds) < 20 or time.perf_counter() - begun < 3 * seconds:
+        while len(rounds) < ROUNDS or time.perf_counter() - begun < 3 * seconds:
             rounds.append([run() for run in runs])
     layers, routers = _CONFIG.num_hidden_layers, len(_CONFIG.moe_layers)
     reads = [median(step.reads for step in steps) for steps in zip(*rounds, strict=True)]

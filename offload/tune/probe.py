@@ -2,7 +2,11 @@
 
 Owns the measurements and their order. Must not predict. Everything is measured through the parts that a run uses:
 the drive through `DiskReader` with direct I/O, the processor through the kernels API, the overhead of a layer through
-the decoder and the executor with weights too small to matter. Rates are medians of short repetitions.
+the decoder and the executor with weights too small to matter.
+
+A processor's speed changes within seconds: other work shares its memory, its clock, or the cores themselves. So
+everything is measured in several passes over all of it, and what counts is the mean of the times, in which a run meets
+slow moments and fast ones as well.
 """
 
 from __future__ import annotations
@@ -29,15 +33,15 @@ from offload.tiers.device import Device
 from offload.tiers.disk import READERS
 from offload.tiers.host import SlotPool
 from offload.tune.attention_shapes import DEEPSEEK_V3, AttentionShapes
-from offload.tune.machine import ROWS, FormatRate, Gpu, MachineSpec
+from offload.tune.machine import ROWS, FormatRate, Gpu, MachineSpec, mean
 from offload.tune.machine_file import save_machine
 from offload.tune.overhead import measure_overhead
 from offload.tune.probe_attention import measure_attention, measure_past
 from offload.tune.probe_drive import extents_at, measure_drive, measure_together
 from offload.tune.probe_gpu import measure_gpu
 from offload.tune.surroundings import OtherWork, warnings
-from offload.tune.timing import median_time
-from offload.types import align_up, format_size
+from offload.tune.timing import mean_time
+from offload.types import Extent, align_up, format_size
 
 FORMATS = ("int4-g32", "int4-g128", "int8-g128", "nf4-b64", "int3-g32", "fp8", "bf16")
 RESIDENT_FORMATS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "bf16")
@@ -48,7 +52,8 @@ class Effort:
     """How long and how large: the defaults take well under a minute."""
 
     seconds: float = 0.8
-    """Per measured figure."""
+    """Per measured figure, in all passes together."""
+    passes: int = 3
     file_nbytes: int = 1 << 30
     hidden_size: int = 7168
     moe_intermediate_size: int = 2048
@@ -147,60 +152,77 @@ def probe(
         raise UsageError(f"--output {target}: there is no folder {target.absolute().parent}")
     others = OtherWork()
     backend = select(kernels, threads)
-    count = threads or usable_cpus()
     layout = ExpertLayout(get_codec("int4-g32"), effort.hidden_size, effort.moe_intermediate_size)
+    part = replace(effort, seconds=effort.seconds / effort.passes)
     with extents_at(folder, store, effort.file_nbytes, layout) as extents:
-        tell("drive")
-        # A share of each figure's time, so that all depths together take what two figures would.
-        depths, latency, buffered = measure_drive(extents, effort.seconds / 2)
-        tell("drive beside kernels")
-        work = expert_wave(backend, _random_experts("int4-g32", effort), ROWS, 2)
-        together = measure_together(extents, work, effort.seconds / 4)
+        drive = _Drive(extents, psutil.disk_usage(str(folder)).free)
+        steps = [_numbered(tell, number + 1, effort.passes) for number in range(effort.passes)]
+        machine = mean([_measured(backend, threads or usable_cpus(), drive, part, step) for step in steps])
+    if gpu is not None:
+        tell(gpu[0].name)
+        machine = replace(machine, gpu=_measure_gpu(*gpu, machine.threads, effort))
+    warned = warnings(
+        folder, kernels=backend.name, drive_read=machine.drive_read, buffered=drive.buffered, others=others.cores()
+    )
+    machine = replace(machine, warnings=warned)
+    save_machine(machine, target)
+    return ProbeReport(machine, target, backend.name)
+
+
+@dataclass
+class _Drive:
+    """Where to read from."""
+
+    extents: Sequence[Extent]
+    free: int
+    buffered: bool = False
+    """Whether direct I/O was refused."""
+
+
+def _measured(kernels: Kernels, threads: int, drive: _Drive, effort: Effort, tell: Tell) -> MachineSpec:
+    """One pass over everything but a GPU."""
+    tell("drive")
+    # A share of each figure's time, so that all depths together take what two figures would.
+    depths, latency, drive.buffered = measure_drive(drive.extents, effort.seconds / 2)
+    tell("drive beside kernels")
+    work = expert_wave(kernels, _random_experts("int4-g32", effort), ROWS, 2)
+    together = measure_together(drive.extents, work, effort.seconds / 4)
     tell("RAM")
-    ram = measure_ram(count, effort)
+    ram = measure_ram(threads, effort)
     formats = {}
     for codec in FORMATS:
         tell(f"kernels, {codec}")
-        formats[codec] = measure_format(backend, codec, effort)
-    sizes = effort.attention
+        formats[codec] = measure_format(kernels, codec, effort)
     spent: dict[str, Any] = {"buffer_nbytes": effort.buffer_nbytes, "seconds": effort.seconds / 2}
-    if isinstance(backend, FusedKernels):
+    if isinstance(kernels, FusedKernels):
         for codec in RESIDENT_FORMATS:
             tell(f"attention, {codec}")
-            formats[codec] = replace(formats[codec], attention=measure_attention(backend, codec, sizes, **spent))
-    past = measure_past(backend, sizes, **spent)
-    card = None
-    if gpu is not None:
-        tell(gpu[0].name)
-        card = _measure_gpu(*gpu, count, effort)
+            found = measure_attention(kernels, codec, effort.attention, **spent)
+            formats[codec] = replace(formats[codec], attention=found)
+    past = measure_past(kernels, effort.attention, **spent)
     tell("overhead")
-    overhead = measure_overhead(backend, effort.seconds)
-    read = depths[str(READERS)]
+    overhead = measure_overhead(kernels, effort.seconds)
     memory = psutil.virtual_memory()
-    machine = MachineSpec(
+    return MachineSpec(
         name=f"this machine, {_processor()}",
         ram_total=memory.total,
         ram_available=memory.available,
         ram_read=max(ram.values()),
         ram_threads=ram,
-        drive_read=read,
+        drive_read=depths[str(READERS)],
         drive_latency_s=latency,
-        drive_free=max(1, psutil.disk_usage(str(folder)).free),
+        drive_free=max(1, drive.free),
         depths=depths,
         drive_beside=together.drive,
-        threads=count,
+        threads=threads,
         gflops=formats["int4-g32"].gflops,
         attention_gflops=past,
         formats=formats,
-        gpu=card,
         kernels_beside=together.kernels,
         layer_s=overhead.layer_s,
         miss_s=overhead.miss_s,
         foresee_s=overhead.foresee_s,
-        warnings=warnings(folder, kernels=backend.name, drive_read=read, buffered=buffered, others=others.cores()),
     )
-    save_machine(machine, target)
-    return ProbeReport(machine, target, backend.name)
 
 
 def _effort_for(store: Store | None) -> Effort:
@@ -226,18 +248,18 @@ def ram_rate(data: torch.Tensor, threads: int, seconds: float) -> float:
     """Bytes per second of reading `data`, uint8, with `threads` threads."""
     if native.available() is None:
         kernels = NativeKernels(threads=threads)
-        return data.nbytes / median_time(lambda: kernels.read(data), seconds)
+        return data.nbytes / mean_time(lambda: kernels.read(data), seconds)
     parts = np.array_split(data.numpy().view(np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:
-        return data.nbytes / median_time(lambda: list(pool.map(np.sum, parts)), seconds)
+        return data.nbytes / mean_time(lambda: list(pool.map(np.sum, parts)), seconds)
 
 
 def measure_format(kernels: Kernels, codec: str, effort: Effort) -> FormatRate:
     """The rate of routed experts in `codec`: one row for the bytes, several rows for the products."""
     experts = _random_experts(codec, effort)
     k = min(8, len(experts))
-    one = median_time(expert_wave(kernels, experts, 1, k), effort.seconds)
-    many = median_time(expert_wave(kernels, experts, ROWS, 2), effort.seconds)
+    one = mean_time(expert_wave(kernels, experts, 1, k), effort.seconds)
+    many = mean_time(expert_wave(kernels, experts, ROWS, 2), effort.seconds)
     parameters = 3 * effort.hidden_size * effort.moe_intermediate_size
     return FormatRate(k * experts[0].layout.stride / one, max(1e-3, 2 * ROWS * 2 * parameters / many / 1e9))
 
@@ -263,7 +285,8 @@ def _random_experts(codec: str, effort: Effort) -> list[ExpertWeights]:
     """As many as fill the buffer, two at least."""
     layout = ExpertLayout(get_codec(codec), effort.hidden_size, effort.moe_intermediate_size)
     count = max(2, min(64, effort.buffer_nbytes // layout.stride))
-    return [_random_expert(layout, seed) for seed in range(count)]
+    first = _random_expert(layout, 0)
+    return [first] + [ExpertWeights(layout, first.buffer.clone()) for _ in range(1, count)]
 
 
 def _measure_gpu(device: Device, kernels: DeviceKernels, threads: int, effort: Effort) -> Gpu:
@@ -305,6 +328,10 @@ def _processor() -> str:
     except OSError:
         pass
     return "unknown processor"
+
+
+def _numbered(tell: Tell, number: int, of: int) -> Tell:
+    return lambda what: tell(f"{what} ({number} of {of})")
 
 
 def _silent(_: str) -> None:

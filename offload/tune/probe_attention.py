@@ -6,6 +6,8 @@ its matrices are smaller, wait for each other, and one of them is applied from b
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from offload.config import LATENT_NORM_EPS
 from offload.kernels import AttentionLayer, FusedKernels, Kernels
 from offload.quant import QuantizedTensor, get_codec
 from offload.tune.attention_shapes import AttentionShapes
-from offload.tune.timing import median_time
+from offload.tune.timing import mean_time
 
 PAST = 512
 """Tokens before the row that is measured with some."""
@@ -29,9 +31,9 @@ def measure_attention(
 
     Every call has another block, so that none stays in caches.
     """
-    nbytes, first = _random_layer(codec, shapes, 0)
+    nbytes, first = _random_layer(codec, shapes)
     count = max(2, min(32, buffer_nbytes // nbytes))
-    layers = [first] + [_random_layer(codec, shapes, seed)[1] for seed in range(1, count)]
+    layers = [first] + [deepcopy(first) for _ in range(1, count)]
     hidden, cache = torch.ones(1, shapes.hidden_size), torch.zeros(1, shapes.kv_lora_rank + shapes.qk_rope_head_dim)
     cos, sin = torch.ones(1, shapes.qk_rope_head_dim // 2), torch.zeros(1, shapes.qk_rope_head_dim // 2)
 
@@ -39,7 +41,7 @@ def measure_attention(
         for layer in layers:
             kernels.attention(layer, hidden, cos, sin, cache, 0)
 
-    return nbytes * count / median_time(sweep, seconds)
+    return nbytes * count / mean_time(sweep, seconds)
 
 
 def measure_past(kernels: Kernels, shapes: AttentionShapes, *, buffer_nbytes: int, seconds: float) -> float:
@@ -54,12 +56,12 @@ def measure_past(kernels: Kernels, shapes: AttentionShapes, *, buffer_nbytes: in
         for cache in caches:
             kernels.mla_absorbed(q_latent, q_rope, cache, PAST, (latent + rope) ** -0.5)
 
-    return count * PAST * shapes.past_flops / median_time(sweep, seconds) / 1e9
+    return count * PAST * shapes.past_flops / mean_time(sweep, seconds) / 1e9
 
 
-def _random_layer(codec: str, shapes: AttentionShapes, seed: int) -> tuple[int, AttentionLayer]:
+def _random_layer(codec: str, shapes: AttentionShapes) -> tuple[int, AttentionLayer]:
     """(bytes of the matrices, a block of random weights)."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(0)
     def matrix(rows: int, cols: int) -> QuantizedTensor:
         # Some rows many times over: encoding random numbers for all would take longer than the measurement.
         form = get_codec(codec)

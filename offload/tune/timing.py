@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 
-def median_time(run: Callable[[], Any], seconds: float) -> float:
-    """Seconds of one call, after one that is not counted; three calls at least."""
+def mean_time(run: Callable[[], Any], seconds: float) -> float:
+    """Seconds of one call, the mean over `seconds` after a call that is not counted; three calls at least."""
     run()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
-        begun = time.perf_counter()
+    calls, begun = 0, time.perf_counter()
+    while calls < 3 or time.perf_counter() - begun < seconds:
         run()
-        times.append(time.perf_counter() - begun)
-    return median(times)
+        calls += 1
+    return (time.perf_counter() - begun) / calls

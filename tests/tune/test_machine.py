@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from offload.errors import UsageError
-from offload.tune.machine import KERNEL_SHARE
+from offload.tune.machine import KERNEL_SHARE, FormatRate, MachineSpec, mean
 from offload.tune.machine_file import FOLDER, SYSTEM_NBYTES, load_machine, parse_machine
 
 GOOD = """name = "a"
@@ -135,3 +135,18 @@ def test_the_range_of_machines() -> None:
     machines = [load_machine(path) for path in FOLDER.glob("*.toml")]
     assert {machine.ram_total >> 30 for machine in machines} >= {32, 64, 128, 256}
     assert {machine.gpu.vram >> 30 for machine in machines if machine.gpu} >= {12, 16, 24, 32}
+
+
+def test_a_mean_of_machines_takes_the_mean_of_their_times() -> None:
+    one = MachineSpec(
+        "one", 8, 4, ram_read=10.0, drive_read=2.0, threads=2, gflops=60.0, attention_gflops=8.0, layer_s=1e-4
+    )
+    one = replace(one, depths={"1": 1.0}, ram_threads={"1": 4.0}, formats={"bf16": FormatRate(6.0, 10.0)})
+    other = replace(one, name="other", ram_read=30.0, layer_s=3e-4, depths={"1": 3.0}, ram_total=16)
+    other = replace(other, formats={"bf16": FormatRate(3.0, 40.0)})
+    both = mean([one, other])
+    assert (both.name, both.ram_total, both.threads) == ("one", 8, 2)
+    assert both.ram_read == pytest.approx(15.0) and both.depths == {"1": pytest.approx(1.5)}
+    assert both.layer_s == pytest.approx(2e-4) and both.ram_threads == {"1": pytest.approx(4.0)}
+    assert both.formats["bf16"].read == pytest.approx(4.0) and both.formats["bf16"].gflops == pytest.approx(16.0)
+    assert both.formats["bf16"].attention is None and both.attention_gflops == pytest.approx(8.0)

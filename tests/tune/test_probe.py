@@ -35,6 +35,7 @@ from offload.tune.surroundings import warnings
 SMALL = AttentionShapes(256, 4, 64, 64, 32, 16, 32)
 QUICK = Effort(
     seconds=0.01,
+    passes=1,
     file_nbytes=1 << 20,
     hidden_size=256,
     moe_intermediate_size=128,
@@ -45,8 +46,9 @@ QUICK = Effort(
 
 def test_probe_of_a_folder(tmp_path: Path) -> None:
     told: list[str] = []
+    twice = replace(QUICK, passes=2)
     report = probe(
-        tmp_path / "m.toml", location=tmp_path, threads=1, kernels="reference", effort=QUICK, tell=told.append
+        tmp_path / "m.toml", location=tmp_path, threads=1, kernels="reference", effort=twice, tell=told.append
     )
     assert [path.name for path in tmp_path.iterdir()] == ["m.toml"]  # the test file is gone
     machine = load_machine(tmp_path / "m.toml")
@@ -56,7 +58,7 @@ def test_probe_of_a_folder(tmp_path: Path) -> None:
     assert 0 < machine.drive_beside <= 1 and 0 < machine.kernels_beside <= 1
     assert machine.layer_s > 0 and machine.drive_latency_s > 0 and machine.ram_available <= machine.ram_total
     assert any("torch reference" in line for line in machine.warnings)
-    assert "drive" in told and "RAM" in told
+    assert "drive (1 of 2)" in told and "RAM (2 of 2)" in told
     assert any("written to" in line for line in report.lines())
     json.dumps(report.to_dict())
 
