@@ -32,16 +32,9 @@ from offload.tiers.device import Device
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare
 from offload.tiers.executor import Executor
 from offload.tiers.vram_memory import lent_slots, slot_nbytes
-from offload.tune.budget import FREE_SHARE, RamPlan, longest_chunk, plan_ram, ram_for_slots
+from offload.tune.budget import FREE_SHARE, RamPlan, kv_cache_nbytes, longest_chunk, plan_ram, ram_for_slots
 from offload.tune.memory import memory
-from offload.tune.vram_budget import (
-    DEVICE_CHUNK,
-    DeviceDemand,
-    VramPlan,
-    default_limit,
-    device_kv_nbytes,
-    plan_vram,
-)
+from offload.tune.vram_budget import DEVICE_CHUNK, DeviceDemand, VramPlan, default_limit, plan_vram
 from offload.types import format_size, parse_size
 
 log = logging.getLogger("expertpager")
@@ -221,7 +214,7 @@ def _plan_devices(
         for device in devices
     ]
     sizes = _layer_nbytes(store)
-    kv = device_kv_nbytes(config, range(1), context, kernels.latent_dtype.itemsize)
+    kv = kv_cache_nbytes(config, context, kernels.latent_dtype.itemsize, range(1))
     names = [device.name for device in devices]
     owned = dispatch_layers([size + kv for size in sizes], limits, names)
     blas = [device.blas_nbytes if kernels.uses_blas else 0 for device in devices]

@@ -26,6 +26,10 @@ FEW_TOKENS = 4
 """A step of so many tokens is decoding (one token, or a short draft to verify): backends may treat it otherwise."""
 
 
+GPU_LATENT_DTYPE = torch.bfloat16
+"""What the kernels of GPUs read cached latents as (`latent_dtype`), for those who plan where none can be loaded."""
+
+
 class SlabLayout(Protocol):
     """The bytes of one routed expert; `offload.store.layout.ExpertLayout` is one."""
 

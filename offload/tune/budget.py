@@ -62,9 +62,11 @@ class RamPlan:
         )
 
 
-def kv_cache_nbytes(config: ModelConfig, context: int, itemsize: int = 4) -> int:
-    """Bytes of the latent cache for `context` tokens: fp32 on a CPU, bf16 on a GPU."""
-    return config.num_hidden_layers * context * (config.kv_lora_rank + config.qk_rope_head_dim) * itemsize
+def kv_cache_nbytes(config: ModelConfig, context: int, itemsize: int = 4, layers: range | None = None) -> int:
+    """Bytes of the latent cache of `layers`, by default all, for `context` tokens; `itemsize`: of fp32, as on a CPU,
+    unless given."""
+    count = config.num_hidden_layers if layers is None else len(layers)
+    return count * context * config.latent_dim * itemsize
 
 
 def working_nbytes(config: ModelConfig, chunk: int, context: int) -> int:

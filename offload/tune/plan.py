@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from offload.config import ModelConfig
 from offload.errors import BudgetError
+from offload.kernels.device import GPU_LATENT_DTYPE
 from offload.model.weights import widened_nbytes
 from offload.tune.budget import (
     DEFAULT_CONTEXT,
@@ -215,7 +216,7 @@ def _gpu(
     model, config = ModelCost.of(footprint), footprint.config
     vram = setting.vram or gpu.vram
     resident = model.resident_read_nbytes + model.head_nbytes + widened_nbytes(config)
-    kv_cache = kv_cache_nbytes(config, context, itemsize=2)
+    kv_cache = kv_cache_nbytes(config, context, GPU_LATENT_DTYPE.itemsize)
     left = vram - resident - kv_cache - GPU_STAGING_NBYTES
     slots = min(model.expert_count, max(0, left // model.layout.slot_nbytes))
     # Resident weights leave RAM for VRAM; what they took there holds experts too.

@@ -15,7 +15,7 @@ from offload.kernels.device import FEW_TOKENS
 from offload.model.blocks import BLOCK
 from offload.tiers.staging import staging_nbytes
 from offload.tiers.vram_memory import SHORT
-from offload.tune.budget import working_nbytes
+from offload.tune.budget import kv_cache_nbytes, working_nbytes
 from offload.types import format_size
 
 FREE_SHARE = 0.94
@@ -104,11 +104,6 @@ def default_limit(free: int, driver: int) -> int:
     return driver + int(free * FREE_SHARE)
 
 
-def device_kv_nbytes(config: ModelConfig, layers: range, context: int, itemsize: int) -> int:
-    """Bytes of the latent cache of `layers` for `context` tokens."""
-    return len(layers) * context * config.latent_dim * itemsize
-
-
 def device_working_nbytes(config: ModelConfig, demand: DeviceDemand, own_tokens: int) -> int:
     """Bytes besides weights, cache and slots: what stays, and the largest of what takes turns.
 
@@ -148,7 +143,7 @@ def plan_vram(
     """
     moe = [layer for layer in demand.layers if layer in config.moe_layers]
     experts = config.n_routed_experts * len(moe)
-    kv_cache = device_kv_nbytes(config, demand.layers, demand.context, demand.latent_itemsize)
+    kv_cache = kv_cache_nbytes(config, demand.context, demand.latent_itemsize, demand.layers)
     working, short = (
         nbytes + rounding(demand.resident + kv_cache + nbytes)
         for nbytes in (device_working_nbytes(config, demand, n) for n in (demand.chunk, min(SHORT, demand.chunk)))

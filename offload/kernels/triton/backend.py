@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offload.errors import KernelError
 from offload.kernels.api import RouterShape, Wave
-from offload.kernels.device import FEW_TOKENS, ExpertSlab, Groups, SlabLayout, check_alignment
+from offload.kernels.device import FEW_TOKENS, GPU_LATENT_DTYPE, ExpertSlab, Groups, SlabLayout, check_alignment
 from offload.kernels.triton import attend, experts, linear, mla, route, small
 from offload.kernels.triton.formats import Packed
 from offload.kernels.triton.launch import Launcher, start
@@ -31,7 +31,7 @@ class TritonKernels:
     """Kernels in Triton. `launch` stands in for the device in tools and tests."""
 
     name = "triton"
-    latent_dtype = torch.bfloat16
+    latent_dtype = GPU_LATENT_DTYPE
     uses_blas = False
 
     def __init__(self, launch: Launcher = start) -> None:
