@@ -30,9 +30,10 @@ sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
 import bench_model  # noqa: E402
 from record import append  # noqa: E402
 
-from offload.engine.bench import Phase, Sample, mean_demand, predictions  # noqa: E402
+from offload.engine.bench import Sample, mean_demand, predictions  # noqa: E402
 from offload.engine.beside_plan import model_cost  # noqa: E402
 from offload.engine.engine import ram_for_share  # noqa: E402
+from offload.engine.summary import Phase  # noqa: E402
 from offload.store import Store  # noqa: E402
 from offload.tune.machine import MachineSpec, mean  # noqa: E402
 from offload.tune.machine_file import load_machine  # noqa: E402

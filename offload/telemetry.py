@@ -5,24 +5,20 @@ Owns the numbers that one run accumulates. Must not know who counts, nor print a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from typing import Self
 
 from offload.types import format_size
 
 
 @dataclass
-class TierCounters:
-    """Events of one tier. A miss is a demand for which a read had to be issued."""
+class CacheEvents:
+    """What the cache of one tier did: a replay of the same trace must reproduce it."""
 
     hits: int = 0
     misses: int = 0
+    """Demands for which a read had to be issued."""
     evictions: int = 0
-    reads: int = 0
-    bytes_read: int = 0
-    read_s: float = 0.0
-    """Time during which at least one read was under way."""
-    stall_s: float = 0.0
-    """Time during which the computation had nothing left to do but wait for this tier."""
     prefetch_issued: int = 0
     prefetch_useful: int = 0
     """Prefetched experts that were resident when they were demanded."""
@@ -31,6 +27,30 @@ class TierCounters:
     prefetch_wasted: int = 0
     """Prefetched experts that left the tier without having been demanded."""
     prefetch_cancelled: int = 0
+
+    @property
+    def absent(self) -> int:
+        """Demands whose expert had to be fetched, ahead of time or not."""
+        return self.misses + self.prefetch_useful + self.prefetch_late
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    def minus(self, earlier: Self) -> Self:
+        """What happened since the copy `earlier` was taken."""
+        return type(self)(**{name: value - getattr(earlier, name) for name, value in vars(self).items()})
+
+
+@dataclass
+class TierCounters(CacheEvents):
+    """Events of one tier, and the reads behind them."""
+
+    reads: int = 0
+    bytes_read: int = 0
+    read_s: float = 0.0
+    """Time during which at least one read was under way."""
+    stall_s: float = 0.0
+    """Time during which the computation had nothing left to do but wait for this tier."""
     retries: int = 0
 
     @property
@@ -53,13 +73,6 @@ class TierCounters:
         """Counters and the rates that follow from them."""
         rates = {"hit_rate": self.hit_rate, "bandwidth": self.bandwidth, "prefetch_wasted_share": self.wasted_share}
         return asdict(self) | rates
-
-    def __add__(self, other: TierCounters) -> TierCounters:
-        return TierCounters(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
-
-    def minus(self, earlier: TierCounters) -> TierCounters:
-        """What happened since the copy `earlier` was taken."""
-        return TierCounters(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
 
 
 @dataclass

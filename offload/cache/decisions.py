@@ -1,11 +1,10 @@
-"""What `residency` answers: which experts are there, which have to be read and into which slots, and how often either.
+"""What `residency` answers: which experts are there, which have to be read and into which slots.
 
-Owns the records alone, for those who carry decisions out, charge or count them.
+Owns the records alone, for those who carry decisions out or charge them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -48,22 +47,3 @@ class Service(NamedTuple):
 new_load = partial(tuple.__new__, Load)
 new_decision = partial(tuple.__new__, Decision)
 new_service = partial(tuple.__new__, Service)
-
-
-@dataclass
-class CacheEvents:
-    """What a replay of the same trace must reproduce."""
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    prefetch_issued: int = 0
-    prefetch_useful: int = 0
-    prefetch_late: int = 0
-    prefetch_wasted: int = 0
-    prefetch_cancelled: int = 0
-
-    @property
-    def absent(self) -> int:
-        """Demands whose expert had to be fetched, ahead of time or not."""
-        return self.misses + self.prefetch_useful + self.prefetch_late

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offload.cache.decisions import CacheEvents
 from offload.cache.policy import CachePolicy
 from offload.cache.predictor import TokenTable
+from offload.telemetry import CacheEvents
 
 EARLY_ROUTERS = 1
 """Layers ahead for which a router is applied early, unless told otherwise. The second costs as much and is right less

@@ -19,10 +19,11 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.cache.decisions import CacheEvents, Decision, Load, Service, new_decision, new_load, new_service
+from offload.cache.decisions import Decision, Load, Service, new_decision, new_load, new_service
 from offload.cache.policy import CachePolicy, Routing
 from offload.cache.victims import Victims
 from offload.errors import BudgetError
+from offload.telemetry import CacheEvents
 
 
 class Residency:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from offload.cache.decisions import CacheEvents, Decision
+from offload.cache.decisions import Decision
 from offload.cache.policy import HALF_LIVES, CachePolicy, Routing, create_policy
 from offload.cache.residency import Residency
 from offload.cache.speculation import Foresight
 from offload.cache.trace import Prefetch, Trace
+from offload.telemetry import CacheEvents
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def replay(
             clock.layer(layer, ids)
         speculation.before(trace.shape.layers)
         if len(tokens) == 1:
-            _add(decode, residency.events, before)
+            decode += residency.events.minus(before)
     settings = {"floor": residency.floor, "width": residency.width, "half_life": policy.half_life}
     return Result(
         policy.name,
@@ -181,11 +182,6 @@ def replay(
         decode.prefetch_useful + decode.prefetch_late,
         decode.misses + decode.prefetch_issued,
     )
-
-
-def _add(total: CacheEvents, now: CacheEvents, before: CacheEvents) -> None:
-    for name, count in vars(now).items():
-        setattr(total, name, getattr(total, name) + count - getattr(before, name))
 
 
 class _Recorded:

@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +20,7 @@ from offload.engine.bench_page import bench_page
 from offload.engine.beside_plan import machine_at_hand, model_cost
 from offload.engine.engine import Engine
 from offload.engine.options import find_profile, resolve_options
-from offload.engine.summary import peak_ram
+from offload.engine.summary import Phase, peak_ram
 from offload.errors import UsageError
 from offload.report import Page
 from offload.tune.compare import Comparison, Measured, compare
@@ -44,37 +44,6 @@ TOPICS = (
 """Prompts of different kinds; the router sends each to other experts."""
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One part of a run: what passed, and what the tiers counted meanwhile."""
-
-    tokens: int
-    seconds: float
-    hits: int
-    misses: int
-    bytes_read: int
-    read_s: float
-    stall_s: float
-    prefetch_issued: int = 0
-    prefetch_useful: int = 0
-    prefetch_late: int = 0
-    prefetch_wasted: int = 0
-    prefetch_cancelled: int = 0
-
-    @property
-    def tok_s(self) -> float:
-        return self.tokens / self.seconds
-
-    @property
-    def hit_rate(self) -> float:
-        return self.hits / max(1, self.hits + self.misses)
-
-    def demand(self, prefetch_depth: int) -> Demand:
-        """What became of the demands; `prefetch_depth`: layers ahead for which routers were applied early."""
-        ahead = self.prefetch_issued, self.prefetch_useful, self.prefetch_late
-        return Demand.counted(self.hits, self.misses, *ahead, prefetch_depth)
 
 
 @dataclass(frozen=True)
@@ -132,7 +101,7 @@ class BenchReport:
         yield from self.notes
 
     def _row(self, phases: Sequence[Phase]) -> str:
-        rate = median(phase.bytes_read / phase.read_s if phase.read_s else 0.0 for phase in phases)
+        rate = median(phase.bandwidth for phase in phases)
         share = f" {rate / self.machine.drive_read:>4.0%}" if self.machine and rate else ""
         return (
             f"{spread([phase.tok_s for phase in phases], ''):>22} "
@@ -242,37 +211,18 @@ def layer_waiting(samples: Sequence[Sample]) -> list[float]:
 
 def run_once(engine: Engine, prompt: Sequence[int], max_tokens: int, seed: int) -> Sample:
     """One generation, cut into prefill and decode at its first token."""
-    start = _counted(engine)
+    start = engine.snapshot()
     begun = time.perf_counter()
     steps = engine.generate(prompt, max_tokens=max_tokens, temperature=0.8, seed=seed, ignore_eos=True)
     next(steps)
-    first, middle, stalled = time.perf_counter(), _counted(engine), _layer_stall(engine)
+    first, middle = time.perf_counter(), engine.snapshot()
     decoded = sum(1 for _ in steps)
-    end = time.perf_counter()
+    end, after = time.perf_counter(), engine.snapshot()
     return Sample(
-        _phase(len(prompt), first - begun, start, middle),
-        _phase(max(1, decoded), end - first, middle, _counted(engine)),
-        [now - then for then, now in zip(stalled, _layer_stall(engine), strict=True)],
+        Phase.between(start, middle, len(prompt), first - begun),
+        Phase.between(middle, after, max(1, decoded), end - first),
+        [now - then for then, now in zip(middle.layer_stall_s, after.layer_stall_s, strict=True)],
     )
-
-
-_COUNTS = tuple(field.name for field in fields(Phase) if field.name not in ("tokens", "seconds"))
-
-
-def _counted(engine: Engine) -> dict[str, Any]:
-    ram = engine.counters()["ram"]
-    assert isinstance(ram, dict)
-    return {name: ram[name] for name in _COUNTS}
-
-
-def _layer_stall(engine: Engine) -> list[float]:
-    stalls = engine.counters()["layer_stall_s"]
-    assert isinstance(stalls, list)
-    return stalls
-
-
-def _phase(tokens: int, seconds: float, before: dict[str, Any], after: dict[str, Any]) -> Phase:
-    return Phase(tokens, seconds, **{name: after[name] - before[name] for name in _COUNTS})
 
 
 def predictions(

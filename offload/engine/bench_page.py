@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
+from offload.engine.summary import Phase
 from offload.report import Curve, Page, line_chart, stacked_bars
 from offload.tune.compare import Comparison
 from offload.types import format_size
 
 if TYPE_CHECKING:
-    from offload.engine.bench import BenchReport, Phase, Sample
+    from offload.engine.bench import BenchReport, Sample
 
 
 def bench_page(report: BenchReport) -> Page:
@@ -69,7 +70,7 @@ def _rows(kind: str, samples: Sequence[Sample]) -> list[list[str]]:
     rows = []
     for number, sample in enumerate(samples, 1):
         for part, phase in (("prefill", sample.prefill), ("decode", sample.decode)):
-            rate = f"{phase.bytes_read / phase.read_s / 1e9:.2f} GB/s" if phase.read_s else ""
+            rate = f"{phase.bandwidth / 1e9:.2f} GB/s" if phase.read_s else ""
             rows.append(
                 [
                     f"{kind} {number}, {part}",

@@ -7,17 +7,15 @@ are `compare`'s. Without a machine file nothing is computed.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from offload.engine.request import GenerationResponse
-from offload.engine.summary import Snapshot
+from offload.engine.summary import Phase, Snapshot
 from offload.errors import UsageError
 from offload.store import Store
 from offload.tune.budget import RamPlan
 from offload.tune.compare import Comparison, Measured, compare
 from offload.tune.cost import ModelCost, decode_cost, prefill_cost
-from offload.tune.layer_clock import Demand
 from offload.tune.machine import MachineSpec
 from offload.tune.machine_file import load_machine
 from offload.tune.planner import MACHINE_FILE, hit_curve
@@ -28,17 +26,6 @@ LEAST_DECODED = 16
 """Tokens below which a speed says little about the plan."""
 
 LEAST_PROMPT = 32
-
-
-@dataclass(frozen=True)
-class RunPhase:
-    """Prompt or decoding of one generation."""
-
-    tokens: int
-    seconds: float
-    stall_s: float
-    read_nbytes: int
-    demand: Demand
 
 
 def machine_at_hand(store: Path) -> MachineSpec | None:
@@ -68,29 +55,22 @@ def model_cost(store: Store) -> ModelCost:
 
 def phases_of(
     response: GenerationResponse, before: Snapshot, after_prompt: Snapshot, now: Snapshot
-) -> tuple[RunPhase, RunPhase]:
+) -> tuple[Phase, Phase]:
     """(prompt, decoding) from three readings of the counters."""
     prompt_s = response.prompt_tokens / response.prefill_tok_s if response.prefill_tok_s else 0.0
     decoded = response.completion_tokens - 1
     decode_s = decoded / response.decode_tok_s if response.decode_tok_s else 0.0
     return (
-        _phase(response.prompt_tokens, prompt_s, before, after_prompt),
-        _phase(decoded, decode_s, after_prompt, now),
+        Phase.between(before, after_prompt, response.prompt_tokens, prompt_s),
+        Phase.between(after_prompt, now, decoded, decode_s),
     )
-
-
-def _phase(tokens: int, seconds: float, since: Snapshot, now: Snapshot) -> RunPhase:
-    spent = now.ram.minus(since.ram)
-    stall = sum(now.layer_stall_s) - sum(since.layer_stall_s)
-    ahead = spent.prefetch_issued, spent.prefetch_useful, spent.prefetch_late
-    return RunPhase(tokens, seconds, stall, spent.bytes_read, Demand.counted(spent.hits, spent.misses, *ahead))
 
 
 def beside_plan(
     model: ModelCost,
     machine: MachineSpec,
     plan: RamPlan,
-    phases: tuple[RunPhase, RunPhase],
+    phases: tuple[Phase, Phase],
     *,
     cold: bool,
     early_routers: int | None,
@@ -106,15 +86,15 @@ def beside_plan(
         alike = curve.alike
         assumed = prefill_cost(model, machine, prompt.tokens, plan.chunk, 0.0 if cold else share, alike)
         sweep = prefill_cost(model, machine, prompt.tokens, plan.chunk, 0.0, alike)
-        resident = max(0.0, 1 - prompt.read_nbytes / sweep.read_nbytes)
+        resident = max(0.0, 1 - prompt.bytes_read / sweep.read_nbytes)
         swept = prefill_cost(model, machine, prompt.tokens, plan.chunk, resident, alike)
-        measured = Measured(prompt.seconds, prompt.stall_s, prompt.read_nbytes)
+        measured = Measured(prompt.seconds, prompt.stall_s, prompt.bytes_read)
         found.append(compare(f"prompt of {prompt.tokens} tokens", measured, assumed, swept))
     if decode.tokens >= LEAST_DECODED and decode.seconds:
         context = prompt.tokens + decode.tokens // 2
-        actual = replace(decode.demand, prefetch_depth=early_routers or 0)
+        actual = decode.demand(early_routers or 0)
         measured = Measured(
-            decode.seconds / decode.tokens, decode.stall_s / decode.tokens, decode.read_nbytes / decode.tokens
+            decode.seconds / decode.tokens, decode.stall_s / decode.tokens, decode.bytes_read / decode.tokens
         )
         expected = decode_cost(model, machine, curve.demand(share), context)
         found.append(compare("decode, per token", measured, expected, decode_cost(model, machine, actual, context)))

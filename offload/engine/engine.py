@@ -159,6 +159,10 @@ class Engine:
         """What the tiers did since the model was loaded, as plain values."""
         return self._executor.counters().as_dict()
 
+    def snapshot(self) -> Snapshot:
+        """The same at this moment, to be compared with another."""
+        return Snapshot.take(self._executor.counters())
+
     def summary(self) -> RunSummary:
         """What the last generation did. Raises UsageError before the first."""
         if self._summary is None:
@@ -232,13 +236,13 @@ class Engine:
 
     def _steps(self, run: Generation) -> Generator[GenerationStep, None, None]:
         self._begin()
-        before = Snapshot.take(self._executor.counters())
+        before = self.snapshot()
         after_prompt: Snapshot | None = None
         with closing(run):
             try:
                 for step in run:
                     if after_prompt is None:
-                        after_prompt = Snapshot.take(self._executor.counters())
+                        after_prompt = self.snapshot()
                     yield step
             finally:
                 now = self._executor.counters()
@@ -256,7 +260,7 @@ class Engine:
     def _compared(self, summary: RunSummary, before: Snapshot, after_prompt: Snapshot) -> tuple[Comparison, ...]:
         assert self.machine is not None
         cold = before.ram.misses == 0 and not self._backend.warmed
-        phases = phases_of(summary.response, before, after_prompt, Snapshot.take(self._executor.counters()))
+        phases = phases_of(summary.response, before, after_prompt, self.snapshot())
         model, early = model_cost(self.store), self._early_routers
         return beside_plan(model, self.machine, self.plan, phases, cold=cold, early_routers=early)
 

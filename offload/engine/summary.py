@@ -17,6 +17,7 @@ from offload.engine.request import GenerationResponse
 from offload.telemetry import Telemetry, TierCounters
 from offload.tune.budget import RamPlan
 from offload.tune.compare import Comparison
+from offload.tune.layer_clock import Demand
 from offload.tune.vram_budget import VramPlan
 
 
@@ -35,6 +36,28 @@ class Snapshot:
     def take(cls, telemetry: Telemetry) -> Snapshot:
         ram, vram, stall = copy.copy(telemetry.ram), copy.copy(telemetry.vram), tuple(telemetry.layer_stall_s)
         return cls(ram, vram, stall, telemetry.computed_in_ram, telemetry.choices, telemetry.changed_choices)
+
+
+@dataclass
+class Phase(TierCounters):
+    """One part of a run, prompt or decoding: what the RAM tier counted meanwhile, and what passed."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def between(cls, before: Snapshot, after: Snapshot, tokens: int, seconds: float) -> Phase:
+        """The part between two readings."""
+        return cls(**vars(after.ram.minus(before.ram)), tokens=tokens, seconds=seconds)
+
+    @property
+    def tok_s(self) -> float:
+        return self.tokens / self.seconds
+
+    def demand(self, prefetch_depth: int) -> Demand:
+        """What became of the demands; `prefetch_depth`: layers ahead for which routers were applied early."""
+        ahead = self.prefetch_issued, self.prefetch_useful, self.prefetch_late
+        return Demand.counted(self.hits, self.misses, *ahead, prefetch_depth)
 
 
 @dataclass(frozen=True)
