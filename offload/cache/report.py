@@ -112,7 +112,7 @@ def simulate(
     loaded = Trace.load(trace)
     if not len(loaded.tokens):
         raise UsageError(f"{trace}: the trace holds no tokens")
-    expert_bytes = int(loaded.header.get("expert_bytes") or 1)
+    expert_bytes = loaded.header.get("expert_bytes") or 1
     machine = Machine(expert_bytes, float(drive), memory_bytes_per_s=float(memory))
     keys = loaded.shape.keys
     sizes = sizes or sorted({max(1, round(share * keys)) for share in SHARES})

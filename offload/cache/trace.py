@@ -14,7 +14,7 @@ older traces, which were recorded with the policy's own.
 from __future__ import annotations
 
 import json
-import zipfile
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +23,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from offload.cache.arrays import load_arrays
 from offload.cache.policy import CacheShape, Routing
 from offload.errors import UsageError
 
 FORMAT = "expertpager-trace"
 VERSION = 1
+
+MOST_EXPERTS = 1 << 16
+"""Expert ids are stored as uint16; layers and top_k are far fewer."""
 
 
 class Prefetch(NamedTuple):
@@ -90,15 +94,14 @@ class Trace:
     def load(cls, path: Path | str) -> Trace:
         """Read a trace. Raises UsageError naming the file and what is wrong with it."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = load_arrays(path)
         except FileNotFoundError:
             raise UsageError(f"there is no trace {path}") from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except ValueError as error:
             raise UsageError(f"{path} is not a routing trace: {error}") from None
         try:
             return _checked(arrays)
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"{path} is not a usable routing trace: {error}") from None
 
 
@@ -113,19 +116,26 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> Trace:
     if version != VERSION:
         raise ValueError(f"it has version {version}, this program reads version {VERSION}")
     sizes = [header.pop(name, None) for name in ("layers", "experts", "top_k")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ValueError(f"layers, experts and top_k are {sizes}")
+    if not all(type(size) is int and 0 < size <= MOST_EXPERTS for size in sizes):
+        raise ValueError(f"layers, experts and top_k are {sizes}: they must be whole numbers, 1 to {MOST_EXPERTS}")
     shape = CacheShape(*sizes)
+    _check_facts(header)
     for name in ("tokens", "steps", "experts", "sessions", "prefetches"):
         if arrays[name].dtype.kind not in "iu":
             raise ValueError(f"{name} has type {arrays[name].dtype}, not integers")
     tokens, steps, experts = arrays["tokens"], arrays["steps"], arrays["experts"]
+    if tokens.ndim != 1:
+        raise ValueError(f"tokens has shape {tokens.shape}, expected (n,)")
     wanted = (len(tokens), shape.layers, shape.top_k)
-    if tokens.ndim != 1 or experts.shape != wanted:
+    if experts.shape != wanted:
         raise ValueError(f"experts has shape {experts.shape}, expected {wanted}")
     _in_range("experts", experts, shape.experts)
-    if steps.ndim != 1 or (steps < 1).any() or int(steps.sum()) != len(tokens):
-        raise ValueError(f"its steps cover {int(steps.sum())} of {len(tokens)} tokens")
+    _in_range("tokens", tokens, 2**31)
+    if steps.ndim != 1 or (steps < 1).any():
+        raise ValueError(f"steps must be a row of numbers of tokens, 1 or more; it has shape {steps.shape}")
+    covered = sum(steps.tolist())  # as whole numbers, which do not wrap around
+    if covered != len(tokens):
+        raise ValueError(f"its steps cover {covered} of {len(tokens)} tokens")
     sorted_experts = np.sort(experts, axis=-1)
     if (sorted_experts[..., 1:] == sorted_experts[..., :-1]).any():
         raise ValueError("experts holds the same expert twice for one token and layer")
@@ -138,6 +148,8 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> Trace:
     if sessions.ndim != 1:
         raise ValueError(f"sessions has shape {sessions.shape}, expected (n,)")
     _in_range("sessions", sessions, len(steps) + 1)
+    if (np.diff(sessions.astype(np.int64)) < 0).any():
+        raise ValueError("sessions does not rise: each begins at a later step than the one before")
     return Trace(
         shape,
         tokens.astype(np.int32),
@@ -147,6 +159,20 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> Trace:
         [Prefetch(*row) for row in prefetches.tolist()],
         header,
     )
+
+
+def _check_facts(header: dict[str, Any]) -> None:
+    """The facts of the header that a replay reads; each of them may be missing."""
+    for name, kinds, what in (
+        ("expert_bytes", (int,), "a number of bytes, 1 or more"),
+        ("slots", (int,), "a number of slots, 1 or more"),
+        ("half_life", (int, float), "a number of tokens above 0"),
+    ):
+        value = header.get(name)
+        if value is not None and (type(value) not in kinds or not 0 < value <= sys.float_info.max):
+            raise ValueError(f"{name} of its header is {value!r}, not {what}")
+    if not isinstance(header.get("policy", ""), str):
+        raise ValueError(f"policy of its header is {header['policy']!r}, not a name")
 
 
 def _in_range(name: str, values: NDArray[Any], limit: int) -> None:

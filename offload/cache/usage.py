@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import zipfile
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from offload.cache.arrays import load_arrays
 from offload.cache.policy import CachePolicy
 
 log = logging.getLogger("expertpager")
@@ -51,8 +51,7 @@ def save_usage(policy: CachePolicy, path: Path, model: str) -> bool:
 def load_usage(policy: CachePolicy, path: Path, model: str) -> bool:
     """Let `policy` begin with the contents of `path`; False if there is no such file or it does not fit."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays: dict[str, Any] = {name: file[name] for name in file.files}
+        arrays = load_arrays(path)
         header = json.loads(arrays.pop("header").tobytes())
         if header != _header(policy, model):
             raise ValueError("it was written for another model, policy or version")
@@ -63,7 +62,7 @@ def load_usage(policy: CachePolicy, path: Path, model: str) -> bool:
         policy.restore(arrays)
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         log.warning("%s is ignored: %s", path, error)
         return False
     return True

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+import zipfile
 
 import numpy as np
 import pytest
@@ -85,6 +88,21 @@ def rewrite(path, **changes):
         ({"experts": np.zeros((21, 5, 4), np.uint16)}, "twice"),
         ({"experts": np.zeros((21, 5, 4), np.float32)}, "integers"),
         ({"prefetches": np.zeros((2, 3), np.int32)}, "prefetches"),
+        ({"header": {"experts": 10**9}}, "experts and top_k are .*1000000000"),
+        ({"header": {"layers": True}}, "layers, experts and top_k are"),
+        ({"header": {"expert_bytes": "many"}}, "expert_bytes of its header is 'many'"),
+        ({"header": {"expert_bytes": math.nan}}, "expert_bytes"),
+        ({"header": {"expert_bytes": -1}}, "expert_bytes"),
+        ({"header": {"slots": 1.5}}, "slots of its header is 1.5"),
+        ({"header": {"half_life": 0}}, "half_life of its header is 0"),
+        ({"header": {"half_life": 10**400}}, "half_life"),
+        ({"header": {"policy": ["lru"]}}, "policy of its header"),
+        ({"tokens": np.full(21, 2**40)}, "tokens holds 1099511627776"),
+        ({"tokens": np.full(21, -1)}, "tokens holds -1"),
+        ({"tokens": np.int32(21)}, "tokens has shape"),
+        ({"steps": np.int32(21)}, "steps must be a row"),
+        ({"steps": np.array([2**62, 2**62, 2**62, 2**62 + 21])}, "18446744073709551637 of 21"),
+        ({"sessions": np.array([3, 0], np.int32)}, "sessions does not rise"),
     ],
 )
 def test_malformed_traces_are_refused(tmp_path, changes, message):
@@ -106,6 +124,45 @@ def test_files_that_are_no_trace(tmp_path):
     recorded().save(path)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UsageError, match="not a"):
+        Trace.load(path)
+
+
+def test_a_damaged_trace_is_told_whatever_is_damaged(tmp_path):
+    path = tmp_path / "t.npz"
+    trace = recorded()
+    trace.save(path)
+    whole, draw = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(150):  # bytes of the archive itself, of zlib's streams, of numpy's headers
+        at = draw.randrange(len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
+        try:
+            assert np.array_equal(Trace.load(path).experts, trace.experts)
+        except UsageError as fault:
+            assert str(path) in str(fault) and "\n" not in str(fault)
+            refused += 1
+    assert refused > 50
+
+
+def test_other_files_of_arrays(tmp_path):
+    path = tmp_path / "t.npz"
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(UsageError, match="no .npz file"):
+        Trace.load(path)
+    with path.open("wb") as file:
+        np.savez(file, tokens=np.array([{}], object))
+    with pytest.raises(UsageError, match="allow_pickle"):
+        Trace.load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("header", b"hello")
+    with pytest.raises(UsageError, match="its part header is no array"):
+        Trace.load(path)
+    recorded().save(path)
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    np.savez(path, **arrays | {"header": np.frombuffer(b"[" * 100_000, np.uint8)})
+    with pytest.raises(UsageError, match="not a usable"):
         Trace.load(path)
 
 

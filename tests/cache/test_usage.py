@@ -37,6 +37,16 @@ def test_round_trip(tmp_path, policy):
     assert [p.name for p in tmp_path.iterdir()] == ["u"]
 
 
+def test_a_damaged_file_never_stops_a_run(tmp_path, caplog):
+    path = tmp_path / "u"
+    save_usage(trained(), path, "m")
+    whole, loaded = path.read_bytes(), []
+    for at in range(0, len(whole), 41):  # bytes of the archive itself, of zlib's streams, of numpy's headers
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        loaded.append(load_usage(ExpectedUse(SHAPE), path, "m"))
+    assert loaded.count(False) > len(loaded) // 3 and len(caplog.records) == loaded.count(False)
+
+
 def test_what_does_not_fit_is_ignored_with_a_notice(tmp_path, caplog):
     path = tmp_path / "u"
     fresh = ExpectedUse(SHAPE)
@@ -60,6 +70,9 @@ def test_what_does_not_fit_is_ignored_with_a_notice(tmp_path, caplog):
     ignored("is ignored")
     path.write_bytes(b"something else")
     ignored("is ignored")
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    ignored("no .npz file")
     path.write_bytes(whole)
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
