@@ -6,7 +6,6 @@ and `scales`; all but `experts` may be left out. Must not know checkpoints.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from convert.recipe import make_recipe
 from offload.errors import CodecError, UsageError
+from offload.toml_file import line_of, parse_toml, read_text
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 """The recipes that come with the program."""
@@ -43,15 +43,10 @@ def read_recipe(name: str | Path) -> NamedRecipe:
         path = RECIPES / (path.name if path.suffix == ".toml" else f"{path.name}.toml")
         if not path.exists():
             raise UsageError(f"there is no recipe {name}; shipped ones: {', '.join(recipe_names())}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as fault:
-        raise UsageError(f"{path} cannot be read: {fault}") from None
-    except tomllib.TOMLDecodeError as fault:
-        raise UsageError(f"{path} is not TOML: {fault}") from None
+    text = read_text(path)
+    values = parse_toml(text, str(path))
     for key, value in values.items():
-        where = f"{path}, line {_line_of(text, key)}: key {key}"
+        where = f"{path}, line {line_of(text, '', key)}: key {key}"
         if key not in _KEYS:
             raise UsageError(f"{where} is unknown; known: {', '.join(_KEYS)}")
         if not isinstance(value, str):
@@ -70,10 +65,3 @@ def with_recipe(name: str | Path | None, options: Mapping[str, Any]) -> dict[str
     """`options` of a conversion that are not None, over those of the recipe called `name`."""
     base = {} if name is None else dict(read_recipe(name).values)
     return base | {key: value for key, value in options.items() if value is not None}
-
-
-def _line_of(text: str, key: str) -> int:
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.replace("[", " ").replace('"', " ").strip().split("=")[0].strip(" ]").split(".")[0] == key:
-            return number
-    return 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +19,10 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PAGE = 4096
 """Alignment, in bytes, that direct I/O needs for offset, length and memory address."""
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_TOO_LARGE = 1 << 63
+"""Nothing that is counted in bytes, or in bytes per second, comes near it."""
 
 
 class ExpertId(NamedTuple):
@@ -51,7 +54,7 @@ def ceil_div(a: int, b: int) -> int:
 def parse_size(text: str | int) -> int:
     """Bytes meant by `text`: 24GiB, 24GB, 1500MiB, 4096. A plain number is bytes.
 
-    Raises UsageError for anything else, also for zero and negative sizes.
+    Raises UsageError for anything else, also for zero and negative sizes, and those of 8 EiB and more.
     """
     if isinstance(text, int):
         value = text
@@ -60,9 +63,11 @@ def parse_size(text: str | int) -> int:
         if not match:
             raise UsageError(f"cannot read {text!r} as a size; write it like 24GiB, 24GB or 1500MiB")
         number, prefix, binary = match.groups()
-        value = int(float(number) * (1024 if binary else 1000) ** _POWER[prefix.lower()])
+        value = int(Fraction(number) * (1024 if binary else 1000) ** _POWER[prefix.lower()])
     if value <= 0:
         raise UsageError(f"a size must be larger than zero, not {text!r}")
+    if value >= _TOO_LARGE:
+        raise UsageError(f"a size must be below 8 EiB, not {text!r}")
     return value
 
 

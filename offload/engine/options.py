@@ -6,7 +6,6 @@ Owns names, defaults and checks of runtime options. Must not act on them.
 from __future__ import annotations
 
 import math
-import tomllib
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,7 +17,7 @@ from offload.cache.policy import POLICIES, check_half_life
 from offload.errors import UsageError
 from offload.kernels import BACKENDS
 from offload.tiers.disk import READERS
-from offload.tune.machine_file import line_of
+from offload.toml_file import line_of, parse_toml, read_text
 from offload.types import parse_size
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -162,13 +161,8 @@ def _overlay(options: RuntimeOptions, values: Mapping[str, Any]) -> RuntimeOptio
 def _read_profile(path: Path) -> RuntimeOptions:
     if zipfile.is_zipfile(path):  # as .npz files are
         return RuntimeOptions(warm=path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text)
-    except OSError as fault:
-        raise UsageError(f"{path}: cannot be read: {fault.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise UsageError(f"{path}: is not TOML: {fault}") from None
+    text = read_text(path)
+    values = parse_toml(text, str(path))
     if isinstance(values.get("warm"), str):
         values["warm"] = path.parent / values["warm"]
     options = RuntimeOptions()

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from offload.errors import UsageError
+from offload.errors import CodecError, UsageError
+from offload.quant import get_codec
+from offload.toml_file import dotted, line_of, parse_toml, read_text
 from offload.tune.machine import FormatRate, Gpu, MachineSpec
 from offload.types import parse_size
 
@@ -48,20 +49,12 @@ def load_machine(file: str | Path) -> MachineSpec:
             known = ", ".join(sorted(item.stem for item in FOLDER.glob("*.toml")))
             raise UsageError(f"there is no machine file {file}; shipped ones: {known}")
         path = shipped
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise UsageError(f"{path} cannot be read: {fault}") from None
-    return parse_machine(text, str(path))
+    return parse_machine(read_text(path), str(path))
 
 
 def parse_machine(text: str, where: str) -> MachineSpec:
     """The machine that the TOML `text` describes; `where` names it in messages."""
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as fault:
-        raise UsageError(f"{where} is not TOML: {fault}") from None
-    return _Reader(values, text, where).machine()
+    return _Reader(parse_toml(text, where), text, where).machine()
 
 
 def save_machine(machine: MachineSpec, path: Path) -> None:
@@ -141,8 +134,8 @@ def _size(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
-        raise ValueError("must be a number above 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-9 <= value <= 1e15:
+        raise ValueError("must be a number from 1e-9 to 1e15")
     return float(value)
 
 
@@ -203,7 +196,7 @@ class _Reader:
         found = self._sections()
         for section, key in _REQUIRED:
             if key not in found.get(section, {}):
-                raise UsageError(f"{self.where}: key {_dotted(section, key)} is missing")
+                raise UsageError(f"{self.where}: key {dotted(section, key)} is missing")
         ram, drive, cpu = found["ram"], found["drive"], found["cpu"]
         available = ram.get("available", max(ram["total"] - SYSTEM_NBYTES, ram["total"] // 2))
         if available > ram["total"]:
@@ -264,7 +257,7 @@ class _Reader:
         name = f"{section}.{table}"
         rates = {}
         for key, value in self.values[section].get(table, {}).items():
-            if not key.isdecimal() or int(key) < 1:
+            if not re.fullmatch("[1-9][0-9]{0,4}", key):
                 raise self._fault(name, key, "must be a count such as 8")
             rates[key] = float(self._value(name, key, value, _size))
         return rates
@@ -273,6 +266,10 @@ class _Reader:
         formats = {}
         for codec, values in self.values["cpu"].get("formats", {}).items():
             name = f"cpu.formats.{codec}"
+            try:
+                get_codec(codec)
+            except CodecError as fault:
+                raise self._fault("cpu.formats", codec, f"names no format: {fault}") from None
             if not isinstance(values, dict) or set(values) | {"attention"} != set(_RATE_TABLE):
                 raise self._fault("cpu.formats", codec, "must have the keys read and gflops, may have attention")
             found = {key: float(self._value(name, key, value, _RATE_TABLE[key])) for key, value in values.items()}
@@ -297,34 +294,4 @@ class _Reader:
 
     def _fault(self, section: str, key: str, what: str) -> UsageError:
         line = line_of(self.text, section, key)
-        return UsageError(f"{self.where}, line {line}: key {_dotted(section, key)} {what}")
-
-
-def _dotted(section: str, key: str) -> str:
-    return f"{section}.{key}" if section else key
-
-
-_HEADER = re.compile(r"\s*\[([^\]]+)\]")
-_KEY = re.compile(r"\s*((?:[\w-]+|\"[^\"]*\"|'[^']*')(?:\s*\.\s*(?:[\w-]+|\"[^\"]*\"|'[^']*'))*)\s*=")
-
-
-def line_of(text: str, section: str, key: str) -> int:
-    """The line that defines `section`.`key`: an assignment, a dotted assignment or a table header."""
-    wanted = _dotted(section, key)
-    table = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        header, assignment = _HEADER.match(line), _KEY.match(line)
-        if header:
-            table = _plain(header[1])
-            name = table
-        elif assignment:
-            name = _dotted(table, _plain(assignment[1]))
-        else:
-            continue
-        if name == wanted or name.startswith(wanted + "."):
-            return number
-    return 1
-
-
-def _plain(name: str) -> str:
-    return ".".join(part.strip().strip("\"'") for part in name.split("."))
+        return UsageError(f"{self.where}, line {line}: key {dotted(section, key)} {what}")

@@ -85,12 +85,38 @@ def test_drive_rate_by_reads_under_way() -> None:
         ("threads = 8", "threads = 8\nbeside_drive = 0", 14, "cpu.beside_drive"),
         ('total = "64GiB"', 'total = "64GiB"\navailable = "65GiB"', 4, "ram.available"),
         ("[engine]\nlayer_us = 250", "engine.layer_us = 'x'", 25, "network.engine"),
+        ('read = "50GB"', f'read = "{"9" * 400}GB"', 4, "ram.read"),
+        ('read = "50GB"', f"read = 1{'0' * 400}", 4, "ram.read"),
+        ('read = "50GB"', 'read = "9EB"', 4, "ram.read"),
+        ('read = "50GB"', 'read = "9000000TiB"', 4, "ram.read"),
+        ("gflops = 500.5", "gflops = 1e-308", 14, "cpu.gflops"),
+        ('1 = "20GB"', '1 = "20GB"\n01 = "20GB"', 7, "ram.threads.01"),
+        ('1 = "20GB"', f'{"9" * 5000} = "20GB"', 6, "ram.threads." + "9" * 5000),
+        ("int4-g32]", "int4-g23]", 15, "cpu.formats.int4-g23"),
+        ("[drive]", "[[drive]]", 7, "drive"),
+        ("[network]", "[[network]]", 23, "network"),
+        # Lines are not looked for in comments and texts; an inline table stands for its keys.
+        ('name = "a"', 'name = """\n[ram]\nread = "1GB"\n"""\nnaem = 1', 5, "naem"),
+        ('total = "64GiB"\nread = "50GB"', "# read = 5\nread = -1 # total = 3", 4, "ram.read"),
+        ('[network]\ndownload = "100MB"', "[other]\n[network]\ndownload = 0", 23, "other"),
     ],
 )
 def test_malformed_is_refused_by_line_and_key(old: str, new: str, line: int, key: str) -> None:
     assert GOOD.count(old) >= 1
     with pytest.raises(UsageError, match=rf"^f, line {line}: key {re.escape(key)} "):
         parse_machine(GOOD.replace(old, new, 1), "f")
+
+
+def test_keys_of_inline_tables_are_found() -> None:
+    with pytest.raises(UsageError, match=r"^f, line 2: key ram.read is -1"):
+        parse_machine('name = "a"\nram = { total = "64GiB", read = -1 }\n', "f")
+
+
+def test_not_toml_for_other_reasons() -> None:
+    with pytest.raises(UsageError, match="f is not TOML: .*recursion"):
+        parse_machine(f"warnings = {'[' * 5000}{']' * 5000}", "f")
+    with pytest.raises(UsageError, match="f is not TOML: .*5000 digits"):
+        parse_machine(f"name = {'9' * 5000}", "f")
 
 
 @pytest.mark.parametrize("key", ["name", "ram.total", "ram.read", "drive.read", "cpu.threads", "cpu.gflops"])
@@ -112,8 +138,12 @@ def test_not_toml_names_the_line() -> None:
 
 def test_files(tmp_path: Path) -> None:
     file = tmp_path / "m.toml"
-    file.write_text(GOOD)
-    assert load_machine(file) == parse_machine(GOOD, "x")
+    for encoding in ("utf-8", "utf-8-sig"):  # some editors begin a file with a byte order mark
+        file.write_text(GOOD, encoding=encoding, newline="\r\n")
+        assert load_machine(file) == parse_machine(GOOD, "x")
+    file.write_text(GOOD, encoding="utf-16")
+    with pytest.raises(UsageError, match=r"m\.toml cannot be read: it is no text in UTF-8, from byte 0"):
+        load_machine(file)
     with pytest.raises(UsageError, match=r"no machine file nowhere; shipped ones: .*rtx4090-128gb"):
         load_machine("nowhere")
     with pytest.raises(UsageError, match="cannot be read"):
