@@ -99,6 +99,9 @@ struct Product {
 // All rows of several weights in one job of the pool.
 void multiply(Library& lib, const Product* products, size_t count, int64_t tokens);
 
+// w x for x [tokens, w.cols]: out [tokens, w.rows]. 1 + the first bad row, or 0.
+int64_t linear(Library& lib, const ep_weight& w, const float* x, int64_t tokens, float* out);
+
 // Bytes of a row's codes.
 int64_t row_bytes(const ep_weight& w);
 

@@ -89,12 +89,31 @@ void multiply(Library& lib, const Product* products, size_t count, int64_t token
   });
 }
 
+int64_t linear(Library& lib, const ep_weight& w, const float* x, int64_t tokens, float* out) {
+  const int64_t stride = lib.isa->act_bytes(w);
+  uint8_t* act;
+  const uint8_t** act_rows;
+  float** out_rows;
+  Scratch scratch;
+  scratch.add(&act, tokens * stride);
+  scratch.add(&act_rows, tokens);
+  scratch.add(&out_rows, tokens);
+  scratch.place(lib);
+  for (int64_t t = 0; t < tokens; ++t) {
+    act_rows[t] = act + t * stride;
+    out_rows[t] = out + t * w.rows;
+  }
+  FirstBad bad;
+  prepare_rows(lib, w, x, nullptr, tokens, act, stride, bad);
+  const Product product{&w, act_rows, out_rows};
+  multiply(lib, &product, 1, tokens);
+  return bad.value();
+}
+
 }  // namespace ep
 
 using ep::ceil_div;
-using ep::FirstBad;
 using ep::Library;
-using ep::Scratch;
 
 EP_API int32_t ep_abi(void) { return 3; }
 
@@ -119,25 +138,7 @@ EP_API int64_t ep_reserve(ep_context* context, int64_t bytes) {
 EP_API int64_t ep_linear(ep_context* context, const ep_weight* weight, const float* x, int64_t tokens, float* out) {
   Library& lib = *context;
   std::lock_guard<std::mutex> lock(lib.mutex);
-  const ep_weight& w = *weight;
-  const int64_t stride = lib.isa->act_bytes(w);
-  uint8_t* act;
-  const uint8_t** act_rows;
-  float** out_rows;
-  Scratch scratch;
-  scratch.add(&act, tokens * stride);
-  scratch.add(&act_rows, tokens);
-  scratch.add(&out_rows, tokens);
-  scratch.place(lib);
-  for (int64_t t = 0; t < tokens; ++t) {
-    act_rows[t] = act + t * stride;
-    out_rows[t] = out + t * w.rows;
-  }
-  FirstBad bad;
-  prepare_rows(lib, w, x, nullptr, tokens, act, stride, bad);
-  const ep::Product product{&w, act_rows, out_rows};
-  ep::multiply(lib, &product, 1, tokens);
-  return bad.value();
+  return ep::linear(lib, *weight, x, tokens, out);
 }
 
 EP_API void ep_silu_mul(ep_context* context, const float* gate, const float* up, int64_t n, float* out) {

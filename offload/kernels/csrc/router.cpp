@@ -60,25 +60,9 @@ void route(const ep_router& c, const float* scores, const float* bias, int64_t* 
 }
 
 int64_t router_scores(Library& lib, const ep_weight& weight, const float* x, int64_t tokens, float* scores) {
-  const int64_t stride = lib.isa->act_bytes(weight);
-  uint8_t* act;
-  const uint8_t** act_rows;
-  float** out_rows;
-  Scratch scratch;
-  scratch.add(&act, tokens * stride);
-  scratch.add(&act_rows, tokens);
-  scratch.add(&out_rows, tokens);
-  scratch.place(lib);
-  for (int64_t t = 0; t < tokens; ++t) {
-    act_rows[t] = act + t * stride;
-    out_rows[t] = scores + t * weight.rows;
-  }
-  FirstBad bad;
-  prepare_rows(lib, weight, x, nullptr, tokens, act, stride, bad);
-  const Product product{&weight, act_rows, out_rows};
-  multiply(lib, &product, 1, tokens);
-  if (bad.value() == 0) lib.isa->sigmoid(scores, scores, tokens * weight.rows);
-  return bad.value();
+  const int64_t bad = linear(lib, weight, x, tokens, scores);
+  if (bad == 0) lib.isa->sigmoid(scores, scores, tokens * weight.rows);
+  return bad;
 }
 
 }  // namespace ep
