@@ -32,7 +32,8 @@ The `aid` of kernels for nf4 is the address of its table."""
 
 @triton.jit
 def unpack(w, i: tl.constexpr, KIND: tl.constexpr, aid):
-    """Column i of each word as fp32, times 1 / x_factor(i) / out_factor."""
+    """Column i of each word as fp32, divided by the power of two that x is multiplied with: `x_factor`, or that of
+    `arranged` for int2. The scale of fp8 takes another 2^56."""
     if KIND == INT4:
         j: tl.constexpr = i if i < 5 else i - 3
         if i >= 5:
@@ -63,15 +64,13 @@ def unpack(w, i: tl.constexpr, KIND: tl.constexpr, aid):
 
 @triton.jit
 def x_factor(i: tl.constexpr, KIND: tl.constexpr):
-    """What x is multiplied with before it meets unpack(.., i, ..): a power of two."""
+    """What x is multiplied with before it meets unpack(.., i, ..), where it is not `arranged`: a power of two."""
     if KIND == INT4:
         return 1.0 / (1 << (4 * (i if i < 5 else i - 3)))
     elif KIND == INT8:
         return 1.0 / (1 << (8 * (i % 2)))
     elif KIND == FP8:
         return 18446744073709551616.0  # 2^64: away from the underflow of 2^-120
-    elif KIND == INT2:
-        return 1.0 / (1 << (2 * (i if i < 11 else i - 11)))
     else:
         return 1.0
 
