@@ -26,7 +26,7 @@ def test_sizes(text: str | int, nbytes: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "GB", "1e9", "-1", "0", "0.0001B", "1.GB", "٣GB", "nan", "8388608TiB", "9" * 400 + "GB", "9" * 5000, 2**63, -1],
+    ["", "GB", "1e9", "-1", "0", "0.0001B", "1.GB", "٣GB", "nan", "8388608TiB", "9" * 400 + "GB", "9" * 5000, 2**63],
 )
 def test_what_is_no_size(text: str | int) -> None:
     with pytest.raises(UsageError, match="size"):
