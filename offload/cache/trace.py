@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.cache.arrays import load_arrays
+from offload.cache.arrays import load_arrays, save_arrays
 from offload.cache.policy import CacheShape, Routing
-from offload.errors import UsageError
+from offload.errors import DiskError, UsageError
 
 FORMAT = "expertpager-trace"
 VERSION = 1
@@ -70,7 +70,7 @@ class Trace:
             at += count
 
     def save(self, path: Path | str) -> None:
-        """Write the trace; a file of that name is replaced."""
+        """Write the trace; a file of that name is replaced, at once or not at all. Raises DiskError."""
         shape = self.shape
         header = {
             "format": FORMAT,
@@ -79,16 +79,18 @@ class Trace:
             "experts": shape.experts,
             "top_k": shape.top_k,
         } | self.header
-        with Path(path).open("wb") as file:
-            np.savez_compressed(
-                file,
-                header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-                tokens=self.tokens,
-                steps=self.steps,
-                experts=self.experts,
-                sessions=self.sessions,
-                prefetches=np.asarray(self.prefetches, np.int32).reshape(-1, 5),
-            )
+        arrays: dict[str, NDArray[Any]] = {
+            "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "experts": self.experts,
+            "sessions": self.sessions,
+            "prefetches": np.asarray(self.prefetches, np.int32).reshape(-1, 5),
+        }
+        try:
+            save_arrays(Path(path), arrays)
+        except OSError as fault:
+            raise DiskError(f"the trace {path} cannot be written: {fault.strerror}") from None
 
     @classmethod
     def load(cls, path: Path | str) -> Trace:

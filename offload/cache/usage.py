@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from offload.cache.arrays import load_arrays
+from offload.cache.arrays import load_arrays, save_arrays
 from offload.cache.policy import CachePolicy
 
 log = logging.getLogger("expertpager")
@@ -33,16 +31,11 @@ def save_usage(policy: CachePolicy, path: Path, model: str) -> bool:
     state = policy.state()
     if not state:
         return False
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may be ending, too
+    arrays: dict[str, Any] = {"header": np.frombuffer(json.dumps(_header(policy, model)).encode(), np.uint8)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as file:
-            arrays: dict[str, Any] = {"header": np.frombuffer(json.dumps(_header(policy, model)).encode(), np.uint8)}
-            np.savez_compressed(file, **arrays | state)
-        os.replace(scratch, path)
+        save_arrays(path, arrays | state)
     except OSError as error:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
         log.warning("%s: what was learned about expert use cannot be kept: %s", path, error.strerror)
         return False
     return True

@@ -5,6 +5,7 @@ Owns the life of its parts and what is asked of them. What computes, and in whic
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -57,8 +58,8 @@ class Engine:
         self.options = options = options or RuntimeOptions()
         found = open_devices(options) if devices is None else devices
         self._trace_path = Path(options.trace) if options.trace else None
-        if self._trace_path and not self._trace_path.parent.is_dir():
-            raise UsageError(f"--trace {self._trace_path}: there is no folder {self._trace_path.parent}")
+        if self._trace_path:
+            _check_writable(self._trace_path)
         self.store = Store.open(store)
         self.config = self.store.config
         self.context = _context(options.context, self.config.max_position_embeddings)
@@ -195,10 +196,12 @@ class Engine:
 
     def close(self) -> None:
         """Stop readers, write the trace. Harmless when repeated."""
-        if self._trace_path is not None:
-            self._executor.trace().save(self._trace_path)
-            self._trace_path = None
-        self._executor.close()
+        trace, self._trace_path = self._trace_path, None
+        try:
+            if trace is not None:
+                self._executor.trace().save(trace)
+        finally:
+            self._executor.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -273,6 +276,16 @@ def ram_for_share(store: str | Path, share: float, context: int | None = None) -
     nbytes = share_ram(opened, share, _context(context, opened.config.max_position_embeddings))
     del loaded
     return nbytes
+
+
+def _check_writable(trace: Path) -> None:
+    """A recording that cannot be kept is refused before anything is computed."""
+    if not trace.parent.is_dir():
+        raise UsageError(f"--trace {trace}: there is no folder {trace.parent}")
+    if trace.is_dir():
+        raise UsageError(f"--trace {trace} is a folder")
+    if not os.access(trace if trace.exists() else trace.parent, os.W_OK):
+        raise UsageError(f"--trace {trace} cannot be written: Permission denied")
 
 
 def _context(wanted: int | None, longest: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import random
@@ -18,7 +19,7 @@ from offload.cache.report import simulate
 from offload.cache.residency import Residency
 from offload.cache.simulator import Machine, Replay, replay, sweep
 from offload.cache.trace import Prefetch, Trace, TraceRecorder
-from offload.errors import UsageError
+from offload.errors import DiskError, UsageError
 
 
 def recorded(steps: int = 12, seed: int = 0) -> Trace:
@@ -54,6 +55,27 @@ def test_an_interrupted_step_is_left_out():
     recorder.begin_step([2])
     recorder.route(0, [[0, 1, 2, 3]])
     assert recorder.trace().tokens.tolist() == [1]
+
+
+def test_a_trace_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "t.npz"
+    (tmp_path / "real.npz").touch()
+    path.symlink_to("real.npz")
+    recorded().save(path)
+    before = path.read_bytes()
+    assert path.is_symlink() and Trace.load(path).header["model"] == "tiny"
+
+    def full(file, **_):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", full)
+        with pytest.raises(DiskError, match=r"t\.npz cannot be written: No space left"):
+            recorded().save(path)
+    assert path.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["real.npz", "t.npz"]
+    with pytest.raises(DiskError, match="/dev/full cannot be written: No space left"):
+        recorded().save("/dev/full")
 
 
 def rewrite(path, **changes):
