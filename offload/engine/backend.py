@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,7 +19,7 @@ from offload.engine.devices import device_kernels
 from offload.engine.dispatch import dispatch_layers
 from offload.engine.options import RuntimeOptions
 from offload.engine.usage_file import usage_file
-from offload.errors import BudgetError
+from offload.errors import BudgetError, UsageError
 from offload.kernels import Kernels, select, select_device
 from offload.kernels.device import FEW_TOKENS, DeviceKernels
 from offload.model.kv_cache import KVCache
@@ -31,6 +32,7 @@ from offload.store.mirror import check_mirror
 from offload.tiers.device import Device
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare
 from offload.tiers.executor import Executor
+from offload.tiers.ram import RamTier
 from offload.tiers.vram_memory import lent_slots, slot_nbytes
 from offload.tune.budget import FREE_SHARE, RamPlan, kv_cache_nbytes, longest_chunk, plan_ram, ram_for_slots
 from offload.tune.memory import memory
@@ -69,7 +71,7 @@ def load_on_cpu(store: Store, options: RuntimeOptions, context: int, record: boo
     plan = make_plan(store, options, _cpu_demand(store, context), share)
     tier = _tier_options(store, options, record)
     executor = Executor(store, kernels, slots=plan.slots, max_tokens=plan.chunk, **tier)
-    warmed = executor.ram.warm(Trace.load(options.warm)) if options.warm else 0
+    warmed = _warm(executor.ram, options.warm)
     cache = KVCache(store.config, context)
     model = DeepseekV3(store.config, load_weights(store, store.config), kernels, executor, context)
     return Backend(kernels, executor, model, cache, plan, warmed=warmed)
@@ -111,11 +113,22 @@ def load_on_devices(
         below=processor if options.split == "hybrid" else None,
         **_tier_options(store, options, record),
     )
-    warmed = executor.warm(Trace.load(options.warm)) if options.warm else 0
+    warmed = _warm(executor, options.warm)
     executor.preload()
     model = DeepseekV3(config, weights, kernels, executor, context, places)
     model.single = SingleToken(model, kernels, cache)
     return Backend(kernels, executor, model, cache, plan, vram_plans, devices, warmed)
+
+
+def _warm(tier: RamTier | DeviceExecutor, routing: str | Path | None) -> int:
+    """Let `tier` learn from the recorded `routing`; returns how many experts were read at the start."""
+    if routing is None:
+        return 0
+    trace = Trace.load(routing)
+    try:
+        return tier.warm(trace)
+    except UsageError as fault:
+        raise UsageError(f"{routing}: {fault}") from None
 
 
 def make_plan(store: Store, options: RuntimeOptions, demand: dict[str, int], share: float = 1.0) -> RamPlan:

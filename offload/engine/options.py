@@ -122,6 +122,8 @@ class RuntimeOptions:
             value = getattr(self, name)
             if value is not None and not isinstance(value, (str, Path)):
                 raise UsageError(f"{name} is {value!r}: it must be the name of a file")
+            if value is not None and name != "mirror" and not Path(value).name:
+                raise UsageError(f"{name} is {str(value)!r}: it must be the name of a file")
 
 
 def find_profile(store: str | Path, profile: str | Path | None) -> Path | None:

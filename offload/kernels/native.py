@@ -157,6 +157,10 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+MOST_THREADS = 1024
+"""More than a machine has cores; systems refuse to start many more, and that cannot be told in a message."""
+
+
 class NativeKernels:
     """Kernels in C++ on `threads` threads (None: every core this process may use).
 
@@ -169,8 +173,8 @@ class NativeKernels:
     def __init__(self, threads: int | None = None, isa: str = "auto") -> None:
         library = self._library = _library()
         self.threads = usable_cpus() if threads is None else threads
-        if self.threads < 1:
-            raise KernelError(f"kernels need at least one thread, not {threads}")
+        if not 1 <= self.threads <= MOST_THREADS:
+            raise KernelError(f"kernels run on 1 to {MOST_THREADS} threads, not {threads}")
         if isa != "auto" and isa not in ISAS:
             raise KernelError(f"unknown instruction set {isa!r}; known: auto, {', '.join(ISAS)}")
         self._context = library.ep_create(isa.encode(), self.threads)

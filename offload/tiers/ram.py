@@ -98,7 +98,8 @@ class RamTier:
         Raises UsageError for the trace of another model, DiskError if an expert cannot be read.
         """
         if trace.shape != self.shape:
-            raise UsageError(f"the profile's routing is of another model: {trace.shape}, not {self.shape}")
+            found, own = (f"{s.layers} layers x {s.experts} experts, top-{s.top_k}" for s in (trace.shape, self.shape))
+            raise UsageError(f"the profile's routing is of another model: {found}; this one has {own}")
         if self._recorder:  # a replay of the recording begins with empty slots
             self.telemetry.note("not warmed: a run that is recorded begins with empty slots")
             return 0
