@@ -4,19 +4,21 @@ Owns options, exit codes and what goes to stdout (text, JSON) or stderr (progres
 Holds no logic: every command is a thin shell around one function of `convert` or `offload`. Those are
 imported inside the commands, so that `--help` does not wait for torch.
 
-Exit codes: 0 done, 1 a fault told in one line, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 a fault told in one line, 2 wrong usage, 130 interrupted, 141 whoever read
+standard output is gone.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -58,9 +60,10 @@ class TokenIds(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, list):
             return value
         try:
-            return [int(part) for part in value.replace(",", " ").split()]
+            ids = [int(part) for part in value.replace(",", " ").split()]
         except ValueError:
             self.fail(f"cannot read {value!r} as token ids; write them like 0,5,7", param, ctx)
+        return ids or self.fail("there are no token ids in it; write them like 0,5,7", param, ctx)
 
 
 SIZE, TOKEN_IDS = Size(), TokenIds()
@@ -161,7 +164,21 @@ sampling_options = options(
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class ReaderGoneError(Exception):
+    """Nobody reads standard output any more, as behind `| head -1`."""
+
+
+class Commands(click.Group):
+    """The commands. Click itself would end with 1, as after a fault, where a pipe was closed."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise ReaderGoneError from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(VERSION, prog_name="expertpager")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def cli(debug: bool) -> None:
@@ -277,11 +294,13 @@ def generate(
     The prompt comes from -p, --prompt-file, --prompt-ids or standard input.
     """
     from offload.engine.prompt_progress import PromptProgress
+    from offload.engine.request import resolve_sampling
 
     text = None if prompt_ids is not None else _prompt_text(prompt, prompt_file)
     if prompt_ids is not None and (prompt is not None or prompt_file is not None):
         raise click.UsageError("give one of -p, --prompt-file and --prompt-ids")
     sampling = {name: arguments.pop(name) for name in SAMPLING}
+    resolve_sampling(sampling)  # what cannot be used is told before a large model is loaded
     with _load(store, arguments) as engine:
         if prompt_ids is None:
             assert text is not None
@@ -306,8 +325,10 @@ def generate(
 def chat(store: str, system: str | None, **arguments: Any) -> None:
     """Talk with the model in STORE. An empty line or Ctrl-D ends the chat, /reset begins anew."""
     from offload.engine.prompt_progress import PromptProgress
+    from offload.engine.request import resolve_sampling
 
     sampling = {name: arguments.pop(name) for name in SAMPLING}
+    resolve_sampling(sampling)
     opening = [{"role": "system", "content": system}] if system else []
     with _load(store, arguments) as engine:
         messages = list(opening)
@@ -626,12 +647,31 @@ def _progress(as_json: bool = False) -> Iterator[ProgressDisplay]:
         signal.signal(signal.SIGINT, former)
 
 
+def _open_streams() -> None:
+    """Standard streams that were closed (`2>&-`) read and write nothing."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Also for the libraries: the number of a closed stream would go to the next file that is opened.
+            nothing = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(nothing, "r" if name == "stdin" else "w"))
+
+
 def main() -> None:
     """Entry point: every fault becomes one line on stderr and an exit code."""
     from offload.errors import OffloadError
 
+    _open_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     debug = "--debug" in sys.argv[1:]
+    interrupted = False
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         code = cli.main(standalone_mode=False, auto_envvar_prefix="EXPERTPAGER")
         sys.exit(code if isinstance(code, int) else 0)
@@ -641,10 +681,9 @@ def main() -> None:
         fault.show()
         sys.exit(fault.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
+        _end_interrupted()
+    except ReaderGoneError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
         sys.exit(141)
     except (OffloadError, OSError, MemoryError) as fault:
         if debug:
@@ -652,6 +691,8 @@ def main() -> None:
         click.echo(f"error: {fault or type(fault).__name__}", err=True)
         sys.exit(1)
     except Exception as fault:
+        if interrupted:  # Libraries that are interrupted while they are imported raise anything.
+            _end_interrupted()
         if debug:
             raise
         click.echo(
@@ -659,6 +700,12 @@ def main() -> None:
             err=True,
         )
         sys.exit(1)
+
+
+def _end_interrupted() -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more: at once, without a word
+    click.echo("interrupted", err=True)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,7 @@ def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
-def fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
     """Calls the entry point in this process; returns the last line on stderr of the fault it must end in."""
 
     def call(*arguments: object, code: int = 1) -> str:
@@ -35,7 +38,8 @@ def fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
         assert "Traceback" not in printed.err and "internal fault" not in printed.err, printed.err
         return printed.err.strip().splitlines()[-1]
 
-    return call
+    yield call
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_help_and_version_answer_without_torch() -> None:
@@ -109,6 +113,12 @@ def test_stores_that_cannot_be_used_are_refused_in_one_line(
         (["-p", "x", "--context", "99999999"], "positions allow"),
         (["-p", "x", "--profile", "absent.toml"], "absent.toml"),
         (["-p", "x", "--device", "cuda"], "CUDA"),
+        (["-p", "x", "--stop", "\udcff"], "stop holds '\\udcff'"),
+        (["-p", "\udcff"], "invalid character at position 0"),
+        (["-p", "x", "--usage", ""], "usage is ''"),
+        (["-p", "x", "--trace", ""], "trace is ''"),
+        (["-p", "x", "--trace", "absent/t.npz"], "there is no folder absent"),
+        (["-p", "x", "--threads", "100000"], "1 to 1024 threads, not 100000"),
     ],
 )
 def test_bad_options_give_one_clear_line(
@@ -116,6 +126,46 @@ def test_bad_options_give_one_clear_line(
 ) -> None:
     code = 2 if message == "give one of" else 1
     assert message in fails("generate", store, *arguments, code=code)
+
+
+def test_what_cannot_be_sampled_is_told_before_a_model_is_loaded(tmp_path: Path, fails: Callable[..., str]) -> None:
+    assert "max_tokens is 0" in fails("generate", tmp_path / "absent", "-p", "x", "-n", 0)
+    assert "temperature is nan" in fails("chat", tmp_path / "absent", "--temperature", "nan")
+    assert "no token ids" in fails("generate", tmp_path / "absent", "--prompt-ids", " , ", code=2)
+
+
+def test_a_closed_pipe_ends_quietly(store: Path) -> None:
+    command = [sys.executable, "-m", "cli", "generate", str(store), "-p", "x", "-n", "100", "--ignore-eos"]
+    with subprocess.Popen(
+        [*command, "--context", "128"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout and running.stderr
+        running.stdout.close()
+        told = running.stderr.read()
+        assert running.wait(60) == 141
+    assert "rror" not in told and "Traceback" not in told
+
+
+def test_closed_standard_streams(store: Path) -> None:
+    command = f"{sys.executable} -m cli generate {store} -n 2 --context 64 --json"
+    done = subprocess.run(f"exec {command} <&- 2>&-", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert json.loads(done.stdout.splitlines()[-1])["completion_tokens"] == 2
+
+
+def test_a_fault_after_an_interrupt_is_the_interrupt(
+    monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    def half_imported(**_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:  # as some libraries do while they are imported
+            pass
+        raise AttributeError("module 'numpy' has no attribute 'subtract'")
+
+    monkeypatch.setattr(cli.cli, "main", half_imported)
+    assert fails("generate", "store", code=130) == "interrupted"
 
 
 def test_bad_sources_give_one_clear_line(checkpoint: Path, tmp_path: Path, fails: Callable[..., str]) -> None:

@@ -169,6 +169,8 @@ def _stop_strings(value: str | Iterable[str]) -> tuple[str, ...]:
     for text in strings:
         if not isinstance(text, str) or not text:
             raise UsageError(f"stop holds {text!r}: each stop string must be a non-empty text")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UsageError(f"stop holds {text!r}: half a surrogate pair, or bytes that are not UTF-8, are no text")
     return strings
 
 
