@@ -81,9 +81,13 @@ def _paging() -> Iterator[tuple[str, str, str]]:
             _drive(n),
             _load(row),
         )
-    row = newest("paging", lambda row: "--slots" in row["command"])
+    row = newest("paging", lambda row: "--slots" in row["command"] and "--shape" not in row["command"])
     n = row["numbers"]
     yield f"the drive with {n['runs'][0]['slots']} expert slots, below one token's working set", _drive(n), _load(row)
+    for row in [row for row in rows("paging") if "--shape v3" in row["command"]][-1:]:
+        n = row["numbers"]
+        slots = f"{n['runs'][0]['slots']} of 192"
+        yield f"the drive while it reads experts of DeepSeek-V3's size, slots for {slots}", _drive(n), _load(row)
 
 
 def _drive(n: Row) -> str:

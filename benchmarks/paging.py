@@ -1,6 +1,7 @@
 """Decoding a model larger than RAM, beside llama.cpp's mmap under the same hard memory limit.
 
     python benchmarks/paging.py --folder SCRATCH --llama-cpp TREE [--shares 0.57 0.30] [--rounds 2] [--slots N]
+    python benchmarks/paging.py --folder SCRATCH --shape v3 --shares 0.5
 
 Uses the 10B store and the Q4_0 GGUF of decode.py. Both programs run inside a memory cgroup (v1, so it must be run as
 root) that holds the given share of the store's size; runs alternate, ours first. Ours gets 96% of the limit as --ram.
@@ -88,18 +89,23 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's tree with its build/; without it ours alone runs")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.57, 0.30])
     parser.add_argument("--slots", type=int, help="expert slots; --shares is then only the hard limit")
+    parser.add_argument("--shape", choices=bench_model.SHAPES, default="10b", help="v3: experts of DeepSeek-V3's size")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--decode", type=int, default=60)
     parser.add_argument("--segment", type=int, default=2, help="tokens between two readings of the ceiling")
     arguments = parser.parse_args()
-    store = Store.open(bench_model.store(arguments.folder))
+    if arguments.shape != "10b" and arguments.llama_cpp:
+        parser.error("llama.cpp runs the 10B model only")
+    store = Store.open(bench_model.store(arguments.folder, shape=arguments.shape))
     size = sum(file.stat().st_size for file in store.path.glob("*.safetensors"))
     for share in arguments.shares:
         limit = int(share * size)
         runs = [one_round(store, limit, arguments) for _ in range(arguments.rounds)]
         numbers = summarise(runs) | {"share": share, "limit_bytes": limit, "store_bytes": size}
         slots = f" --slots {arguments.slots}" if arguments.slots else ""
-        append("paging", f"python benchmarks/paging.py --shares {share} --rounds {arguments.rounds}{slots}", numbers)
+        shape = f" --shape {arguments.shape}" if arguments.shape != "10b" else ""
+        command = f"python benchmarks/paging.py{shape} --shares {share} --rounds {arguments.rounds}{slots}"
+        append("paging", command, numbers)
         print(json.dumps(numbers, indent=1))
 
 
