@@ -1,14 +1,15 @@
 """Figures of `expertpager probe` beside fio and read loops in C on the same machine.
 
-    python benchmarks/probe_reference.py --store STORE [--seconds 3]
+    python benchmarks/probe_reference.py --store STORE [--turns 12] [--seconds 0.5]
 
 Needs `fio` (a package of every distribution) and a C compiler. fio reads one of the store's expert files by direct I/O
 at random in blocks of an expert's size with as many threads as `probe` has reads under way. Every thread of fio reads
 into one buffer, which few threads keep in the processor's caches, where a virtual drive copies to faster; a C program
 reads the same blocks into one slot after another of as much memory as `probe` uses. Another sums a buffer of huge
 pages, much larger than the caches, in four streams a thread that are asked for ahead of time, with each number of
-threads. Probe and references take turns at every figure, `--rounds` times; the row holds their medians and those of the
-ratios, which should lie within 10% of 1.
+threads; they take pieces of it until none is left. Probe and reference take turns of half a second: on a machine that
+others use, too, longer ones meet different moments. The row holds the means of both and the median of their ratios,
+which should lie within 10% of 1.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,49 +96,45 @@ int main(int argc, char **argv) {
 
 READ_LOOP = r"""
 static uint64_t *data;
-static size_t words, threads;
+static size_t pieces, next_piece;
 static volatile uint64_t sink;
 
-enum { STREAMS = 4, AHEAD = 128 };
+enum { STREAMS = 4, AHEAD = 128, PIECE = 1 << 18, PART = PIECE / STREAMS };  /* words */
 
-static void *sum(void *number) {
-    size_t part = words / threads / STREAMS / 8 * 8;
-    const uint64_t *from = data + (size_t)number * STREAMS * part;
+static void *sum(void *unused) {
     uint64_t sums[STREAMS][8] = {{0}};
-    for (size_t i = 0; i < part; i += 8)
-        for (int s = 0; s < STREAMS; s++) {
-            const uint64_t *line = from + s * part + i;
-            __builtin_prefetch(line + AHEAD);
-            for (int j = 0; j < 8; j++) sums[s][j] += line[j];
-        }
+    size_t piece;
+    while ((piece = __atomic_fetch_add(&next_piece, 1, __ATOMIC_RELAXED)) < pieces) {
+        const uint64_t *from = data + piece * PIECE;
+        for (size_t i = 0; i < PART; i += 8)
+            for (int s = 0; s < STREAMS; s++) {
+                const uint64_t *line = from + s * PART + i;
+                __builtin_prefetch(line + AHEAD);
+                for (int j = 0; j < 8; j++) sums[s][j] += line[j];
+            }
+    }
     for (int s = 0; s < STREAMS; s++)
         for (int j = 0; j < 8; j++) sink += sums[s][j];
-    return NULL;
-}
-
-static int ascending(const void *a, const void *b) {
-    return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
+    return unused;
 }
 
 int main(int argc, char **argv) {
-    size_t nbytes = strtoull(argv[1], NULL, 10);
-    threads = strtoull(argv[2], NULL, 10);
-    double seconds = strtod(argv[3], NULL), rates[100000];
-    int passes = 0;
-    words = nbytes / 8;
+    size_t nbytes = strtoull(argv[1], NULL, 10), threads = strtoull(argv[2], NULL, 10), passes = 0;
+    double seconds = strtod(argv[3], NULL);
+    pieces = nbytes / 8 / PIECE;
     data = aligned_alloc(1 << 21, nbytes);
     madvise(data, nbytes, MADV_HUGEPAGE);
     memset(data, 1, nbytes);
     pthread_t id[256];
     double begun = now();
     do {
-        double from = now();
-        for (size_t t = 0; t < threads; t++) pthread_create(&id[t], NULL, sum, (void *)t);
-        for (size_t t = 0; t < threads; t++) pthread_join(id[t], NULL);
-        rates[passes++] = words * 8 / (now() - from);
-    } while (now() - begun < seconds && passes < 100000);
-    qsort(rates, passes, sizeof(double), ascending);
-    printf("%.0f\n", rates[passes / 2]);
+        next_piece = 0;
+        for (size_t t = 1; t < threads; t++) pthread_create(&id[t], NULL, sum, NULL);
+        sum(NULL);
+        for (size_t t = 1; t < threads; t++) pthread_join(id[t], NULL);
+        passes++;
+    } while (now() - begun < seconds);
+    printf("%.0f\n", passes * pieces * PIECE * 8 / (now() - begun));
 }
 """
 
@@ -143,8 +142,8 @@ int main(int argc, char **argv) {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=3.0, help="Per figure.")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=12, help="Of probe and reference, per figure.")
+    parser.add_argument("--seconds", type=float, default=0.5, help="Per turn.")
     arguments = parser.parse_args()
     if not shutil.which("fio"):
         raise SystemExit("fio is not installed")
@@ -153,27 +152,46 @@ def main() -> None:
     store, seconds = Store.open(arguments.store), arguments.seconds
     layers = store.config.moe_layers
     extents = [store.locate(ExpertId(layers[0], expert)) for expert in range(store.config.n_routed_experts)]
-    rounds: list[dict[str, dict[str, tuple[float, float]]]] = []
     memory = align_up(Effort().buffer_nbytes, 2 << 20)
+    numbers: dict[str, dict[str, Any]] = {"drive by fio": {}, "drive": {}, "RAM": {}}
     with tempfile.TemporaryDirectory(prefix="expertpager-reference-") as folder:
         program, reader = compiled(Path(folder), "read", READ_LOOP), compiled(Path(folder), "drive", DRIVE_LOOP)
-        data = SlotPool(1, Effort().buffer_nbytes).bytes
-        for _ in range(arguments.rounds):
-            fio, loop = {}, {}
-            for depth in DEPTHS:
-                mine = drive_rate(extents, depth, seconds)[0]
-                fio[str(depth)] = mine, drive_by_fio(extents[0], depth, seconds)
-                loop[str(depth)] = mine, drive_by_loop(reader, extents[0], memory, depth, seconds)
-            ram = {
-                str(count): (ram_rate(data, count, seconds), ram_by_loop(program, data.nbytes, count, seconds))
-                for count in range(1, usable_cpus() + 1)
-            }
-            rounds.append({"drive by fio": fio, "drive": loop, "RAM": ram})
-            print(json.dumps(rounds[-1]), file=sys.stderr)
-    numbers = {what: beside([one[what] for one in rounds]) for what in rounds[0]}
-    command = f"python benchmarks/probe_reference.py --store STORE --seconds {arguments.seconds:g}"
-    append("probe_reference", f"{command} --rounds {arguments.rounds}", numbers)
+        data = SlotPool(1, memory).bytes
+        for depth in DEPTHS:
+            mine = partial(drive_by_reader, extents, depth, seconds)
+            for name, reference in (
+                ("drive by fio", partial(drive_by_fio, extents[0], depth, seconds)),
+                ("drive", partial(drive_by_loop, reader, extents[0], memory, depth, seconds)),
+            ):
+                numbers[name][str(depth)] = beside(mine, reference, arguments.turns)
+        for count in range(1, usable_cpus() + 1):
+            mine = partial(ram_rate, data, count, seconds)
+            reference = partial(ram_by_loop, program, memory, count, seconds)
+            numbers["RAM"][str(count)] = beside(mine, reference, arguments.turns)
+    command = f"python benchmarks/probe_reference.py --store STORE --turns {arguments.turns}"
+    append("probe_reference", f"{command} --seconds {seconds:g}", numbers)
     print(json.dumps(numbers, indent=1))
+
+
+def beside(mine: Callable[[], float], reference: Callable[[], float], turns: int) -> dict[str, float]:
+    """GB/s of probe and reference, which take turns, and the median of the probe's over the mean of both neighbours."""
+    rates, others = [], [reference()]
+    for _ in range(turns):
+        rates.append(mine())
+        others.append(reference())
+    ratios = [2 * rate / (before + after) for rate, before, after in zip(rates, others, others[1:], strict=True)]
+    found = {
+        "probe GB/s": statistics.harmonic_mean(rates) / 1e9,
+        "reference GB/s": statistics.harmonic_mean(others) / 1e9,
+        "ratio": statistics.median(ratios),
+    }
+    print(json.dumps(found), file=sys.stderr)
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def drive_by_reader(extents: list[Extent], reads: int, seconds: float) -> float:
+    """Bytes per second as `probe` measures them."""
+    return drive_rate(extents, reads, seconds)[0]
 
 
 def drive_by_fio(extent: Extent, threads: int, seconds: float) -> float:
@@ -213,18 +231,8 @@ def compiled(folder: Path, name: str, text: str) -> Path:
 
 
 def ram_by_loop(program: Path, nbytes: int, threads: int, seconds: float) -> float:
-    """Bytes per second of summing `nbytes` with `threads` threads, the median of all passes."""
+    """Bytes per second of summing `nbytes` with `threads` threads."""
     return float(output([str(program), str(nbytes), str(threads), str(seconds)]))
-
-
-def beside(rounds: list[dict[str, tuple[float, float]]]) -> dict[str, Any]:
-    """Per depth or number of threads: GB/s of probe and reference, and the median of their ratios."""
-    found = {}
-    for key in rounds[0]:
-        mine, other = (statistics.median(one[key][side] for one in rounds) for side in (0, 1))
-        found[key] = {"probe GB/s": round(mine / 1e9, 3), "reference GB/s": round(other / 1e9, 3)}
-        found[key]["ratio"] = round(statistics.median(one[key][0] / one[key][1] for one in rounds), 3)
-    return found
 
 
 def output(command: list[str]) -> str:
