@@ -179,7 +179,7 @@ def beside(mine: Callable[[], float], reference: Callable[[], float], turns: int
     for _ in range(turns):
         rates.append(mine())
         others.append(reference())
-    ratios = [2 * rate / (before + after) for rate, before, after in zip(rates, others, others[1:], strict=True)]
+    ratios = [2 * rate / (before + after) for rate, before, after in zip(rates, others[:-1], others[1:], strict=True)]
     found = {
         "probe GB/s": statistics.harmonic_mean(rates) / 1e9,
         "reference GB/s": statistics.harmonic_mean(others) / 1e9,

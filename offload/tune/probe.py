@@ -157,12 +157,21 @@ def probe(
     with extents_at(folder, store, effort.file_nbytes, layout) as extents:
         drive = _Drive(extents, psutil.disk_usage(str(folder)).free)
         steps = [_numbered(tell, number + 1, effort.passes) for number in range(effort.passes)]
-        machine = mean([_measured(backend, threads or usable_cpus(), drive, part, step) for step in steps])
+        passes = [_measured(backend, threads or usable_cpus(), drive, part, step) for step in steps]
+    machine = mean(passes)
     if gpu is not None:
         tell(gpu[0].name)
         machine = replace(machine, gpu=_measure_gpu(*gpu, machine.threads, effort))
     warned = warnings(
-        folder, kernels=backend.name, drive_read=machine.drive_read, buffered=drive.buffered, others=others.cores()
+        folder,
+        kernels=backend.name,
+        drive_read=machine.drive_read,
+        buffered=drive.buffered,
+        others=others.cores(),
+        paces={
+            "the processor's speed": [one.formats["int4-g32"].read for one in passes],
+            "the drive's speed": [one.drive_read for one in passes],
+        },
     )
     machine = replace(machine, warnings=warned)
     save_machine(machine, target)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -15,16 +16,28 @@ from offload.types import format_size
 
 LITTLE_DISK_NBYTES = 400 * 10**9
 SLOW_DRIVE = 1e9
+UNSTEADY = 1.3
+"""Largest over least rate of the passes without a word."""
 OTHERS_SHARE = 0.1
 """Share of the cores that other work may take without a word."""
 
 
 def warnings(
-    folder: Path, *, kernels: str, drive_read: float, buffered: bool, others: float, root: Path = Path("/")
+    folder: Path,
+    *,
+    kernels: str,
+    drive_read: float,
+    buffered: bool,
+    others: float,
+    paces: Mapping[str, Sequence[float]] | None = None,
+    root: Path = Path("/"),
 ) -> tuple[str, ...]:
-    """One line for each thing that hurts. `others`: see `OtherWork`. `root` is where the system's files begin."""
+    """One line for each thing that hurts. `others`: see `OtherWork`. `paces`: by name, a rate in every pass of the
+    measurement. `root` is where the system's files begin.
+    """
     found = [
         _others(others),
+        *(_unsteady(name, rates) for name, rates in (paces or {}).items()),
         _swap(),
         _memlock(),
         _little_disk(folder),
@@ -74,6 +87,16 @@ def _others(busy: float) -> str:
     return (
         f"while this was measured, other work kept {busy:.1f} of {cores} cores busy: figures are too low; measure "
         "again on an idle machine"
+    )
+
+
+def _unsteady(what: str, rates: Sequence[float]) -> str:
+    low, high = min(rates), max(rates)
+    if high < UNSTEADY * low:
+        return ""
+    return (
+        f"{what} changed by {high / low - 1:.0%} while this was measured (other work, other guests on the same cores, "
+        "clock or heat): no forecast can be closer"
     )
 
 

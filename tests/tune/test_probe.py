@@ -208,6 +208,8 @@ def test_warnings_of_a_system(tmp_path: Path) -> None:
     assert "slow link" in look(tmp_path, drive_read=5e8)
     assert "direct I/O is refused" in look(tmp_path, buffered=True)
     assert "compiled kernels" in look(tmp_path, kernels="reference")
+    assert "changed by" not in look(tmp_path, paces={"the drive's speed": [2.5e9, 2e9, 2.1e9]})
+    assert "the drive's speed changed by 100%" in look(tmp_path, paces={"the drive's speed": [2e9, 3e9, 1.5e9]})
     cores = psutil.cpu_count() or 1
     assert "other work" not in look(tmp_path, others=0.09 * cores)
     assert f"other work kept {0.5 * cores:.1f} of {cores} cores" in look(tmp_path, others=0.5 * cores)
