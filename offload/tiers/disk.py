@@ -36,6 +36,9 @@ PART_NBYTES = 4 << 20
 """Larger extents are read in parts of this size at the same time: smaller ones gain a fast drive nothing and cost
 time each."""
 
+GRACE_S = 2e-4
+"""Whoever has taken one read often comes back for the next one within this time."""
+
 CLOSE_S = 5.0
 """Patience with reads under way when the reader is closed: a drive that has vanished may never answer."""
 
@@ -91,7 +94,8 @@ class DiskReader:
         self._work = threading.Condition(self._lock)
         self._threads: list[threading.Thread] = []
         # Parts in the kernel by tag. Whoever waits for a read takes the ends of reads itself, which spares it the
-        # time that another thread needs to wake up; while nobody waits, a thread does.
+        # time that another thread needs to wake up; while nobody waits, a thread does, and sleeps otherwise: woken by
+        # the same ends it would ask for the interpreter at the very moment at which the other one needs it.
         self._kernel = self._system.kernel_reads(self._limit)
         self._in_kernel: dict[int, tuple[Part, Copy]] = {}
         self._tags = list(range(self._limit))
@@ -140,6 +144,8 @@ class DiskReader:
     def completed(self, wait: bool = True) -> Read | None:
         """The next read that has ended, well or with `error`; None if there is none (yet)."""
         if not wait:
+            if self._kernel is not None:
+                self._reap()
             try:
                 read = self._done.get_nowait()
             except Empty:
@@ -180,6 +186,8 @@ class DiskReader:
     @property
     def idle(self) -> bool:
         """Whether no read is queued or under way."""
+        if self._kernel is not None:
+            self._reap()
         with self._lock:
             return not (self._active or self._demand or self._prefetch)
 
@@ -244,6 +252,8 @@ class DiskReader:
             if not self._threads:
                 self._threads = [_start(self._run, f"expert-reader-{n}") for n in range(self._limit)]
             self._work.notify(len(self._blocking))
+        if self._in_kernel and not self._awaited:
+            self._unattended.notify()
 
     def _enter_kernel(self, part: Part) -> bool:
         """Let the kernel read `part`; False if a thread must, and tell what is wrong, if anything."""
@@ -291,6 +301,10 @@ class DiskReader:
         """The next read that has ended, which will."""
         if self._kernel is None:
             return self._done.get()
+        try:
+            return self._done.get_nowait()
+        except Empty:
+            pass
         with self._lock:
             self._awaited = True
         try:
@@ -303,19 +317,26 @@ class DiskReader:
         finally:
             with self._lock:
                 self._awaited = False
-                self._unattended.notify()
+                if self._in_kernel:
+                    self._unattended.notify()
 
     def _attend(self) -> None:
         """Take the ends of the kernel's reads while nobody waits for them."""
         assert self._kernel is not None
         while True:
             with self._lock:
+                while not self._closing and (self._awaited or not self._in_kernel):
+                    self._unattended.wait()
                 if self._closing and not self._in_kernel:
                     return
+            time.sleep(GRACE_S)
+            with self._lock:
+                if self._awaited and not self._closing:
+                    continue
             self._kernel.wait()
             with self._lock:
-                while self._awaited and not self._closing:
-                    self._unattended.wait()
+                if self._awaited and not self._closing:
+                    continue
             self._reap()
             with self._lock:
                 if self._awaited:  # the signal it waits for may be the one just taken
