@@ -8,8 +8,8 @@ instance the embedded model's (`expertpager demo --keep FOLDER`). For every stor
 benchmark's is recorded, as a user would before asking `plan`. For every cell `expertpager bench` runs in a process of
 its own between two probes of the machine, which does not stay the same for long where others use it, too; the
 prediction is that of the mean of both and of the trace. A row per cell holds predicted and measured speed of warm
-decoding and of a cold prompt, and their ratios; the last row, the spread. About two minutes a cell on two cores,
-besides a recording for every store.
+decoding and of a cold prompt, and their ratios, means of `--repeats`; the last row, the spread. A minute for every run
+on two cores, besides a recording for every store.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ from offload.engine.engine import ram_for_share  # noqa: E402
 from offload.engine.summary import Phase  # noqa: E402
 from offload.store import Store  # noqa: E402
 from offload.tune.machine import MachineSpec, mean  # noqa: E402
-from offload.tune.machine_file import load_machine  # noqa: E402
 from offload.tune.planner import hit_curve  # noqa: E402
+from offload.tune.probe import effort_for, probe  # noqa: E402
+
+FORMATS, RESIDENT_FORMATS = ("int4-g32", "int8-g128", "bf16"), ("int8-g128",)
 
 TARGET = 0.15
 """Gap between predicted and measured speed that is aimed at."""
@@ -60,6 +63,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=["ema+tokens", "lru"])
     parser.add_argument("--experts", nargs="+", default=["int4-g32", "int8-g128"])
     parser.add_argument("--cells", type=int, help="Only so many cells, spread over the grid.")
+    parser.add_argument("--repeats", type=int, default=2, help="Runs of every cell, each between two probes.")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=20)
     parser.add_argument("--context", type=int, default=512)
@@ -74,10 +78,14 @@ def main() -> None:
         traces = {store: recorded(store, Path(folder) / f"{store.name}.npz", arguments) for store in used}
         before = probed(cells[0][0], Path(folder))
         for store, share, policy in cells:
-            report = measured(store, share, policy, arguments)
-            after = probed(store, Path(folder))
-            rows.append(cell(store, policy, report, mean([before, after]), traces[store], arguments))
-            before = after
+            found = []
+            for _ in range(arguments.repeats):
+                report = measured(store, share, policy, arguments)
+                after = probed(store, Path(folder))
+                found.append(cell(store, policy, report, mean([before, after]), traces[store], arguments))
+                print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+                before = after
+            rows.append(middle(found))
             append("plan_grid", f"python benchmarks/plan_grid.py {options(arguments)}", rows[-1])
             print(json.dumps(rows[-1]), flush=True)
     numbers = spread(rows)
@@ -106,15 +114,14 @@ def recorded(store: Path, trace: Path, arguments: argparse.Namespace) -> Path:
 
 
 def probed(store: Path, folder: Path) -> MachineSpec:
-    """What `probe` says of the machine now.
+    """What `probe` says of the machine now, of the formats that the grid's stores have.
 
     The whole store is read before: a virtual drive serves what was read lately several times as fast, and a run comes
     back to the same experts where the probe reads any of them.
     """
     program("verify", str(store))
-    file = folder / "machine.toml"
-    program("probe", str(store), "-o", str(file))
-    return load_machine(file)
+    effort = replace(effort_for(Store.open(store)), formats=FORMATS, resident_formats=RESIDENT_FORMATS)
+    return probe(folder / "machine.toml", location=store, effort=effort).machine
 
 
 def measured(store: Path, share: float, policy: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -157,6 +164,20 @@ def cell(
     return row
 
 
+def middle(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The means of every figure of a cell's repetitions, whose ratios are kept."""
+    row: dict[str, Any] = {key: value for key, value in found[0].items() if isinstance(value, str)}
+    row |= {
+        key: round(statistics.fmean(each[key] for each in found), 4)
+        for key, value in found[0].items()
+        if isinstance(value, (int, float))
+    }
+    for key in [key for key in found[0] if key.endswith("gap by")]:
+        row[key] = {part: round(statistics.fmean(each[key][part] for each in found), 4) for part in found[0][key]}
+    ratios = [key for key in found[0] if key.endswith("predicted / measured")]
+    return row | {f"{key}, repetitions": [each[key] for each in found] for key in ratios}
+
+
 def sample(values: dict[str, Any]) -> Sample:
     """A generation out of the JSON of `bench`."""
     return Sample(Phase(**values["prefill"]), Phase(**values["decode"]), values["layer_stall_s"])
@@ -184,6 +205,7 @@ def options(arguments: argparse.Namespace) -> str:
             yield f"--{name} " + " ".join(map(str, getattr(arguments, name)))
         if arguments.cells:
             yield f"--cells {arguments.cells}"
+        yield f"--repeats {arguments.repeats}"
         yield f"--prompt-tokens {arguments.prompt_tokens} --max-tokens {arguments.max_tokens}"
 
     return " ".join(texts())

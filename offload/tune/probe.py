@@ -60,6 +60,10 @@ class Effort:
     attention: AttentionShapes = DEEPSEEK_V3
     buffer_nbytes: int = 256 << 20
     """Memory that is swept: far more than the caches hold."""
+    formats: tuple[str, ...] = FORMATS
+    """Of experts and of whatever else is one matrix at a time."""
+    resident_formats: tuple[str, ...] = RESIDENT_FORMATS
+    """Of blocks of attention; each must be among `formats`."""
 
 
 Tell = Callable[[str], None]
@@ -147,7 +151,7 @@ def probe(
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; give the store's or the one it will be made in")
     store = Store.open(folder) if (folder / MANIFEST_NAME).exists() else None
-    effort, tell = effort or _effort_for(store), tell or _silent
+    effort, tell = effort or effort_for(store), tell or _silent
     if not target.absolute().parent.is_dir():
         raise UsageError(f"--output {target}: there is no folder {target.absolute().parent}")
     others = OtherWork()
@@ -199,12 +203,12 @@ def _measured(kernels: Kernels, threads: int, drive: _Drive, effort: Effort, tel
     tell("RAM")
     ram = measure_ram(threads, effort)
     formats = {}
-    for codec in FORMATS:
+    for codec in effort.formats:
         tell(f"kernels, {codec}")
         formats[codec] = measure_format(kernels, codec, effort)
     spent: dict[str, Any] = {"buffer_nbytes": effort.buffer_nbytes, "seconds": effort.seconds / 2}
     if isinstance(kernels, FusedKernels):
-        for codec in RESIDENT_FORMATS:
+        for codec in effort.resident_formats:
             tell(f"attention, {codec}")
             found = measure_attention(kernels, codec, effort.attention, **spent)
             formats[codec] = replace(formats[codec], attention=found)
@@ -234,7 +238,7 @@ def _measured(kernels: Kernels, threads: int, drive: _Drive, effort: Effort, tel
     )
 
 
-def _effort_for(store: Store | None) -> Effort:
+def effort_for(store: Store | None) -> Effort:
     """Matrices of the store's own sizes: small ones are slower per byte. DeepSeek-V3's where there is no store yet."""
     if store is None:
         return Effort()
