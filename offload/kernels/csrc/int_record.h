@@ -1,0 +1,94 @@
+// Activations of the integer formats: eight bits per column, a scale and a correction per group, in records of the
+// size of one step. Part of kernels.h.
+#pragma once
+#include "isa.h"
+
+namespace {
+
+// Groups whose largest magnitude is below this are zero: 127 / amax would overflow.
+constexpr float kSmallestAmax = 1e-30f;
+
+template <int BITS>
+inline void place_codes(const int8_t* codes, int64_t n, uint8_t* out) {
+  if constexpr (BITS == 4) {
+    for (int64_t b = 0; b < n; b += 128) {
+      for (int i = 0; i < 64; ++i) {
+        out[b + i] = static_cast<uint8_t>(codes[b + 2 * i]);
+        out[b + 64 + i] = static_cast<uint8_t>(codes[b + 2 * i + 1]);
+      }
+    }
+  } else if constexpr (kInt8Deinterleave) {
+    int16_t* words = reinterpret_cast<int16_t*>(out);
+    for (int64_t b = 0; b < n; b += 32) {
+      for (int i = 0; i < 16; ++i) {
+        words[b + i] = codes[b + 2 * i];
+        words[b + 16 + i] = static_cast<int16_t>(codes[b + 2 * i + 1] - 256 * codes[b + 2 * i]);
+      }
+    }
+  } else {
+    std::memcpy(out, codes, static_cast<size_t>(n));
+  }
+}
+
+// One record: codes, then scales, then corrections (minus the weight offset times the sum of the codes that
+// meet weights with their offset: all of them, or the even ones).
+template <int BITS, int G>
+inline void quantize_record(const float* x, uint8_t* rec, F& poison) {
+  using Format = IntFormat<BITS, G>;
+  constexpr int kColumns = Format::kGroups * G;
+  int8_t codes[kColumns];
+  float* scales = reinterpret_cast<float*>(rec + Format::kCodeBytes);
+  int32_t* corrections = reinterpret_cast<int32_t*>(rec + Format::kCodeBytes + Format::kGroups * 4);
+  for (int g = 0; g < Format::kGroups; ++g) {
+    F most = f_zero();
+    for (int i = 0; i < G; i += 16) {
+      const F v = f_load(x + g * G + i);
+      poison = f_fma(v, f_zero(), poison);
+      most = f_max(f_abs(v), most);
+    }
+    const float amax = f_amax(most);
+    const bool zero = !(amax >= kSmallestAmax) || !is_finite(amax);
+    const F inverse = f_set1(zero ? 0.0f : 127.0f / amax);
+    F total = f_zero();
+    for (int i = 0; i < G; i += 16) {
+      const F q = f_min(f_rint(f_mul(f_load(x + g * G + i), inverse)), f_set1(127.0f));  // NaN: 127
+      total = f_add(total, q);  // exact: integers below 2^14
+      f_store_i8(codes + g * G + i, q);
+    }
+    const int lane = Format::lane_of_group(g);
+    scales[lane] = zero ? 0.0f : amax / 127.0f;
+    int32_t sum = static_cast<int32_t>(f_sum(total));
+    if constexpr (BITS == 8 && kInt8Deinterleave) {
+      for (int i = 1; i < G; i += 2) sum -= codes[g * G + i];
+    }
+    corrections[lane] = -(1 << (BITS - 1)) * sum;
+  }
+  place_codes<BITS>(codes, kColumns, rec);
+}
+
+template <int BITS, int G>
+bool quantize_row(const float* x, int64_t cols, uint8_t* row) {
+  using Format = IntFormat<BITS, G>;
+  constexpr int kColumns = Format::kGroups * G;
+  F poison = f_zero();
+  uint8_t* rec = row;
+  int64_t c = 0;
+  for (; c + kColumns <= cols; c += kColumns, rec += Format::kRecordBytes) quantize_record<BITS, G>(x + c, rec, poison);
+  if (c < cols) {
+    float padded[kColumns] = {};
+    std::memcpy(padded, x + c, static_cast<size_t>(cols - c) * 4);
+    quantize_record<BITS, G>(padded, rec, poison);
+  }
+  const bool finite = f_sum(poison) == 0.0f;
+  if (!finite) *reinterpret_cast<float*>(row + Format::kCodeBytes) = kQuietNan;  // reaches every result
+  return finite;
+}
+
+template <int BITS, int G>
+int64_t record_bytes(int64_t cols) {
+  using Format = IntFormat<BITS, G>;
+  // An odd number of extra lines keeps the rows of a token tile out of each other's cache sets.
+  return round_up(ceil_div(ceil_div(cols, G), Format::kGroups) * Format::kRecordBytes, 128) + 64;
+}
+
+}  // namespace
