@@ -19,9 +19,9 @@ from offload.store.layout import ExpertLayout, ExpertWeights
 REASON = native.available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"native kernels: {REASON}")
 ISAS = native.supported_isas() if REASON is None else ()
-INT_CODECS = ("int4-g32", "int4-g64", "int4-g128", "int8-g32", "int8-g64", "int8-g128")
-NARROW_CODECS = ("nf4-b64", "int3-g32", "int3-g64", "int2-g32", "int2-g128")
-CODECS = (*INT_CODECS, *NARROW_CODECS, "bf16", "fp8", "fp8-b32x32", "fp8-b7x5")
+INT_CODECS = ("int4-g32", "int4-g64", "int4-g128", "int8-g32", "int8-g64", "int8-g128", "int3-g32", "int2-g32")
+FLOAT_CODECS = ("nf4-b64", "int3-g64", "int2-g128", "bf16", "fp8", "fp8-b32x32", "fp8-b7x5")
+CODECS = (*INT_CODECS, *FLOAT_CODECS)
 
 
 @pytest.fixture(params=ISAS)
@@ -41,15 +41,15 @@ def random_weight(generator: torch.Generator, rows: int, cols: int, codec: str) 
 def bound(x: Tensor, weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
     """The float64 product and how far a kernel may be from it, element by element.
 
-    Integer formats round each activation by at most half of its group's scale (amax / 127); the rest
-    is fp32 rounding of the products and of a sum of at most cols / 8 + 16 terms.
+    Formats computed with in integers round each activation by at most half of its group's scale (amax / 127); the
+    rest is fp32 rounding of the products and of a sum of at most cols / 8 + 16 terms.
     """
     w = weight.dequantize(torch.float32).double()
     x = x.double()
     exact = x @ w.T
     slack = (x.abs() @ w.abs().T) * 2.0**-23 * (weight.cols / 8 + 16)
-    group = getattr(weight.codec, "group", None)
-    if group is not None:
+    if weight.codec.name in INT_CODECS:
+        group = weight.codec.group  # type: ignore[attr-defined]
         pad = (0, -weight.cols % group)
         amax = torch.nn.functional.pad(x.abs(), pad).unflatten(1, (-1, group)).amax(2)
         mass = torch.nn.functional.pad(w.abs(), pad).unflatten(1, (-1, group)).sum(2)
@@ -104,7 +104,7 @@ def test_any_shape_and_any_scale(codec: str, rows: int, cols: int, tokens: int, 
         assert torch.equal(out, outs[0]), f"{isa} gives other bits than {ISAS[0]}"
 
 
-@pytest.mark.parametrize("codec", ["int4-g32", "int4-g128", "int8-g128", "bf16", "fp8"])
+@pytest.mark.parametrize("codec", ["int4-g32", "int4-g128", "int8-g128", "int3-g32", "int2-g32", "bf16", "fp8"])
 def test_a_row_has_the_same_bits_for_any_batch_threads_and_isa(codec: str) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = random_weight(generator, 203, 1056, codec)
@@ -138,7 +138,7 @@ def test_extreme_codes_do_not_overflow(kernels: NativeKernels, codec: str) -> No
     for sign in (1.0, -1.0):
         weight = quantize(torch.full((8, cols), -1.0), codec)
         if codec in INT_CODECS:
-            weight.parts["weight_packed"].zero_()  # code 0 is the most negative one: -8 or -128
+            weight.parts["weight_packed"].zero_()  # code 0 is the most negative one: -8, -128, -4 or -2
         x = torch.full((5, cols), sign * 3.0)
         assert_within(kernels.linear(x, weight), x, weight)
         if codec in INT_CODECS:
@@ -146,7 +146,7 @@ def test_extreme_codes_do_not_overflow(kernels: NativeKernels, codec: str) -> No
             assert_within(kernels.linear(x, weight), x, weight)
 
 
-@pytest.mark.parametrize("codec", ["int4-g32", "int8-g128", "bf16", "fp8"])
+@pytest.mark.parametrize("codec", ["int4-g32", "int8-g128", "int3-g32", "int2-g32", "bf16", "fp8"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_activations_that_are_not_finite_are_refused(kernels: NativeKernels, codec: str, bad: float) -> None:
     generator = torch.Generator().manual_seed(4)
@@ -196,7 +196,7 @@ def expert(generator: torch.Generator, layout: ExpertLayout, shift: int = 0) -> 
     return layout.views(buffer)
 
 
-@pytest.mark.parametrize("codec", ["int4-g32", "int4-g128", "int8-g128", "bf16", "fp8"])
+@pytest.mark.parametrize("codec", ["int4-g32", "int4-g128", "int8-g128", "int3-g32", "int2-g32", "bf16", "fp8"])
 @pytest.mark.parametrize("shape", [(256, 128), (90, 52)])
 def test_experts_equal_one_token_at_a_time(codec: str, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(6)

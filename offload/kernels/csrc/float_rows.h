@@ -6,10 +6,6 @@ namespace {
 
 // ---- decoding to float ---------------------------------------------------------------------------
 
-// Bits per code of the grouped integers.
-inline int code_bits(int32_t kind) { return kind == EP_INT8 ? 8 : kind == EP_INT4 ? 4 : kind == EP_INT3 ? 3 : 2; }
-inline int64_t packed_row_bytes(int64_t cols, int bits) { return ceil_div(cols * bits, 32) * 4; }
-
 // The value of one element: code times scale, rounded once. Slow; for tails and unusual shapes.
 inline float decode_one(const ep_weight& w, int64_t row, int64_t col) {
   const uint8_t* payload = reinterpret_cast<const uint8_t*>(w.payload);

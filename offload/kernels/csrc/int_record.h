@@ -5,12 +5,20 @@
 
 namespace {
 
+// The format whose records of activations and whose panels serve Format.
+template <class Format>
+using Shared = IntFormat<Format::kSharedBits, Format::kGroup>;
+
+// Lanes of the sum of a row, see kernels.h.
+template <class Format>
+constexpr int kLanes = Format::kGroups * Format::kPhases;
+
 // Groups whose largest magnitude is below this are zero: 127 / amax would overflow.
 constexpr float kSmallestAmax = 1e-30f;
 
-template <int BITS>
+template <class Format>
 inline void place_codes(const int8_t* codes, int64_t n, uint8_t* out) {
-  if constexpr (BITS == 4) {
+  if constexpr (Format::kBits == 4) {
     for (int64_t b = 0; b < n; b += 128) {
       for (int i = 0; i < 64; ++i) {
         out[b + i] = static_cast<uint8_t>(codes[b + 2 * i]);
@@ -32,10 +40,9 @@ inline void place_codes(const int8_t* codes, int64_t n, uint8_t* out) {
 
 // One record: codes, then scales, then corrections (minus the weight offset times the sum of the codes that
 // meet weights with their offset: all of them, or the even ones).
-template <int BITS, int G>
-inline void quantize_record(const float* x, uint8_t* rec, F& poison) {
-  using Format = IntFormat<BITS, G>;
-  constexpr int kColumns = Format::kGroups * G;
+template <class Format>
+inline void quantize_record(const float* x, int32_t offset, uint8_t* rec, F& poison) {
+  constexpr int G = Format::kGroup, kColumns = Format::kGroups * G;
   int8_t codes[kColumns];
   float* scales = reinterpret_cast<float*>(rec + Format::kCodeBytes);
   int32_t* corrections = reinterpret_cast<int32_t*>(rec + Format::kCodeBytes + Format::kGroups * 4);
@@ -56,39 +63,38 @@ inline void quantize_record(const float* x, uint8_t* rec, F& poison) {
       f_store_i8(codes + g * G + i, q);
     }
     const int lane = Format::lane_of_group(g);
-    scales[lane] = zero ? 0.0f : amax / 127.0f;
+    scales[lane] = zero ? 0.0f : amax / 127.0f * Format::kUnit;
     int32_t sum = static_cast<int32_t>(f_sum(total));
-    if constexpr (BITS == 8 && kInt8Deinterleave) {
+    if constexpr (Format::kBits == 8 && kInt8Deinterleave) {
       for (int i = 1; i < G; i += 2) sum -= codes[g * G + i];
     }
-    corrections[lane] = -(1 << (BITS - 1)) * sum;
+    corrections[lane] = -offset * sum;
   }
-  place_codes<BITS>(codes, kColumns, rec);
+  place_codes<Format>(codes, kColumns, rec);
 }
 
-template <int BITS, int G>
-bool quantize_row(const float* x, int64_t cols, uint8_t* row) {
-  using Format = IntFormat<BITS, G>;
-  constexpr int kColumns = Format::kGroups * G;
+// `offset` is what the codes of the weight are stored with: formats that differ in nothing else share this.
+template <class Format>
+bool quantize_row(const float* x, int64_t cols, int32_t offset, uint8_t* row) {
+  constexpr int kColumns = Format::kGroups * Format::kGroup;
   F poison = f_zero();
   uint8_t* rec = row;
   int64_t c = 0;
-  for (; c + kColumns <= cols; c += kColumns, rec += Format::kRecordBytes) quantize_record<BITS, G>(x + c, rec, poison);
+  for (; c + kColumns <= cols; c += kColumns, rec += Format::kRecordBytes) quantize_record<Format>(x + c, offset, rec, poison);
   if (c < cols) {
     float padded[kColumns] = {};
     std::memcpy(padded, x + c, static_cast<size_t>(cols - c) * 4);
-    quantize_record<BITS, G>(padded, rec, poison);
+    quantize_record<Format>(padded, offset, rec, poison);
   }
   const bool finite = f_sum(poison) == 0.0f;
   if (!finite) *reinterpret_cast<float*>(row + Format::kCodeBytes) = kQuietNan;  // reaches every result
   return finite;
 }
 
-template <int BITS, int G>
+template <class Format>
 int64_t record_bytes(int64_t cols) {
-  using Format = IntFormat<BITS, G>;
   // An odd number of extra lines keeps the rows of a token tile out of each other's cache sets.
-  return round_up(ceil_div(ceil_div(cols, G), Format::kGroups) * Format::kRecordBytes, 128) + 64;
+  return round_up(ceil_div(ceil_div(cols, Format::kGroup), Format::kGroups) * Format::kRecordBytes, 128) + 64;
 }
 
 }  // namespace

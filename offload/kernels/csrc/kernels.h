@@ -1,34 +1,38 @@
 // The kernels, written once over the sixteen-lane type F and the integer format steps of the
 // simd_*.h that the unit included before. Everything an Isa table offers is defined here.
 //
-// Fixed arithmetic: a dot product of an integer format is an exact int32 sum per group, converted to
-// float and multiplied into lane (group mod 8 or 16) by one fma; of any other format, one fma per
-// element into lane (column mod 16). Tiles differ with the number of tokens, this order does not.
+// Fixed arithmetic: a dot product of an integer format (EP_INT_FORMATS) is an exact int32 sum per group,
+// converted to float and multiplied into lane (group mod 16) by one fma, for up to four bits in groups of 32,
+// else into lane (group mod 8); of any other format, one fma per element into lane (column mod 16). Tiles differ
+// with the number of tokens, this order does not.
 #pragma once
 #include "elementwise.h"
 #include "float_rows.h"
-#include "int_rows.h"
+#include "int_panels.h"
 #include "softmax.h"
 
 namespace {
 
-#define EP_INT_FORMATS(CALL)                                         \
-  if (w.kind == EP_INT4 && w.group == 32) return CALL(4, 32);        \
-  if (w.kind == EP_INT4 && w.group == 64) return CALL(4, 64);        \
-  if (w.kind == EP_INT4 && w.group == 128) return CALL(4, 128);      \
-  if (w.kind == EP_INT8 && w.group == 32) return CALL(8, 32);        \
-  if (w.kind == EP_INT8 && w.group == 64) return CALL(8, 64);        \
-  if (w.kind == EP_INT8 && w.group == 128) return CALL(8, 128)
+// Returns CALL(format) where there is an integer format of that kind and group.
+#define EP_INT_FORMATS(CALL)                                                   \
+  if (w.kind == EP_INT4 && w.group == 32) return CALL(IntFormat<4, 32>);       \
+  if (w.kind == EP_INT4 && w.group == 64) return CALL(IntFormat<4, 64>);       \
+  if (w.kind == EP_INT4 && w.group == 128) return CALL(IntFormat<4, 128>);     \
+  if (w.kind == EP_INT8 && w.group == 32) return CALL(IntFormat<8, 32>);       \
+  if (w.kind == EP_INT8 && w.group == 64) return CALL(IntFormat<8, 64>);       \
+  if (w.kind == EP_INT8 && w.group == 128) return CALL(IntFormat<8, 128>);     \
+  if (w.kind == EP_INT3 && w.group == 32) return CALL(IntFormat<3, 32>);       \
+  if (w.kind == EP_INT2 && w.group == 32) return CALL(IntFormat<2, 32>)
 
 int64_t act_bytes(const ep_weight& w) {
-#define EP_CALL(B, G) (record_bytes<B, G>(w.cols))
+#define EP_CALL(...) (record_bytes<Shared<__VA_ARGS__>>(w.cols))
   EP_INT_FORMATS(EP_CALL);
 #undef EP_CALL
   return round_up(w.cols, 16) * 4 + (round_up(w.cols, 16) % 32 == 0 ? 64 : 0);
 }
 
 bool prepare(const ep_weight& w, const float* x, uint8_t* row) {
-#define EP_CALL(B, G) (quantize_row<B, G>(x, w.cols, row))
+#define EP_CALL(...) (quantize_row<Shared<__VA_ARGS__>>(x, w.cols, __VA_ARGS__::kOffset, row))
   EP_INT_FORMATS(EP_CALL);
 #undef EP_CALL
   float* out = reinterpret_cast<float*>(row);
@@ -53,7 +57,7 @@ bool prepare(const ep_weight& w, const float* x, uint8_t* row) {
 
 void rows(const RowsCall& call) {
   const ep_weight& w = *call.weight;
-#define EP_CALL(B, G) (int_rows<B, G>(call))
+#define EP_CALL(...) (int_rows<__VA_ARGS__>(call))
   EP_INT_FORMATS(EP_CALL);
 #undef EP_CALL
   float_rows(call);

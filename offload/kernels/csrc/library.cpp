@@ -63,8 +63,8 @@ namespace ep {
 Library::Library(const Isa* which, int threads) : shared(std::make_shared<SharedExpert>()), isa(which) { pool.resize(threads); }
 
 int64_t row_bytes(const ep_weight& w) {
-  const int64_t bits = w.kind == EP_F32 ? 32 : w.kind == EP_BF16 ? 16 : w.kind == EP_FP8 || w.kind == EP_INT8 ? 8 : 4;
-  return w.cols * bits / 8;
+  constexpr int64_t kBits[] = {32, 16, 8, 4, 8, 4, 3, 2};  // by ep_kind
+  return w.cols * kBits[w.kind] / 8;
 }
 
 void prepare_rows(Library& lib, const ep_weight& w, const float* x, const int64_t* from, int64_t tokens, uint8_t* act,

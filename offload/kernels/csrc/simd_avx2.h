@@ -6,7 +6,8 @@
 #pragma once
 #include <immintrin.h>
 
-#include "common.h"
+#include "formats.h"
+#include "narrow_x86.h"
 #include "transpose_x86.h"
 
 namespace {
@@ -50,11 +51,6 @@ inline __m256 pow2_lanes(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), bias), 23));
 }
 inline F f_pow2(F n) { return {pow2_lanes(n.a), pow2_lanes(n.b)}; }
-inline __m256 bf16_lanes(__m128i x) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-}
-inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline F f_from_bf16(const uint16_t* p) { return {bf16_lanes(load128(p)), bf16_lanes(load128(p + 8))}; }
 inline __m256 e4m3_lanes(__m128i bytes) {
   const __m256i mask = _mm256_set1_epi32(static_cast<int>(0x87F00000u));
@@ -102,11 +98,6 @@ inline void f_store_i8(int8_t* p, F x) {
   const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
-inline float sum8(__m256 x) {
-  const __m128 q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
-  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
-}
 inline float f_sum(F x) { return sum8(_mm256_add_ps(x.a, x.b)); }
 inline float f_amax(F x) {  // lanes are not negative
   const __m256 m = _mm256_max_ps(x.a, x.b);
@@ -128,41 +119,21 @@ inline __m256i nibbles_high(__m256i x) {
 // Two neighbouring codes as one number: the even code u (with its offset) plus 256 times the odd weight w (without).
 // Multiplied by the even activation e it leaves 256 w e too much, which w times (odd activation - 256 e) takes off.
 inline __m256i byte_pairs(__m256i codes) { return _mm256_xor_si256(codes, _mm256_set1_epi16(INT16_MIN)); }
-inline __m256i pair32(__m256i x, __m256i y) {
-  return _mm256_add_epi32(_mm256_unpacklo_epi32(x, y), _mm256_unpackhi_epi32(x, y));
-}
-inline __m256i pair64(__m256i x, __m256i y) {
-  return _mm256_add_epi32(_mm256_unpacklo_epi64(x, y), _mm256_unpackhi_epi64(x, y));
-}
-// The same sums of 16-bit lanes, two of which move together or four.
+// The sums of pair32 and pair64 in 16-bit lanes, two of which move together or four.
 inline __m256i pair32x16(__m256i x, __m256i y) {
   return _mm256_add_epi16(_mm256_unpacklo_epi32(x, y), _mm256_unpackhi_epi32(x, y));
 }
 inline __m256i pair64x16(__m256i x, __m256i y) {
   return _mm256_add_epi16(_mm256_unpacklo_epi64(x, y), _mm256_unpackhi_epi64(x, y));
 }
-// Totals of eight vectors of eight 32-bit lanes, in order.
-inline __m256i totals(const __m256i* v) {
-  const __m256i x = pair64(pair32(v[0], v[1]), pair32(v[2], v[3]));
-  const __m256i y = pair64(pair32(v[4], v[5]), pair32(v[6], v[7]));
-  return _mm256_add_epi32(_mm256_permute2x128_si256(x, y, 0x20), _mm256_permute2x128_si256(x, y, 0x31));
-}
-
-// d * (ws * as) added to acc, for eight groups whose sums are `sums`.
-inline void accumulate(Acc& acc, __m256i sums, __m256 ws, const uint8_t* scales) {
-  const __m256 as = _mm256_loadu_ps(reinterpret_cast<const float*>(scales));
-  const __m256 d = _mm256_cvtepi32_ps(_mm256_add_epi32(sums, load256(scales + 32)));
-  acc = _mm256_fmadd_ps(d, _mm256_mul_ps(ws, as), acc);
-}
-
 template <int BITS, int G>
-struct IntFormat {
+struct IntFormat : GroupedTraits<BITS, G> {
+  static constexpr bool kPaired = BITS <= 4 && G == 32;
   static constexpr int kGroups = 8;
-  static constexpr int kPhases = (BITS == 4 && G == 32) ? 2 : 1;
+  static constexpr int kPhases = kPaired ? 2 : 1;
   static constexpr int kWeightBytes = kGroups * G * BITS / 8;
   static constexpr int kCodeBytes = kGroups * G * (BITS == 8 ? kInt8ActBytes : 1);
   static constexpr int kRecordBytes = kCodeBytes + kGroups * 8;
-  static constexpr bool kPaired = BITS == 4 && G == 32;
   using Accumulator = Acc;
 
   static Acc zero() { return _mm256_setzero_ps(); }
@@ -170,7 +141,7 @@ struct IntFormat {
   static constexpr int lane_of_group(int g) { return kPaired ? (g & 1) * 4 + g / 2 : g; }
 
   template <int MT>
-  static inline void step(Acc* acc, const uint8_t* w, const uint16_t* ws, const uint8_t* const* rec) {
+  static inline void step(Acc* acc, const uint8_t* w, const uint8_t* ws, const uint8_t* const* rec) {
     if constexpr (kPaired) {
       step_paired<MT>(acc, w, ws, rec);
     } else {
@@ -178,12 +149,12 @@ struct IntFormat {
     }
   }
 
-  // One step of NR rows against one token, the rows `stride` bytes and `scale_stride` scales apart. Rows that take
+  // One step of NR rows against one token, the rows `stride` bytes and their scales `scale_stride` bytes apart. Rows that take
   // turns every 32 bytes load each piece of the token once, and keep as many streams of reads under way. With four bits
   // the arithmetic decides, and it gains nothing.
   static constexpr bool kTurns = BITS == 8;
   template <int NR>
-  static inline void turns(Acc (*acc)[1], const uint8_t* w, int64_t stride, const uint16_t* ws, int64_t scale_stride,
+  static inline void turns(Acc (*acc)[1], const uint8_t* w, int64_t stride, const uint8_t* ws, int64_t scale_stride,
                            const uint8_t* rec) {
     __m256i v[NR][kGroups];
 #pragma GCC unroll 1  // unrolled, the compiler runs out of registers
@@ -202,14 +173,14 @@ struct IntFormat {
     }
 #pragma GCC unroll 4
     for (int r = 0; r < NR; ++r) {
-      accumulate(acc[r][0], totals(v[r]), bf16_lanes(load128(ws + r * scale_stride)), rec + kCodeBytes);
+      acc[r][0] = accumulate(acc[r][0], totals(v[r]), bf16_lanes(load128(ws + r * scale_stride)), rec + kCodeBytes);
     }
   }
 
   // The first `groups` groups of a step; the scales of the others must be zero.
   static constexpr bool kParts = !kPaired;
   template <int MT>
-  static inline __attribute__((always_inline)) void part(Acc* acc, const uint8_t* w, const uint16_t* ws,
+  static inline __attribute__((always_inline)) void part(Acc* acc, const uint8_t* w, const uint8_t* ws,
                                                          const uint8_t* const* rec, int groups) {
     __m256i v[MT][kGroups];
     if constexpr (BITS == 4) {
@@ -225,7 +196,7 @@ struct IntFormat {
     }
     const __m256 scale = bf16_lanes(load128(ws));
 #pragma GCC unroll 4
-    for (int m = 0; m < MT; ++m) accumulate(acc[m], totals(v[m]), scale, rec[m] + kCodeBytes);
+    for (int m = 0; m < MT; ++m) acc[m] = accumulate(acc[m], totals(v[m]), scale, rec[m] + kCodeBytes);
   }
 
   static float finish(const Acc* acc) {
@@ -237,14 +208,13 @@ struct IntFormat {
   }
 
  private:
-  // Sums of 32 bytes of weights times `even` and `odd` activations, in lanes that hold a part of one group each: of
-  // 32 bits with VNNI, else of 16, which four such sums and one more pair fill to 15 * 127 * 16 = 30480 at most.
-  static inline __m256i nibble_sums(__m256i raw, __m256i even, __m256i odd) {
-    const __m256i lo = nibbles_low(raw), hi = nibbles_high(raw);
+  // Sums of 64 codes times `even` and `odd` activations, in lanes that hold a part of one group each: of 32 bits
+  // with VNNI, else of 16, which four such sums and one more pair fill to 15 * 127 * 16 = 30480 at most.
+  static inline __m256i nibble_sums(CodePair codes, __m256i even, __m256i odd) {
 #ifdef EP_VNNI256
-    return dpbusd(dpbusd(_mm256_setzero_si256(), lo, even), hi, odd);
+    return dpbusd(dpbusd(_mm256_setzero_si256(), codes.even, even), codes.odd, odd);
 #else
-    return _mm256_add_epi16(_mm256_maddubs_epi16(lo, even), _mm256_maddubs_epi16(hi, odd));
+    return _mm256_add_epi16(_mm256_maddubs_epi16(codes.even, even), _mm256_maddubs_epi16(codes.odd, odd));
 #endif
   }
   static inline __m256i add_sums(__m256i x, __m256i y) {
@@ -273,7 +243,7 @@ struct IntFormat {
 #endif
   }
 
-  static inline void accumulate_paired(Acc& acc, const __m256i* v, const uint16_t* ws, const uint8_t* rec) {
+  static inline void accumulate_paired(Acc& acc, const __m256i* v, const uint8_t* ws, const uint8_t* rec) {
     // Each scale to the upper half of a float, groups 0 2 4 6 1 3 5 7.
     const __m256i order = _mm256_setr_epi8(
         -1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13,
@@ -284,18 +254,18 @@ struct IntFormat {
 #else
     const __m256i sums = widened(pair64x16(pair32x16(v[0], v[1]), pair32x16(v[2], v[3])));
 #endif
-    accumulate(acc, sums, scale, rec + kCodeBytes);
+    acc = accumulate(acc, sums, scale, rec + kCodeBytes);
   }
 
   template <int MT>
-  static inline void step_paired(Acc* acc, const uint8_t* w, const uint16_t* ws, const uint8_t* const* rec) {
+  static inline void step_paired(Acc* acc, const uint8_t* w, const uint8_t* ws, const uint8_t* const* rec) {
     __m256i v[MT][4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const __m256i raw = load256(w + 32 * i);
+      const CodePair codes = code_pair<BITS>(w, i);
       const int at = (i / 2) * 128 + (i % 2) * 32;
 #pragma GCC unroll 4
-      for (int m = 0; m < MT; ++m) v[m][i] = nibble_sums(raw, load256(rec[m] + at), load256(rec[m] + at + 64));
+      for (int m = 0; m < MT; ++m) v[m][i] = nibble_sums(codes, load256(rec[m] + at), load256(rec[m] + at + 64));
     }
 #pragma GCC unroll 4
     for (int m = 0; m < MT; ++m) accumulate_paired(acc[m], v[m], ws, rec[m]);
@@ -316,7 +286,7 @@ struct IntFormat {
         if constexpr (BITS == 8) {
           v[m][g] = byte_sums(v[m][g], raw, even, odd);
         } else {
-          v[m][g] = add_sums(v[m][g], nibble_sums(raw, even, odd));
+          v[m][g] = add_sums(v[m][g], nibble_sums({nibbles_low(raw), nibbles_high(raw)}, even, odd));
         }
       }
     }

@@ -4,7 +4,8 @@
 #pragma once
 #include <immintrin.h>
 
-#include "common.h"
+#include "formats.h"
+#include "narrow_x86.h"
 #include "transpose_x86.h"
 
 namespace {
@@ -33,8 +34,6 @@ inline F f_pow2(F n) {
   const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
   return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
 }
-inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 inline F f_from_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
@@ -64,11 +63,6 @@ inline void f_store_i8(int8_t* p, F x) {
 }
 inline __m256 low_half(__m512 x) { return _mm512_castps512_ps256(x); }
 inline __m256 high_half(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
-inline float sum8(__m256 x) {
-  const __m128 q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
-  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
-}
 inline float f_sum(F x) { return sum8(_mm256_add_ps(low_half(x), high_half(x))); }
 inline float f_amax(F x) {  // lanes are not negative
   const __m256 m = _mm256_max_ps(low_half(x), high_half(x));
@@ -77,12 +71,6 @@ inline float f_amax(F x) {  // lanes are not negative
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
 
-inline __m256i pair32(__m256i x, __m256i y) {
-  return _mm256_add_epi32(_mm256_unpacklo_epi32(x, y), _mm256_unpackhi_epi32(x, y));
-}
-inline __m256i pair64(__m256i x, __m256i y) {
-  return _mm256_add_epi32(_mm256_unpacklo_epi64(x, y), _mm256_unpackhi_epi64(x, y));
-}
 inline __m512i pair32(__m512i x, __m512i y) {
   return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
 }
@@ -99,12 +87,13 @@ inline __m256i totals(const __m512i* v) {
   return _mm256_add_epi32(_mm512_castsi512_si256(w), _mm512_extracti64x4_epi64(w, 1));
 }
 
-// int4 in groups of 32: a 64-byte register holds four groups, one per quarter, so sixteen groups
-// meet in one vector of sums after two rounds of pairwise adds.
-struct Int4G32 {
+// Up to four bits in groups of 32: two registers of 64 bytes hold the codes of four groups, one per quarter, so
+// sixteen groups meet in one vector of sums after two rounds of pairwise adds.
+template <int BITS>
+struct NibbleFormat : GroupedTraits<BITS, 32> {
   static constexpr int kGroups = 16;
   static constexpr int kPhases = 1;
-  static constexpr int kWeightBytes = 256;
+  static constexpr int kWeightBytes = 64 * BITS;
   static constexpr int kCodeBytes = 512;
   static constexpr int kRecordBytes = kCodeBytes + kGroups * 8;
   static constexpr bool kTurns = false;
@@ -115,18 +104,16 @@ struct Int4G32 {
   static constexpr int lane_of_group(int g) { return (g & 3) * 4 + g / 4; }
 
   template <int MT>
-  static inline void step(__m512* acc, const uint8_t* w, const uint16_t* ws, const uint8_t* const* rec) {
+  static inline void step(__m512* acc, const uint8_t* w, const uint8_t* ws, const uint8_t* const* rec) {
     __m512i v[MT][4];
-    const __m512i mask = _mm512_set1_epi8(15);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const __m512i raw = load512(w + 64 * i);
-      const __m512i lo = _mm512_and_si512(raw, mask);
-      const __m512i hi = _mm512_and_si512(_mm512_srli_epi16(raw, 4), mask);
+      __m512i even_codes, odd_codes;
+      quarters(w, i, even_codes, odd_codes);
 #pragma GCC unroll 4
       for (int m = 0; m < MT; ++m) {
         const __m512i even = load512(rec[m] + 128 * i), odd = load512(rec[m] + 128 * i + 64);
-        v[m][i] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), lo, even), hi, odd);
+        v[m][i] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), even_codes, even), odd_codes, odd);
       }
     }
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -146,11 +133,26 @@ struct Int4G32 {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return f_sum(_mm512_permutexvar_ps(order, acc[0]));
   }
+
+ private:
+  // Groups 4i to 4i + 3: the codes of their even columns and those of the odd ones.
+  static inline __attribute__((always_inline)) void quarters(const uint8_t* w, int i, __m512i& even, __m512i& odd) {
+    if constexpr (BITS == 4) {
+      const __m512i raw = load512(w + 64 * i), mask = _mm512_set1_epi8(15);
+      even = _mm512_and_si512(raw, mask);
+      odd = _mm512_and_si512(_mm512_srli_epi16(raw, 4), mask);
+    } else {
+      const uint8_t* eight = w + i / 2 * 32 * BITS;
+      const CodePair low = code_pair<BITS>(eight, i % 2 * 2), high = code_pair<BITS>(eight, i % 2 * 2 + 1);
+      even = _mm512_inserti64x4(_mm512_castsi256_si512(low.even), high.even, 1);
+      odd = _mm512_inserti64x4(_mm512_castsi256_si512(low.odd), high.odd, 1);
+    }
+  }
 };
 
 // The other formats: eight groups per step, at least 32 bytes of codes each.
 template <int BITS, int G>
-struct WideFormat {
+struct WideFormat : GroupedTraits<BITS, G> {
   static constexpr int kGroups = 8;
   static constexpr int kPhases = 1;
   static constexpr int kWeightBytes = kGroups * G * BITS / 8;
@@ -162,7 +164,7 @@ struct WideFormat {
   static constexpr int lane_of_group(int g) { return g; }
 
   template <int MT>
-  static inline void step(__m256* acc, const uint8_t* w, const uint16_t* ws, const uint8_t* const* rec) {
+  static inline void step(__m256* acc, const uint8_t* w, const uint8_t* ws, const uint8_t* const* rec) {
     part<MT>(acc, w, ws, rec, kGroups);
   }
 
@@ -170,7 +172,7 @@ struct WideFormat {
   // The first `groups` groups of a step; the scales of the others must be zero.
   static constexpr bool kParts = true;
   template <int MT>
-  static inline __attribute__((always_inline)) void part(__m256* acc, const uint8_t* w, const uint16_t* ws,
+  static inline __attribute__((always_inline)) void part(__m256* acc, const uint8_t* w, const uint8_t* ws,
                                                          const uint8_t* const* rec, int groups) {
     __m512i v[MT][kGroups];
     for (int g = groups; g < kGroups; ++g) {
@@ -201,14 +203,9 @@ struct WideFormat {
         }
       }
     }
-    const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(ws)), 16));
+    const __m256 scale = bf16_lanes(load128(ws));
 #pragma GCC unroll 4
-    for (int m = 0; m < MT; ++m) {
-      const uint8_t* tail = rec[m] + kCodeBytes;
-      const __m256 d = _mm256_cvtepi32_ps(_mm256_add_epi32(totals(v[m]), load256(tail + 32)));
-      const __m256 as = _mm256_loadu_ps(reinterpret_cast<const float*>(tail));
-      acc[m] = _mm256_fmadd_ps(d, _mm256_mul_ps(scale, as), acc[m]);
-    }
+    for (int m = 0; m < MT; ++m) acc[m] = accumulate(acc[m], totals(v[m]), scale, rec[m] + kCodeBytes);
   }
 
   static float finish(const __m256* acc) { return sum8(acc[0]); }
@@ -223,9 +220,13 @@ template <int BITS, int G>
 struct FormatOf {
   using Type = WideFormat<BITS, G>;
 };
+template <int BITS>
+struct FormatOf<BITS, 32> {
+  using Type = NibbleFormat<BITS>;
+};
 template <>
-struct FormatOf<4, 32> {
-  using Type = Int4G32;
+struct FormatOf<8, 32> {
+  using Type = WideFormat<8, 32>;
 };
 template <int BITS, int G>
 using IntFormat = typename FormatOf<BITS, G>::Type;

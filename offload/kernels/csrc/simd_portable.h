@@ -5,7 +5,7 @@
 // of its siblings) inside a translation unit and then kernels.h; everything is in an anonymous
 // namespace, so each unit gets its own copy.
 #pragma once
-#include "common.h"
+#include "formats.h"
 
 namespace {
 
@@ -76,9 +76,10 @@ inline float acc_sum(Acc a) {
 
 // One step of an integer format: kGroups groups of one weight row against MT activation records.
 template <int BITS, int G>
-struct IntFormat {
+struct IntFormat : GroupedTraits<BITS, G> {
+  using Traits = GroupedTraits<BITS, G>;
   static constexpr int kGroups = 8;
-  static constexpr int kPhases = (BITS == 4 && G == 32) ? 2 : 1;
+  static constexpr int kPhases = (BITS <= 4 && G == 32) ? 2 : 1;
   static constexpr int kWeightBytes = kGroups * G * BITS / 8;
   static constexpr int kCodeBytes = kGroups * G;
   static constexpr int kRecordBytes = kCodeBytes + kGroups * 8;
@@ -88,7 +89,7 @@ struct IntFormat {
   static constexpr int lane_of_group(int g) { return g; }
 
   template <int MT>
-  static inline void step(Acc* acc, const uint8_t* w, const uint16_t* ws, const uint8_t* const* rec) {
+  static inline void step(Acc* acc, const uint8_t* w, const uint8_t* ws, const uint8_t* const* rec) {
     part<MT>(acc, w, ws, rec, kGroups);
   }
 
@@ -96,14 +97,14 @@ struct IntFormat {
   // The first `groups` groups of a step.
   static constexpr bool kParts = true;
   template <int MT>
-  static inline void part(Acc* acc, const uint8_t* w, const uint16_t* ws, const uint8_t* const* rec, int groups) {
+  static inline void part(Acc* acc, const uint8_t* w, const uint8_t* ws, const uint8_t* const* rec, int groups) {
     for (int m = 0; m < MT; ++m) {
       const int8_t* q = reinterpret_cast<const int8_t*>(rec[m]);
       const float* as = reinterpret_cast<const float*>(rec[m] + kCodeBytes);
       const int32_t* corr = reinterpret_cast<const int32_t*>(rec[m] + kCodeBytes + kGroups * 4);
       for (int g = 0; g < groups; ++g) {
         const int32_t d = dot(w, q, g) + corr[g];
-        acc[m].v[g] = std::fma(static_cast<float>(d), bf16_to_float(ws[g]) * as[g], acc[m].v[g]);
+        acc[m].v[g] = std::fma(static_cast<float>(d), Traits::scale(ws + g * Traits::kScaleBytes) * as[g], acc[m].v[g]);
       }
     }
   }
@@ -120,7 +121,17 @@ struct IntFormat {
  private:
   static inline int32_t dot(const uint8_t* w, const int8_t* q, int g) {
     int32_t d = 0;
-    if constexpr (BITS == 4) {
+    if constexpr (BITS < 4) {
+      const int8_t* even = q + g / 4 * 128 + g % 4 * 16;  // as those of four bits, below
+      for (int i = 0; i < 4; ++i) {
+        int64_t octet = 0;
+        for (int b = 0; b < BITS; ++b) octet |= static_cast<int64_t>(w[(4 * g + i) * BITS + b]) << (8 * b);
+        for (int k = 0; k < 4; ++k, octet >>= 2 * BITS) {
+          d += static_cast<int32_t>(octet & ((1 << BITS) - 1)) * even[4 * i + k];
+          d += static_cast<int32_t>(octet >> BITS & ((1 << BITS) - 1)) * even[4 * i + k + 64];
+        }
+      }
+    } else if constexpr (BITS == 4) {
       // Codes of 128 columns lie as 64 even columns, then 64 odd ones.
       const int first = g * (G / 2);
       for (int b = first; b < first + G / 2; b += 16) {
