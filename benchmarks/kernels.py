@@ -101,8 +101,9 @@ def native_copies(codec: str, rows: int, cols: int, memory: Tensor) -> list[Quan
         for spec in specs:
             parts[spec.suffix] = memory[at : at + spec.nbytes].view(spec.dtype).view(spec.shape)
             at += -(-spec.nbytes // 64) * 64
-        if "weight_scale" in parts:
-            parts["weight_scale"].fill_(0.01)
+        for scale in ("weight_scale", "weight.absmax"):
+            if scale in parts:
+                parts[scale].fill_(0.01)
         if codec == "bf16":
             parts["weight"].fill_(0.01)
         if codec == "fp8":  # neither NaN nor subnormal, as nearly all weights are

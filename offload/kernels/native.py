@@ -5,8 +5,8 @@ GIL is released during every call. Must not know models, tiers or how the kernel
 
 Weights are described once: a resident weight's description is kept until the weight is collected, an
 expert's comes from its layout and needs only the address of its bytes. Integer formats (int8 and int4 in any
-group, int3 and int2 in groups of 32) quantise the activations to int8 per group; the others decode their weights.
-Accumulation is fp32 throughout.
+group, int3 and int2 in groups of 32, nf4 in rows of whole blocks) quantise the activations to int8 per group; the
+others decode their weights. Accumulation is fp32 throughout.
 """
 
 from __future__ import annotations

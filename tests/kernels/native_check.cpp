@@ -106,7 +106,7 @@ void linears(ep_context* c, Outputs& out) {
                  {EP_INT4, 64}, {EP_INT4, 128}, {EP_INT8, 32}, {EP_INT8, 64}, {EP_INT8, 128}, {EP_NF4, 64},
                  {EP_INT3, 32}, {EP_INT2, 32},  {EP_INT3, 64}, {EP_INT2, 128}};
   for (const auto& format : formats) {
-    for (const int64_t cols : {1, 17, 250, 256, 320, 1030}) {
+    for (const int64_t cols : {1, 17, 250, 256, 320, 1030, 1088}) {
       const Weight w(format.kind, format.group, 19, cols);
       for (const int64_t tokens : {1, 3, 4, 6, 37}) {
         const std::vector<float> x = floats(tokens * cols);

@@ -21,7 +21,34 @@ struct GroupedTraits {
   // Codes of less than four bits are taken apart into nibbles: from there on they are int4.
   static constexpr bool kExpands = BITS < 4;
   static constexpr int kSharedBits = kExpands ? 4 : BITS;
+  static constexpr int kPanelBits = kSharedBits;
   static float scale(const uint8_t* p) { return bf16_to_float(element<uint16_t>(p, 0)); }
 };
+
+// NF4 in blocks of 64 that do not run over the ends of rows. The values of the codes are whole multiples of 2^-14: both
+// ends exactly, the others within 2^-15 of the block's scale, a hundredth of what eight bits leave of the activations.
+struct Nf4Traits {
+  static constexpr int kBits = 4;
+  static constexpr int kGroup = 64;
+  static constexpr int32_t kOffset = 0;
+  static constexpr int kScaleBytes = 4;
+  static constexpr float kUnit = 1.0f / 16384;
+  static constexpr bool kExpands = true;
+  static float scale(const uint8_t* p) { return element<float>(p, 0); }
+};
+
+struct Nf4Units {
+  constexpr Nf4Units() {
+    for (int i = 0; i < 16; ++i) {
+      const float units = kNf4[i] / Nf4Traits::kUnit;
+      value[i] = static_cast<int16_t>(units < 0 ? units - 0.5f : units + 0.5f);
+      low[i] = static_cast<uint8_t>(value[i] & 255);
+      high[i] = static_cast<uint8_t>(value[i] >> 8 & 255);
+    }
+  }
+  int16_t value[16] = {};
+  alignas(16) uint8_t low[16] = {}, high[16] = {};  // the bytes of the values
+};
+constexpr Nf4Units kNf4Units;
 
 }  // namespace

@@ -11,12 +11,14 @@ namespace {
 // is transposed once per block of columns and used by all tokens of a tile.
 constexpr int kPanelTokens = 32;
 constexpr int kPanelStep = 4;
-constexpr int kPanelColumns = 2048;  // whole records of every format
+// Whole records of every format; with 16 bits per code, half as many take the same room.
+template <class Panel>
+constexpr int kPanelColumns = Panel::kPanelBits == 16 ? 1024 : 2048;
 
 template <class Panel>
 struct PanelBlock {
-  static constexpr int kGroups = kPanelColumns / Panel::kGroup;
-  alignas(64) uint8_t words[kPanelColumns * Panel::kBits / 8 * kPanelRows];
+  static constexpr int kGroups = kPanelColumns<Panel> / Panel::kGroup;
+  alignas(64) uint8_t words[kPanelColumns<Panel> * Panel::kPanelBits / 8 * kPanelRows];
   alignas(64) float scales[kGroups * kPanelRows];
 };
 
@@ -36,7 +38,8 @@ inline void copy_words(const uint8_t** from, int64_t want, int64_t have, uint8_t
   }
 }
 
-// The same for codes that panels hold in another form.
+// The same for codes that panels hold in another form: kBytes of a row are kColumns columns, which Codes::expand turns
+// into kVectors registers.
 template <class Codes>
 inline void expand_words(const uint8_t** from, int64_t columns, int64_t have, uint8_t* words) {
   uint8_t padded[8][Codes::kBytes];
@@ -48,16 +51,22 @@ inline void expand_words(const uint8_t** from, int64_t columns, int64_t have, ui
         from[r] = padded[r];
       }
     }
+    __m256i vectors[Codes::kVectors][8];
+    for (int r = 0; r < 8; ++r) {
+      __m256i of_row[Codes::kVectors];
+      Codes::expand(from[r], of_row);
 #pragma GCC unroll 4
+      for (int i = 0; i < Codes::kVectors; ++i) vectors[i][r] = of_row[i];
+      from[r] += Codes::kBytes;
+    }
     for (int i = 0; i < Codes::kVectors; ++i, words += 8 * kPanelStride) {
       __m256i a[8];
 #pragma GCC unroll 8
-      for (int r = 0; r < 8; ++r) a[r] = Codes::expand(from[r], i);
+      for (int r = 0; r < 8; ++r) a[r] = vectors[i][r];
       transpose_8x8(a);
 #pragma GCC unroll 8
       for (int w = 0; w < 8; ++w) _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + w * kPanelStride), a[w]);
     }
-    for (int r = 0; r < 8; ++r) from[r] += Codes::kBytes;
   }
 }
 
@@ -70,7 +79,7 @@ void fill_panel(const Geometry<Format>& geometry, const int64_t* rows, int64_t f
     const uint8_t* from[8];
     for (int r = 0; r < 8; ++r) from[r] = geometry.payload + rows[half + r] * geometry.row_bytes + begin;
     if constexpr (Format::kExpands) {
-      expand_words<NarrowCodes<Format::kBits>>(from, columns, have, block.words + half * 4);
+      expand_words<typename Format::Codes>(from, columns, have, block.words + half * 4);
     } else {
       copy_words(from, round_up(groups * Format::kGroup * Format::kBits / 8, 32), have, block.words + half * 4);
     }
@@ -84,13 +93,13 @@ void fill_panel(const Geometry<Format>& geometry, const int64_t* rows, int64_t f
 // kPanelStep tokens against one block; acc is [kLanes][kPanelStep] registers in memory.
 template <class Panel>
 void panel_step(const PanelBlock<Panel>& block, int64_t groups, const uint8_t* const* act, PanelFloat* acc) {
-  constexpr int kWordBytes = Panel::kGroup * Panel::kBits / 8 * kPanelRows;
+  constexpr int kWordBytes = Panel::kGroup * Panel::kPanelBits / 8 * kPanelRows;
   const uint8_t* rec[kPanelStep];
   for (int t = 0; t < kPanelStep; ++t) rec[t] = act[t];
   for (int64_t g = 0; g < groups;) {
     for (int i = 0; i < Panel::kGroups && g < groups; ++i, ++g) {
       PanelInt sums[kPanelStep];
-      panel_sums<Panel::kBits, Panel::kGroup, kPanelStep>(block.words + g * kWordBytes, rec, i, sums);
+      panel_sums<Panel::kPanelBits, Panel::kGroup, kPanelStep>(block.words + g * kWordBytes, rec, i, sums);
       const PanelFloat ws = panel_load(block.scales + g * kPanelRows);
       PanelFloat* lane = acc + g % kLanes<Panel> * kPanelStep;
       const int at = Panel::kCodeBytes + Panel::lane_of_group(i) * 4;
@@ -115,7 +124,7 @@ inline PanelFloat panel_total(const PanelFloat* acc) {
 template <class Format>
 void int_rows_many(const RowsCall& call) {
   using Panel = Shared<Format>;
-  constexpr int kRecordsPerBlock = kPanelColumns / (Panel::kGroups * Panel::kGroup);
+  constexpr int kColumns = kPanelColumns<Panel>, kRecordsPerBlock = kColumns / (Panel::kGroups * Panel::kGroup);
   const Geometry<Format> geometry(*call.weight);
   PanelBlock<Panel> block;
   PanelFloat acc[kPanelTokens / kPanelStep][kLanes<Panel> * kPanelStep];
@@ -131,8 +140,8 @@ void int_rows_many(const RowsCall& call) {
       }
       const uint8_t* at[kPanelTokens];
       std::memcpy(at, act, sizeof(at));
-      for (int64_t c = 0; c < call.weight->cols; c += kPanelColumns) {
-        const int64_t columns = min_of(kPanelColumns, call.weight->cols - c);
+      for (int64_t c = 0; c < call.weight->cols; c += kColumns) {
+        const int64_t columns = min_of(kColumns, call.weight->cols - c);
         fill_panel<Format>(geometry, rows, c, columns, block);
         for (int64_t m = 0; m < tokens; m += kPanelStep) {
           panel_step<Panel>(block, ceil_div(columns, Panel::kGroup), at + m, acc[m / kPanelStep]);

@@ -7,7 +7,15 @@ namespace {
 
 // The format whose records of activations and whose panels serve Format.
 template <class Format>
-using Shared = IntFormat<Format::kSharedBits, Format::kGroup>;
+struct SharedBy {
+  using Type = IntFormat<Format::kSharedBits, Format::kGroup>;
+};
+template <>
+struct SharedBy<Nf4Format> {
+  using Type = Nf4Format;
+};
+template <class Format>
+using Shared = typename SharedBy<Format>::Type;
 
 // Lanes of the sum of a row, see kernels.h.
 template <class Format>
@@ -18,7 +26,9 @@ constexpr float kSmallestAmax = 1e-30f;
 
 template <class Format>
 inline void place_codes(const int8_t* codes, int64_t n, uint8_t* out) {
-  if constexpr (Format::kBits == 4) {
+  if constexpr (std::is_same<Format, Nf4Format>::value) {
+    Format::place(codes, out);
+  } else if constexpr (Format::kBits == 4) {
     for (int64_t b = 0; b < n; b += 128) {
       for (int i = 0; i < 64; ++i) {
         out[b + i] = static_cast<uint8_t>(codes[b + 2 * i]);

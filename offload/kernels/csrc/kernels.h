@@ -22,7 +22,8 @@ namespace {
   if (w.kind == EP_INT8 && w.group == 64) return CALL(IntFormat<8, 64>);       \
   if (w.kind == EP_INT8 && w.group == 128) return CALL(IntFormat<8, 128>);     \
   if (w.kind == EP_INT3 && w.group == 32) return CALL(IntFormat<3, 32>);       \
-  if (w.kind == EP_INT2 && w.group == 32) return CALL(IntFormat<2, 32>)
+  if (w.kind == EP_INT2 && w.group == 32) return CALL(IntFormat<2, 32>);       \
+  if (w.kind == EP_NF4 && w.group == 64 && w.cols % 64 == 0) return CALL(Nf4Format)
 
 int64_t act_bytes(const ep_weight& w) {
 #define EP_CALL(...) (record_bytes<Shared<__VA_ARGS__>>(w.cols))

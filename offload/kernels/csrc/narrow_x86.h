@@ -38,16 +38,18 @@ inline __attribute__((always_inline)) CodePair code_pair(const uint8_t* step, in
   }
 }
 
-// How panels (int_panels.h) take codes of BITS bits: vector i of kVectors holds columns 64 i to 64 i + 63 of kColumns,
-// which are kBytes, as int4 stores them.
+// Codes of BITS bits in panels (see expand_words): 64 columns per vector, as int4 stores them.
 template <int BITS>
 struct NarrowCodes {
   static constexpr int kColumns = 256;
   static constexpr int kBytes = kColumns * BITS / 8;
   static constexpr int kVectors = 4;
-  static inline __attribute__((always_inline)) __m256i expand(const uint8_t* codes, int i) {
-    const CodePair pair = code_pair<BITS>(codes, i);
-    return _mm256_or_si256(pair.even, _mm256_slli_epi16(pair.odd, 4));
+  static inline __attribute__((always_inline)) void expand(const uint8_t* codes, __m256i* nibbles) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      const CodePair pair = code_pair<BITS>(codes, i);
+      nibbles[i] = _mm256_or_si256(pair.even, _mm256_slli_epi16(pair.odd, 4));
+    }
   }
 };
 

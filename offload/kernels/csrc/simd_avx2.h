@@ -8,6 +8,7 @@
 
 #include "formats.h"
 #include "narrow_x86.h"
+#include "nf4_x86.h"
 #include "transpose_x86.h"
 
 namespace {
@@ -128,6 +129,7 @@ inline __m256i pair64x16(__m256i x, __m256i y) {
 }
 template <int BITS, int G>
 struct IntFormat : GroupedTraits<BITS, G> {
+  using Codes = NarrowCodes<BITS>;
   static constexpr bool kPaired = BITS <= 4 && G == 32;
   static constexpr int kGroups = 8;
   static constexpr int kPhases = kPaired ? 2 : 1;
@@ -344,6 +346,15 @@ inline void panel_sums(const uint8_t* words, const uint8_t* const* act, int grou
         sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(part[t], _mm256_set1_epi16(1)));
       }
 #endif
+    }
+  } else if constexpr (BITS == 16) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kWords; ++i) {
+      const __m256i raw = load256(words + 32 * i);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(raw, word_of(act[t] + 2 * group * G + 4 * i)));
+      }
     }
   } else {
 #pragma GCC unroll 4

@@ -6,6 +6,7 @@
 
 #include "formats.h"
 #include "narrow_x86.h"
+#include "nf4_x86.h"
 #include "transpose_x86.h"
 
 namespace {
@@ -91,6 +92,7 @@ inline __m256i totals(const __m512i* v) {
 // sixteen groups meet in one vector of sums after two rounds of pairwise adds.
 template <int BITS>
 struct NibbleFormat : GroupedTraits<BITS, 32> {
+  using Codes = NarrowCodes<BITS>;
   static constexpr int kGroups = 16;
   static constexpr int kPhases = 1;
   static constexpr int kWeightBytes = 64 * BITS;
@@ -266,6 +268,9 @@ inline void panel_sums(const uint8_t* words, const uint8_t* const* act, int grou
         sums[t] = _mm512_dpbusd_epi32(sums[t], lo, word_of(act[t] + at));
         sums[t] = _mm512_dpbusd_epi32(sums[t], hi, word_of(act[t] + at + 64));
       }
+    } else if constexpr (BITS == 16) {
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) sums[t] = _mm512_dpwssd_epi32(sums[t], raw, word_of(act[t] + 2 * group * G + 4 * i));
     } else {
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) sums[t] = _mm512_dpbusd_epi32(sums[t], raw, word_of(act[t] + group * G + 4 * i));

@@ -145,6 +145,41 @@ struct IntFormat : GroupedTraits<BITS, G> {
   }
 };
 
+struct Nf4Format : Nf4Traits {
+  static constexpr int kGroups = 8;
+  static constexpr int kPhases = 1;
+  static constexpr int kWeightBytes = kGroups * kGroup / 2;
+  static constexpr int kCodeBytes = kGroups * kGroup;
+  static constexpr int kRecordBytes = kCodeBytes + kGroups * 8;
+  static constexpr bool kTurns = false;
+  static constexpr bool kParts = true;
+  using Accumulator = Acc;
+
+  static Acc zero() { return Acc{}; }
+  static constexpr int lane_of_group(int g) { return g; }
+  static float finish(const Acc* acc) { return acc_sum(acc[0]); }
+  static void place(const int8_t* codes, uint8_t* out) { std::memcpy(out, codes, kCodeBytes); }
+
+  template <int MT>
+  static inline void step(Acc* acc, const uint8_t* w, const uint8_t* ws, const uint8_t* const* rec) {
+    part<MT>(acc, w, ws, rec, kGroups);
+  }
+  template <int MT>
+  static inline void part(Acc* acc, const uint8_t* w, const uint8_t* ws, const uint8_t* const* rec, int groups) {
+    for (int m = 0; m < MT; ++m) {
+      const int8_t* q = reinterpret_cast<const int8_t*>(rec[m]);
+      const float* as = reinterpret_cast<const float*>(rec[m] + kCodeBytes);
+      for (int g = 0; g < groups; ++g) {
+        int32_t d = 0;
+        for (int i = g * kGroup; i < (g + 1) * kGroup; i += 2) {
+          d += kNf4Units.value[w[i / 2] >> 4] * q[i] + kNf4Units.value[w[i / 2] & 15] * q[i + 1];
+        }
+        acc[m].v[g] = std::fma(static_cast<float>(d), scale(ws + g * kScaleBytes) * as[g], acc[m].v[g]);
+      }
+    }
+  }
+};
+
 inline bool has_e4m3_nan(const uint8_t* p, int64_t n) {
   bool found = false;
   for (int64_t i = 0; i < n; ++i) found |= (p[i] & 0x7F) == 0x7F;
