@@ -170,7 +170,7 @@ def _stop_strings(value: str | Iterable[str]) -> tuple[str, ...]:
         if not isinstance(text, str) or not text:
             raise UsageError(f"stop holds {text!r}: each stop string must be a non-empty text")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise UsageError(f"stop holds {text!r}: half a surrogate pair, or bytes that are not UTF-8, are no text")
+            raise UsageError(f"stop holds {text!r}: each stop string must be text that UTF-8 can express")
     return strings
 
 
@@ -179,7 +179,6 @@ def _token_ids(name: str, value: Iterable[int]) -> tuple[int, ...]:
 
 
 def _tuple(name: str, value: Any) -> tuple[Any, ...]:
-    try:
-        return tuple(value)
-    except TypeError:
-        raise UsageError(f"{name} is {value!r}: it must be a list") from None
+    if isinstance(value, (Mapping, bytes)) or not isinstance(value, Iterable):
+        raise UsageError(f"{name} is {value!r}: it must be a list")
+    return tuple(value)

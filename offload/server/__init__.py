@@ -20,13 +20,11 @@ __all__ = ["ServerOptions", "serve"]
 
 def serve(engine: ServedEngine, options: ServerOptions | None = None) -> None:
     """Serve `engine` until interrupted. Raises UsageError if host and port cannot be listened on."""
-    import uvicorn
-
     from offload.server.app import create_app
+    from offload.server.uvicorn_server import Server
 
     options = options or ServerOptions()
-    app = create_app(engine, options)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    server = Server(create_app(engine, options))
     with _listen(options) as listening, suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
 

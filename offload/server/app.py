@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
@@ -39,12 +39,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def create_app(engine: ServedEngine, options: ServerOptions) -> Starlette:
-    """The application that serves `engine`."""
+    """The application that serves `engine`. Its `state.end_jobs` ends what runs and waits, with an answer to each."""
     api = _Api(engine, options)
     cors = Middleware(
         CORSMiddleware, allow_origins=list(options.allow_origins), allow_methods=["*"], allow_headers=["*"]
     )
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/health", api.health),
             Route("/metrics", api.metrics),
@@ -54,9 +54,16 @@ def create_app(engine: ServedEngine, options: ServerOptions) -> Starlette:
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
         ],
         middleware=[cors] if options.allow_origins else [],
-        exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error},
+        exception_handlers={
+            ApiError: _api_error,
+            HTTPException: _http_error,
+            ClientDisconnect: _nobody_there,
+            Exception: _internal_error,
+        },
         lifespan=api.lifespan,
     )
+    app.state.end_jobs = api.end_jobs
+    return app
 
 
 class _Api:
@@ -78,6 +85,10 @@ class _Api:
             self._scheduler.close()
             await running
             self._text_thread.shutdown(wait=False)
+
+    def end_jobs(self) -> None:
+        """Refuse new requests and answer the present ones that the server is shutting down."""
+        self._scheduler.close()
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "running": self._scheduler.running, "waiting": self._scheduler.waiting})
@@ -312,6 +323,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     body = ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}").body
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _nobody_there(request: Request, error: Exception) -> Response:
+    """The client left while it sent its request: no fault of the server's."""
+    return Response(status_code=499)
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:

@@ -30,7 +30,6 @@ _IGNORED = frozenset(
         "safety_identifier",
         "service_tier",
         "store",
-        "tool_choice",
         "user",
     }
 )
@@ -49,8 +48,11 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
+    "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
+
+_NOT_FOR_TEMPLATES = frozenset({"self", "messages", "tools", "documents", "special_tokens"})
 
 
 class ApiError(Exception):
@@ -65,6 +67,8 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
     ) -> None:
+        # What the client sent may hold half a surrogate pair, which no answer can.
+        message, param = (text and text.encode("utf-8", "backslashreplace").decode() for text in (message, param))
         super().__init__(message)
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -126,8 +130,7 @@ def parse_chat(body: dict[str, Any]) -> ApiRequest:
     except UsageError as error:
         raise ApiError(400, str(error), param="messages") from None
     options = rest.pop("chat_template_kwargs", {})
-    if not isinstance(options, dict):
-        raise ApiError(400, "chat_template_kwargs must be an object", param="chat_template_kwargs")
+    _check_template_options(options)
     if "max_completion_tokens" in rest:
         rest["max_tokens"] = rest.pop("max_completion_tokens")
     separate = _boolean(rest, "separate_reasoning", True)
@@ -149,6 +152,8 @@ def _common(rest: dict[str, Any], logprobs: Any) -> dict[str, Any]:
     stream_options = rest.pop("stream_options", {})
     if not isinstance(stream_options, dict) or stream_options.keys() - {"include_usage", "include_obfuscation"}:
         raise ApiError(400, "stream_options may hold include_usage", param="stream_options")
+    if not isinstance(stream_options.get("include_usage", False), bool):
+        raise ApiError(400, "stream_options.include_usage must be true or false", param="stream_options")
     sampling = {name: rest.pop(name) for name in _SAMPLING & rest.keys()}
     if logprobs is not None:
         sampling["logprobs"] = logprobs
@@ -180,6 +185,21 @@ def _message(message: Any, index: int) -> Any:
             raise ApiError(400, f"messages[{index}].content may hold text parts only", param="messages")
         texts.append(part["text"])
     return {**message, "content": "\n".join(texts)}
+
+
+def _check_template_options(options: Any) -> None:
+    """`chat_template_kwargs` are for the template's own names, not for those by which it is called."""
+    wrong = None
+    if not isinstance(options, dict):
+        wrong = "must be an object"
+    elif taken := _NOT_FOR_TEMPLATES & options.keys():
+        wrong = f"must not hold {', '.join(sorted(taken))}"
+    elif not isinstance(options.get("add_generation_prompt", True), bool):
+        wrong = "holds add_generation_prompt, which must be true or false"
+    elif not isinstance(options.get("template", ""), str):
+        wrong = "holds template, which must be the name of one"
+    if wrong:
+        raise ApiError(400, f"chat_template_kwargs {wrong}", param="chat_template_kwargs")
 
 
 def _list(name: str, value: Any) -> list[Any]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import httpx
 import numpy as np
-import uvicorn
 
 from offload.engine.generation import Generation, generate
 from offload.engine.request import resolve_sampling
 from offload.engine.tokenizer import Tokenizer
 from offload.server.app import create_app
 from offload.server.options import ServerOptions
+from offload.server.uvicorn_server import Server
 
 VOCAB = 512
 
@@ -88,8 +88,7 @@ class Running:
     """A server on a free local port, in a thread of its own."""
 
     def __init__(self, engine: HashEngine, options: ServerOptions) -> None:
-        config = uvicorn.Config(create_app(engine, options), port=0, log_level="warning", timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(config)
+        self._server = Server(create_app(engine, options), port=0, graceful_s=1)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()), daemon=True)
         self._thread.start()
         wait_until(lambda: self._server.started)

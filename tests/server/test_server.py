@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -156,6 +157,8 @@ BAD = [
     ("/v1/chat/completions", {"messages": []}, "messages must be a non-empty list"),
     ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": 3}]}, "chat template"),
     ("/v1/chat/completions", {**CHAT, "chat_template_kwargs": {"bos_token": ""}}, "bos_token"),
+    ("/v1/completions", {**PLAIN, "stop": "\ud83d"}, "stop holds '\\ud83d'"),
+    ("/v1/completions", {**PLAIN, "\ud83d": 1}, "unknown field '\\ud83d'"),
 ]
 
 
@@ -323,12 +326,30 @@ def test_metrics(client: httpx.Client) -> None:
     assert 'expertpager_layer_stall_s{index="1"} 1.5' in lines
 
 
-def test_shutdown_ends_what_is_under_way(start: Callable[..., Running], engine: HashEngine) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_shutdown_ends_what_is_under_way(start: Callable[..., Running], engine: HashEngine, stream: bool) -> None:
     server = start()
     engine.pause_s = 0.05  # 200 tokens would take ten seconds, the server waits for one
-    connection = raw_request(server.port, {**PLAIN, "max_tokens": 200})
-    wait_until(lambda: engine.prompts != [])
+    connection = raw_request(server.port, {**PLAIN, "max_tokens": 200, "stream": stream})
+    wait_until(lambda: engine.calls > 1)
     server.stop()
     assert engine.closed == 1
     assert engine.calls < 200
+    with connection, connection.makefile("rb") as answer:
+        text = answer.read().decode()
+    assert text.startswith("HTTP/1.1 200" if stream else "HTTP/1.1 503")
+    assert '"code": "shutting_down"' in text if stream else '"code":"shutting_down"' in text
+    assert not stream or text.endswith("data: [DONE]\n\n\r\n0\r\n\r\n")  # a whole answer, not one cut off
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_fault(
+    start: Callable[..., Running], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start()
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"pro')
+    time.sleep(0.2)
     connection.close()
+    time.sleep(0.2)
+    assert server.client.post("/v1/completions", json=PLAIN).status_code == 200
+    assert not caplog.records
