@@ -170,10 +170,14 @@ struct Nf4Format : Nf4Traits {
       const int8_t* q = reinterpret_cast<const int8_t*>(rec[m]);
       const float* as = reinterpret_cast<const float*>(rec[m] + kCodeBytes);
       for (int g = 0; g < groups; ++g) {
-        int32_t d = 0;
-        for (int i = g * kGroup; i < (g + 1) * kGroup; i += 2) {
-          d += kNf4Units.value[w[i / 2] >> 4] * q[i] + kNf4Units.value[w[i / 2] & 15] * q[i + 1];
+        int16_t values[kGroup];
+        for (int i = 0; i < kGroup / 2; ++i) {
+          const uint8_t pair = w[g * kGroup / 2 + i];
+          values[2 * i] = kNf4Units.value[pair >> 4];
+          values[2 * i + 1] = kNf4Units.value[pair & 15];
         }
+        int32_t d = 0;
+        for (int i = 0; i < kGroup; ++i) d += values[i] * q[g * kGroup + i];
         acc[m].v[g] = std::fma(static_cast<float>(d), scale(ws + g * kScaleBytes) * as[g], acc[m].v[g]);
       }
     }
