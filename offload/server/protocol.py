@@ -67,11 +67,16 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
     ) -> None:
-        # What the client sent may hold half a surrogate pair, which no answer can.
-        message, param = (text and text.encode("utf-8", "backslashreplace").decode() for text in (message, param))
+        message = _tellable(message)
         super().__init__(message)
         self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        told = None if param is None else _tellable(param)
+        self.body = {"error": {"message": message, "type": kind, "param": told, "code": code}}
+
+
+def _tellable(text: str) -> str:
+    """`text` without halves of surrogate pairs, which a client may send and no answer can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
