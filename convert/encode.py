@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from convert.encoder import Encoded
 from convert.mapping import Linear
 from convert.plan import ConversionPlan, ResidentFile, linear_slots
 from convert.requantize import count_no_numbers, requantize
@@ -40,7 +41,7 @@ def encode_expert(plan: ConversionPlan, expert: ExpertId, tensors: Mapping[str, 
     errors: list[float] = []
     for projection in PROJECTIONS:
         linear = plan.mapped.experts[expert][projection]
-        done = requantize(linear, tensors, plan.mapped.block, plan.layout.codec, plan.recipe.scales, plan.encoder)
+        done = _encoded(plan, linear, tensors, plan.layout.codec)
         parts[projection] = done.parts
         errors.append(done.error)
     gate, up, down = errors
@@ -93,11 +94,20 @@ def _encode_linear(
         yield f"{linear.module}.{item}", iter((tensor,))
 
 
+def _encoded(plan: ConversionPlan, linear: Linear, tensors: Mapping[str, Tensor], codec: Codec) -> Encoded:
+    """`linear` in the bytes of `codec`; a fault names the shard that has to be fetched again."""
+    try:
+        return requantize(linear, tensors, plan.mapped.block, codec, plan.recipe.scales, plan.encoder)
+    except CheckpointError as fault:
+        where = plan.checkpoint.source.where(linear.weight.file)
+        raise CheckpointError(f"{where}: {fault}; if the shard is damaged, fetch it again") from None
+
+
 def _encode_strips(plan: ConversionPlan, linear: Linear, codec: Codec) -> Iterator[dict[str, Tensor]]:
     """The raw tensors of `linear`, some rows at a time: a head of 1.9 GB never is in memory as a whole."""
     if linear.scale is not None:  # FP8 weights are small enough, and their scales are ragged
         tensors = plan.checkpoint.load(linear.names)
-        yield requantize(linear, tensors, plan.mapped.block, codec, plan.recipe.scales, plan.encoder).parts
+        yield _encoded(plan, linear, tensors, codec).parts
         return
     info = linear.weight
     row = info.nbytes // linear.rows
@@ -108,7 +118,7 @@ def _encode_strips(plan: ConversionPlan, linear: Linear, codec: Codec) -> Iterat
         part = TensorInfo(info.name, info.file, info.dtype, (rows, linear.cols), 0, rows * row)
         strip = replace(linear, rows=rows, weight=part)
         tensors = {info.name: as_tensor(raw, part)}
-        yield requantize(strip, tensors, plan.mapped.block, codec, plan.recipe.scales, plan.encoder).parts
+        yield _encoded(plan, strip, tensors, codec).parts
 
 
 def _copy(checkpoint: Checkpoint, info: TensorInfo, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -120,5 +130,8 @@ def _copy(checkpoint: Checkpoint, info: TensorInfo, dtype: torch.dtype) -> Itera
         count = nbytes // info.dtype.itemsize
         part = as_tensor(raw, TensorInfo(info.name, info.file, info.dtype, (count,), 0, nbytes))
         if count_no_numbers(part):
-            raise CheckpointError(f"{checkpoint.source.where(info.file)}: {info.name} holds NaN or infinite values")
+            where = checkpoint.source.where(info.file)
+            raise CheckpointError(
+                f"{where}: {info.name} holds NaN or infinite values; if the shard is damaged, fetch it again"
+            )
         yield part.to(dtype)

@@ -205,14 +205,15 @@ def test_wrong_shapes(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scale_that_is_no_number(source: Path, tmp_path: Path, experts: str, value: float) -> None:
     patch_tensor(source, f"{EXPERT}_scale_inv", np.float32(value).tobytes(), at=4)
-    refused(source, tmp_path / "s", CheckpointError, f"{EXPERT}_scale_inv", "1 of 4", "NaN", experts=experts)
+    told = f"{EXPERT}_scale_inv", "1 of 4", "NaN", ".safetensors: "
+    refused(source, tmp_path / "s", CheckpointError, *told, experts=experts)
     assert not (tmp_path / "s" / "expertpager.json").exists()
 
 
 @pytest.mark.parametrize("experts", ["int4-g32", "fp8", "bf16", "int8-g128", "nf4-b64", "int3-g32", "int2-g32"])
 def test_weight_that_is_no_number(source: Path, tmp_path: Path, experts: str) -> None:
     patch_tensor(source, EXPERT, b"\x7f", at=77)
-    refused(source, tmp_path / "s", CheckpointError, EXPERT, "NaN", experts=experts)
+    refused(source, tmp_path / "s", CheckpointError, EXPERT, "NaN", ".safetensors: ", experts=experts)
 
 
 def test_norm_that_is_no_number(source: Path, tmp_path: Path) -> None:
