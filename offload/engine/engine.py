@@ -5,6 +5,7 @@ Owns the life of its parts and what is asked of them. What computes, and in whic
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -35,6 +36,18 @@ from offload.tune.budget import DEFAULT_CONTEXT
 from offload.tune.compare import Comparison
 from offload.tune.machine import MachineSpec
 
+log = logging.getLogger("expertpager")
+
+READ_HERE = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""Small files on which the text depends. Changing them may be meant, so that is told and not refused."""
+
 Progress = Callable[[float], None]
 """Is told the share of a prompt that has been computed, 0..1."""
 
@@ -61,6 +74,12 @@ class Engine:
         if self._trace_path:
             _check_writable(self._trace_path)
         self.store = Store.open(store)
+        for name in self.store.altered(READ_HERE):
+            log.warning(
+                "%s is not as it was converted: edited, damaged or missing, and what is generated may depend on it; "
+                "`expertpager verify --repair` restores it",
+                self.store.path / name,
+            )
         self.config = self.store.config
         self.context = _context(options.context, self.config.max_position_embeddings)
         self.tokenizer = load_tokenizer(self.store.path)  # before the plan: what it takes counts to the process

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from offload.quant import Codec, QuantizedTensor, get_codec
 from offload.store.direct import page_buffer
 from offload.store.hf_config import scale_suffix
 from offload.store.layout import ExpertLayout, LayerFile, disk_suffix, resident_file_name
-from offload.store.manifest import MANIFEST_NAME, Manifest
+from offload.store.manifest import MANIFEST_NAME, Manifest, checksum
 from offload.store.safetensors import Header, TensorEntry, read_header
 from offload.types import ExpertId, Extent
 
@@ -59,6 +60,16 @@ class Store:
         store = cls(directory, manifest, hf_config, config, layout)
         store._check_structure()
         return store
+
+    def altered(self, names: Iterable[str]) -> list[str]:
+        """Those of the small files `names` that are not what the manifest says: edited, damaged or missing."""
+        return [name for name in names if name in self.manifest.files and not self._as_written(name)]
+
+    def _as_written(self, name: str) -> bool:
+        try:
+            return checksum((self.path / name).read_bytes()) == self.manifest.files[name]
+        except OSError:
+            return False
 
     def locate(self, expert: ExpertId) -> Extent:
         """The extent of `expert`: one contiguous read."""

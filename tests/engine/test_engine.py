@@ -235,6 +235,25 @@ def test_a_saved_profile_is_taken_and_announced(store: Path, tmp_path: Path) -> 
         assert not any("saved by tune" in line for line in engine.describe())
 
 
+def test_small_files_that_were_changed_are_told(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    with offload.load(copy, context=64, usage="off"):
+        assert not caplog.records
+    config = (copy / "config.json").read_text()
+    assert '"routed_scaling_factor": 2.5' in config  # one bit makes it 0.5, 3.5, ...: valid, and other mathematics
+    (copy / "config.json").write_text(config.replace('"routed_scaling_factor": 2.5', '"routed_scaling_factor": 3.5'))
+    (copy / "tokenizer_config.json").unlink()
+    with offload.load(copy, context=64, usage="off"):
+        told = [record.getMessage() for record in caplog.records]
+    assert [line.split(" is not as it was converted")[0] for line in told] == [
+        str(copy / "config.json"),
+        str(copy / "tokenizer_config.json"),
+    ]
+
+
 def test_a_run_is_compared_with_the_plan_where_there_is_a_machine_file(store: Path, tmp_path: Path) -> None:
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
