@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from offload.errors import StoreError
 from offload.store.manifest import MANIFEST_NAME, checksum
@@ -258,6 +258,10 @@ def _sound(data: bytes) -> tuple[list[dict[str, Any]], int]:
 
 def _take_lock(directory: Path, folder: Path, alone: bool) -> int:
     """Lock `directory` for this run. Raises StoreError when a run that does not share is under way."""
+    foreign = _foreign(directory)
+    # In this order: other runs make the folder before any file, and remove it after the manifest.
+    if foreign and not folder.exists() and not (directory / MANIFEST_NAME).exists():
+        _refuse(directory, foreign)  # before anything is left among somebody's files
     kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
     with disk_faults(folder, 0):
         while True:
@@ -294,9 +298,16 @@ def _same_file(path: Path, fd: int) -> bool:
 
 def _require_empty(directory: Path) -> None:
     """A folder that no conversion has begun must be empty: nobody's files get mixed up or overwritten."""
-    foreign = sorted(path.name for path in directory.iterdir() if path.name not in (FOLDER, _REMOVED))
-    if foreign:
-        raise StoreError(
-            f"{directory}: holds {len(foreign)} files that no conversion has begun (the first is {foreign[0]}); "
-            "choose an empty or new folder"
-        )
+    if foreign := _foreign(directory):
+        _refuse(directory, foreign)
+
+
+def _foreign(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.name not in (FOLDER, _REMOVED))
+
+
+def _refuse(directory: Path, foreign: list[str]) -> NoReturn:
+    raise StoreError(
+        f"{directory}: holds {len(foreign)} files that no conversion has begun (the first is {foreign[0]}); "
+        "choose an empty or new folder"
+    )

@@ -135,6 +135,13 @@ def test_a_folder_without_its_identity_is_refused(checkpoint: Path, interrupted:
         convert(checkpoint, interrupted)
 
 
+def test_nothing_is_left_among_files_of_somebody_else(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").touch()
+    with pytest.raises(StoreError, match=r"holds 1 files that no conversion has begun \(the first is precious.txt\)"):
+        convert(checkpoint, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
 def test_lost_files_are_written_again(checkpoint: Path, interrupted: Path, whole: dict[str, str]) -> None:
     for partial in interrupted.glob("*-experts.safetensors.partial"):
         partial.unlink()
