@@ -105,7 +105,7 @@ def simulate(
     for policy in policies:
         if policy not in POLICIES:
             raise UsageError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
-    chosen = list(policies) or list(POLICIES)
+    chosen = list(dict.fromkeys(policies)) or list(POLICIES)
     aging = [policy for policy in chosen if policy in HALF_LIVES]
     if half_life is not None:
         check_half_life(half_life, aging[0] if aging else chosen[0])
@@ -115,7 +115,10 @@ def simulate(
     expert_bytes = loaded.header.get("expert_bytes") or 1
     machine = Machine(expert_bytes, float(drive), memory_bytes_per_s=float(memory))
     keys = loaded.shape.keys
-    sizes = sizes or sorted({max(1, round(share * keys)) for share in SHARES})
+    if sizes and not 1 <= min(sizes) <= max(sizes) <= keys:
+        wrong = next(size for size in sizes if not 1 <= size <= keys)
+        raise UsageError(f"--slots {wrong}: it must be 1 to {keys}, which hold all experts of {trace}")
+    sizes = list(dict.fromkeys(sizes)) or sorted({max(1, round(share * keys)) for share in SHARES})
     results = []
     for policy in chosen:
         options = {} if half_life is None or policy not in aging else {"half_life": half_life}

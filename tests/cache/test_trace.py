@@ -234,6 +234,10 @@ def test_simulate_takes_a_half_life_for_all_that_have_one(recorded_with, tmp_pat
     plain = simulate(tmp_path / "t.npz", policies=["ema", "ema+tokens"], sizes=[33]).results
     assert [result.settings["half_life"] for result in plain] == [recorded_with or 32.0, 60.0]
     assert plain[0].events != asked.results[1].events
+    with pytest.raises(UsageError, match="--slots 121: it must be 1 to 120"):  # a billion took all memory
+        simulate(tmp_path / "t.npz", sizes=[33, 121])
+    twice = simulate(tmp_path / "t.npz", policies=["lru", "lru"], sizes=[33, 33]).results
+    assert [(result.policy, result.slots) for result in twice] == [("lru", 33)]
     with pytest.raises(UsageError, match="lru has none"):
         simulate(tmp_path / "t.npz", policies=["lru", "lfu"], half_life=1.5)
     with pytest.raises(UsageError, match="number of tokens"):
