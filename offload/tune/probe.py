@@ -43,7 +43,7 @@ from offload.tune.surroundings import OtherWork, warnings
 from offload.tune.timing import mean_time
 from offload.types import Extent, align_up, format_size
 
-FORMATS = ("int4-g32", "int4-g128", "int8-g128", "nf4-b64", "int3-g32", "fp8", "bf16")
+FORMATS = ("int4-g32", "int4-g128", "int8-g128", "nf4-b64", "int3-g32", "int2-g32", "fp8", "bf16")
 RESIDENT_FORMATS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "bf16")
 
 
