@@ -663,15 +663,18 @@ def main() -> None:
     _open_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     debug = "--debug" in sys.argv[1:]
-    interrupted = False
+    ended_by = 0
 
     def interrupt(number: int, frame: object) -> None:
-        nonlocal interrupted
-        interrupted = True
+        nonlocal ended_by
+        ended_by = number
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
+    # Whoever ends a run gets what Ctrl-C gets: the summary, the trace. Signals that are ignored (nohup) stay so.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # not every system has all
+        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, interrupt)
     try:
         code = cli.main(standalone_mode=False, auto_envvar_prefix="EXPERTPAGER")
         sys.exit(code if isinstance(code, int) else 0)
@@ -681,7 +684,7 @@ def main() -> None:
         fault.show()
         sys.exit(fault.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _end_interrupted()
+        _end_interrupted(ended_by)
     except ReaderGoneError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
         sys.exit(141)
@@ -691,8 +694,8 @@ def main() -> None:
         click.echo(f"error: {fault or type(fault).__name__}", err=True)
         sys.exit(1)
     except Exception as fault:
-        if interrupted:  # Libraries that are interrupted while they are imported raise anything.
-            _end_interrupted()
+        if ended_by:  # Libraries that are interrupted while they are imported raise anything.
+            _end_interrupted(ended_by)
         if debug:
             raise
         click.echo(
@@ -702,10 +705,12 @@ def main() -> None:
         sys.exit(1)
 
 
-def _end_interrupted() -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more: at once, without a word
-    click.echo("interrupted", err=True)
-    sys.exit(130)
+def _end_interrupted(number: int) -> NoReturn:
+    """The end after signal `number` (0: Ctrl-C that nobody has counted)."""
+    number = number or signal.SIGINT
+    signal.signal(number, signal.SIG_DFL)  # once more: at once, without a word
+    click.echo("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}", err=True)
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

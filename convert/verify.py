@@ -68,7 +68,8 @@ class VerifyReport:
             lines.append(f"{self.derived} experts derived again from the source")
         if self.damages:
             advice = "run `expertpager verify --repair --source SOURCE` on it"
-            lines.append(f"{self.path}: {len(self.damages)} damages; {checked}; {advice}")
+            count = "1 damage" if len(self.damages) == 1 else f"{len(self.damages)} damages"
+            lines.append(f"{self.path}: {count}; {checked}; {advice}")
         else:
             lines.append(f"{self.path}: every byte is sound; {checked}")
         return lines

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import cli
+from offload.cache.trace import Trace
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +41,8 @@ def fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 
     yield call
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_help_and_version_answer_without_torch() -> None:
@@ -166,6 +169,21 @@ def test_a_fault_after_an_interrupt_is_the_interrupt(
 
     monkeypatch.setattr(cli.cli, "main", half_imported)
     assert fails("generate", "store", code=130) == "interrupted"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_ended_keeps_its_trace(number: signal.Signals, store: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "t.npz"
+    command = [sys.executable, "-m", "cli", "generate", str(store), "-p", "x", "--ignore-eos", "-n", "100000"]
+    command += ["--context", "120000", "--trace", str(trace)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(20)
+        process.send_signal(number)
+        told = process.stderr.read().decode()
+        assert process.wait(60) == 128 + number, told
+    assert told.splitlines()[-1] == f"ended by {number.name}" and "Traceback" not in told
+    assert Trace.load(trace).experts.shape[0] > 1
 
 
 def test_bad_sources_give_one_clear_line(checkpoint: Path, tmp_path: Path, fails: Callable[..., str]) -> None:

@@ -159,14 +159,14 @@ def usable_cpus() -> int:
 
 
 MOST_THREADS = 1024
-"""More than a machine has cores; systems refuse to start many more, and that cannot be told in a message."""
+"""More than a machine has cores."""
 
 
 class NativeKernels:
     """Kernels in C++ on `threads` threads (None: every core this process may use).
 
     `isa` forces an instruction set; every one gives the same bits. Raises KernelError when the library
-    or the instruction set cannot be used.
+    or the instruction set cannot be used, or the system does not start so many threads.
     """
 
     name = "native"
@@ -178,9 +178,14 @@ class NativeKernels:
             raise KernelError(f"kernels run on 1 to {MOST_THREADS} threads, not {threads}")
         if isa != "auto" and isa not in ISAS:
             raise KernelError(f"unknown instruction set {isa!r}; known: auto, {', '.join(ISAS)}")
+        if isa != "auto" and isa not in supported_isas():
+            raise KernelError(f"this processor does not run {isa}; it runs {', '.join(supported_isas())}")
         self._context = library.ep_create(isa.encode(), self.threads)
         if not self._context:
-            raise KernelError(f"this processor does not run {isa}; it runs {', '.join(supported_isas())}")
+            raise KernelError(
+                f"the system does not start {self.threads} threads (limits: ulimit -u, pids.max of the control group, "
+                "memory for their stacks); give fewer, --threads 1 if need be"
+            )
         # At exit the process ends with its threads; joining them then could hang after a fork.
         weakref.finalize(self, library.ep_destroy, self._context).atexit = False
         self.isa: str = library.ep_isa(self._context).decode()

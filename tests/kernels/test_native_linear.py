@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -348,6 +350,27 @@ def test_bad_arguments_are_named() -> None:
         NativeKernels(threads=0)
     with pytest.raises(KernelError, match="known: auto, avx512"):
         NativeKernels(isa="mmx")
+
+
+def test_threads_that_the_system_does_not_start_are_an_error() -> None:
+    """Thread stacks of eight megabytes each do not fit beside what the process has."""
+    program = """
+import resource
+from offload.errors import KernelError
+from offload.kernels.native import NativeKernels
+resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, resource.RLIM_INFINITY))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
+try:
+    NativeKernels(threads=1000)
+except KernelError as error:
+    print(error)
+NativeKernels(threads=2)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "does not start 1000 threads" in done.stdout
+
 
 
 def test_a_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

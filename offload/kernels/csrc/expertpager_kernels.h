@@ -56,7 +56,8 @@ EP_API int32_t ep_abi(void);
 // 1 when this processor runs that instruction set: "avx512", "avxvnni", "avx2", "portable" or "auto".
 EP_API int32_t ep_supports(const char* isa);
 // A context has an instruction set, `threads` - 1 worker threads and scratch memory. Calls on one
-// context from several threads take turns. NULL when the processor lacks the instruction set.
+// context from several threads take turns. NULL when the processor lacks the instruction set or the system refuses so
+// many threads.
 EP_API ep_context* ep_create(const char* isa, int32_t threads);
 EP_API void ep_destroy(ep_context* context);
 EP_API const char* ep_isa(const ep_context* context);

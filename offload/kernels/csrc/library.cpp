@@ -4,6 +4,8 @@
 #include "cut.h"
 #include "experts.h"
 
+#include <system_error>
+
 #if EP_X86
 #include <cpuid.h>
 #endif
@@ -121,7 +123,12 @@ EP_API int32_t ep_supports(const char* isa) { return find_isa(isa) != nullptr ? 
 
 EP_API ep_context* ep_create(const char* isa, int32_t threads) {
   const Isa* which = find_isa(isa);
-  return which == nullptr || threads < 1 ? nullptr : new ep_context(which, threads);
+  if (which == nullptr || threads < 1) return nullptr;
+  try {
+    return new ep_context(which, threads);
+  } catch (const std::system_error&) {  // a limit of processes
+    return nullptr;
+  }
 }
 
 EP_API void ep_destroy(ep_context* context) { delete context; }
