@@ -1,6 +1,6 @@
 """Builds the native CPU kernels; everything else about the package is in pyproject.toml.
 
-The library has a plain C interface and is opened by path (offload/kernels/native.py), so it needs no
+The library has a plain C interface and is opened by path (offload/kernels/native_library.py), so it needs no
 Python headers. It is optional: without a C++17 compiler the package installs and runs on torch.
 """
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from offload.errors import CodecError, KernelError, UsageError
-from offload.kernels.native import library_path
+from offload.kernels.native_library import library_path
 from offload.quant import Codec
 from offload.quant.grouped import GroupedIntCodec
 from offload.types import ceil_div

@@ -1,7 +1,7 @@
-"""The native CPU backend: the compiled library in csrc/, reached through ctypes.
+"""The native CPU backend: kernels in C++ behind the kernels API.
 
-Owns the binding: finding and opening the library, describing weights to it, checking arguments. The
-GIL is released during every call. Must not know models, tiers or how the kernels work.
+Owns checking arguments and which description goes with which weight. The GIL is released during every call. Must not
+know models, tiers or how the kernels work; the library itself is opened in `native_library`.
 
 Weights are described once: a resident weight's description is kept until the weight is collected, an
 expert's comes from its layout and needs only the address of its bytes. Integer formats (int8 and int4 in any
@@ -11,146 +11,30 @@ others decode their weights. Accumulation is fp32 throughout.
 
 from __future__ import annotations
 
-import ctypes
-import importlib.machinery
 import os
 import weakref
 from collections.abc import Sequence
-from ctypes import Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
-from functools import lru_cache
-from pathlib import Path
+from ctypes import byref, c_int64, c_uint64
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from offload.errors import KernelError
+from offload.kernels import native_library
 from offload.kernels.api import AttentionLayer, Expert, MoeLayer, MoeStart, RouterShape, Wave
-from offload.quant import Codec, QuantizedTensor
-from offload.quant.fp8 import Fp8Codec
-from offload.quant.grouped import GroupedIntCodec
-from offload.quant.nf4 import Nf4Codec
+from offload.kernels.native_library import (
+    F32,
+    ISAS,
+    Attention,
+    Moe,
+    Weight,
+    describe,
+    describe_router,
+    supported_isas,
+)
+from offload.quant import QuantizedTensor
 from offload.types import PROJECTIONS
-
-ISAS = ("avx512", "avxvnni", "avx2", "portable")
-"""Instruction sets of the library, fastest first."""
-
-_ABI = 3
-_F32, _BF16, _FP8, _INT4, _INT8, _NF4, _INT3, _INT2 = range(8)
-_INTEGERS = {8: _INT8, 4: _INT4, 3: _INT3, 2: _INT2}
-
-
-class _Weight(Structure):
-    _fields_ = (
-        ("kind", c_int32),
-        ("group", c_int32),
-        ("block_rows", c_int32),
-        ("block_cols", c_int32),
-        ("rows", c_int64),
-        ("cols", c_int64),
-        ("payload", c_uint64),
-        ("scale", c_uint64),
-    )
-
-
-class _Attention(Structure):
-    _fields_ = (
-        *((name, _Weight) for name in ("q_a", "q_b", "kv_a", "kv_b", "o")),
-        *((name, c_uint64) for name in ("input_norm", "q_a_norm", "kv_a_norm")),
-        *((name, c_float) for name in ("eps", "latent_eps", "scale")),
-        *((name, c_int32) for name in ("heads", "nope", "rope", "value")),
-    )
-
-
-class _Router(Structure):
-    _fields_ = (
-        ("experts", c_int32),
-        ("groups", c_int32),
-        ("top_groups", c_int32),
-        ("top_k", c_int32),
-        ("normalize", c_int32),
-        ("scaling", c_float),
-    )
-
-
-class _Moe(Structure):
-    _fields_ = (
-        ("router", _Weight),
-        ("shared", _Weight * 3),
-        ("norm", c_uint64),
-        ("bias", c_uint64),
-        ("config", _Router),
-        ("eps", c_float),
-        ("has_shared", c_int32),
-    )
-
-
-_P, _N, _F = c_void_p, c_int64, c_float
-_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "ep_abi": (c_int32, ()),
-    "ep_supports": (c_int32, (c_char_p,)),
-    "ep_create": (_P, (c_char_p, c_int32)),
-    "ep_destroy": (None, (_P,)),
-    "ep_isa": (c_char_p, (_P,)),
-    "ep_reserve": (_N, (_P, _N)),
-    "ep_linear": (_N, (_P, _P, _P, _N, _P)),
-    "ep_experts": (_N, (_P, _P, _P, _P, _P, _N, _P, _N, _N, _P)),
-    "ep_silu_mul": (None, (_P, _P, _P, _N, _P)),
-    "ep_combine": (None, (_P, _P, _P, _P, _N, _N, _N, _P)),
-    "ep_rms_norm": (None, (_P, _P, _P, _F, _N, _N, _P)),
-    "ep_rope": (None, (_P, _P, _P, _P, _N, _N, _N, _P)),
-    "ep_router_topk": (_N, (_P, _P, _P, _N, _N, _P, _P, _P, _P)),
-    "ep_mla_absorbed": (_N, (_P, _P, _P, _P, c_int32, _N, _N, _N, _N, _N, _F, _P)),
-    "ep_attend": (_N, (_P, _P, _P, _P, _N, _N, _N, _N, _N, _F, _P)),
-    "ep_absorb_query": (_N, (_P, _P, _P, _N, _N, _N, _N, _P)),
-    "ep_expand_value": (_N, (_P, _P, _P, _N, _N, _N, _P)),
-    "ep_attention": (_N, (_P, _P, _P, _P, _P, _N, _N, _P, _P)),
-    "ep_moe_begin": (_N, (_P, _P, _P, _N, _P, _P, _P, _P)),
-    "ep_moe_end": (_N, (_P, _P, _P, _P, _P, _N, c_uint64, _P)),
-    "ep_moe_finish": (_N, (_P, _P, _P, _P, _P, _P, _N, _P, _P, c_uint64, _P)),
-    "ep_read": (c_uint64, (_P, _P, _N)),
-}
-
-
-def library_path() -> Path | None:
-    """Where the compiled library lies, or None when it was not built."""
-    folder = Path(__file__).parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"_native{suffix}"
-        if path.is_file():
-            return path
-    return None
-
-
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
-    path = library_path()
-    if path is None:
-        raise KernelError("the library was not built; install a C++17 compiler and reinstall the package")
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        raise KernelError(f"{path} cannot be loaded ({error}); reinstall the package to rebuild it") from error
-    if library.ep_abi() != _ABI:
-        raise KernelError(f"{path} has interface {library.ep_abi()}, not {_ABI}; reinstall the package to rebuild it")
-    return library
-
-
-def available() -> str | None:
-    """None when the compiled kernels can be used, else why not."""
-    try:
-        _library()
-    except KernelError as error:
-        return str(error)
-    return None
-
-
-def supported_isas() -> tuple[str, ...]:
-    """The instruction sets that this processor runs, fastest first."""
-    return tuple(isa for isa in ISAS if _library().ep_supports(isa.encode()))
 
 
 def usable_cpus() -> int:
@@ -172,7 +56,7 @@ class NativeKernels:
     name = "native"
 
     def __init__(self, threads: int | None = None, isa: str = "auto") -> None:
-        library = self._library = _library()
+        library = self._library = native_library.library()
         self.threads = usable_cpus() if threads is None else threads
         if not 1 <= self.threads <= MOST_THREADS:
             raise KernelError(f"kernels run on 1 to {MOST_THREADS} threads, not {threads}")
@@ -189,7 +73,7 @@ class NativeKernels:
         # At exit the process ends with its threads; joining them then could hang after a fork.
         weakref.finalize(self, library.ep_destroy, self._context).atexit = False
         self.isa: str = library.ep_isa(self._context).decode()
-        self._weights: dict[int, tuple[weakref.ref[QuantizedTensor], Any, _Weight]] = {}
+        self._weights: dict[int, tuple[weakref.ref[QuantizedTensor], Any, Weight]] = {}
         self._layouts: dict[int, tuple[Any, Any]] = {}
         self._every: dict[int, Tensor] = {}  # positions 0..n-1 by n
         # Results are made as `tensor.new_empty(sizes)`: with code and data out of the processor's caches, as between
@@ -218,7 +102,7 @@ class NativeKernels:
             h = torch.empty_like(g)
             self._library.ep_silu_mul(self._context, g.data_ptr(), u.data_ptr(), g.numel(), h.data_ptr())
             return self.linear(h, down)
-        layout = (_Weight * 3)(*(self._describe(w)[1] for w in (gate, up, down)))
+        layout = (Weight * 3)(*(self._describe(w)[1] for w in (gate, up, down)))
         tokens = _rows(x, gate.cols)
         out = x.new_empty(tokens, down.rows)
         positions = self._every.get(tokens)
@@ -233,7 +117,7 @@ class NativeKernels:
         layout = self._expert_layout(wave[0][0])
         if layout is None:  # matrices that are not views into one buffer
             for expert, positions in wave:
-                alone = (_Weight * 3)(*(self._describe(w)[1] for w in _matrices(expert)))
+                alone = (Weight * 3)(*(self._describe(w)[1] for w in _matrices(expert)))
                 self._run_experts(alone, [0], [positions], x, k, partial)
             return
         bases = [expert.buffer.data_ptr() for expert, _ in wave]
@@ -275,7 +159,7 @@ class NativeKernels:
         _rows(bias, experts, 1)
         config = self._routers.get((shape, experts))
         if config is None:
-            config = self._routers[shape, experts] = _describe_router(shape, experts)
+            config = self._routers[shape, experts] = describe_router(shape, experts)
         ids = self._no_ids.new_empty(tokens, shape.num_experts_per_tok)
         weights = x.new_empty(tokens, shape.num_experts_per_tok)
         pointers = weight.data_ptr(), bias.data_ptr(), ids.data_ptr(), weights.data_ptr()
@@ -440,14 +324,14 @@ class NativeKernels:
         known = self._layouts.get(id(layout))
         if known is None:
             offsets = {(f.projection, f.suffix): f.offset for f in layout.fields}
-            described = (_Weight * 3)()
+            described = (Weight * 3)()
             for index, projection in enumerate(PROJECTIONS):
                 parts = {suffix: at for (owner, suffix), at in offsets.items() if owner == projection}
-                described[index] = _describe(layout.codec, layout.shape(projection), parts)
+                described[index] = describe(layout.codec, layout.shape(projection), parts)
             known = self._layouts[id(layout)] = (layout, described)  # holding it keeps its id taken
         return known[1]
 
-    def _describe_attention(self, layer: AttentionLayer) -> _Attention:
+    def _describe_attention(self, layer: AttentionLayer) -> Attention:
         heads, value = layer.num_attention_heads, layer.v_head_dim
         query = layer.qk_nope_head_dim + layer.qk_rope_head_dim
         hidden, low = layer.kv_a.cols, layer.kv_a.cols if layer.q_a is None else layer.q_a.rows
@@ -460,7 +344,7 @@ class NativeKernels:
         }
         if layer.q_a is not None:
             expected["q_a"] = (layer.q_a, low, hidden)
-        described = _Attention(
+        described = Attention(
             eps=layer.eps,
             latent_eps=layer.latent_eps,
             scale=layer.scale,
@@ -481,22 +365,22 @@ class NativeKernels:
             setattr(described, name, norm.data_ptr())
         return described
 
-    def _describe_moe(self, layer: MoeLayer) -> _Moe:
+    def _describe_moe(self, layer: MoeLayer) -> Moe:
         experts, hidden = layer.router.shape
         _rows(layer.router, hidden, experts)
         _rows(layer.bias, experts, 1)
         _rows(layer.norm, hidden, 1)
-        return _Moe(
-            router=_Weight(_F32, 0, 0, 0, experts, hidden, layer.router.data_ptr(), 0),
-            shared=(_Weight * 3)(*(self._describe(weight)[1] for weight in layer.shared or ())),
+        return Moe(
+            router=Weight(F32, 0, 0, 0, experts, hidden, layer.router.data_ptr(), 0),
+            shared=(Weight * 3)(*(self._describe(weight)[1] for weight in layer.shared or ())),
             norm=layer.norm.data_ptr(),
             bias=layer.bias.data_ptr(),
-            config=_describe_router(layer.shape, experts),
+            config=describe_router(layer.shape, experts),
             eps=layer.eps,
             has_shared=int(layer.shared is not None),
         )
 
-    def _describe(self, weight: QuantizedTensor) -> tuple[Any, _Weight]:
+    def _describe(self, weight: QuantizedTensor) -> tuple[Any, Weight]:
         key = id(weight)
         known = self._weights.get(key)
         if known is None:
@@ -504,7 +388,7 @@ class NativeKernels:
                 if not part.is_contiguous():
                     raise KernelError(f"{suffix} of a {weight.codec.name} weight is not contiguous")
             addresses = {suffix: part.data_ptr() for suffix, part in weight.parts.items()}
-            described = _describe(weight.codec, (weight.rows, weight.cols), addresses)
+            described = describe(weight.codec, (weight.rows, weight.cols), addresses)
             weights = self._weights
 
             def forget(_: object) -> None:
@@ -516,38 +400,6 @@ class NativeKernels:
 
 def _matrices(expert: Expert) -> tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]:
     return expert.gate_proj, expert.up_proj, expert.down_proj
-
-
-def _describe(codec: Codec, shape: tuple[int, int], addresses: dict[str, int]) -> _Weight:
-    """What the library needs to know of a weight; `addresses` by suffix may also be offsets."""
-    name = codec.name
-    group = block_rows = block_cols = 0
-    payload, scale = "weight", "weight_scale"
-    if name == "bf16":
-        kind = _BF16
-    elif isinstance(codec, Fp8Codec):
-        kind = _FP8
-        block_rows, block_cols = codec.block
-    elif isinstance(codec, GroupedIntCodec):
-        kind, group, payload = _INTEGERS[codec.bits], codec.group, "weight_packed"
-    elif isinstance(codec, Nf4Codec):
-        kind, group, scale = _NF4, codec.block, "weight.absmax"
-    else:
-        raise KernelError(f"the native kernels cannot read {name} weights; use --kernels reference")
-    return _Weight(kind, group, block_rows, block_cols, *shape, addresses[payload], addresses.get(scale, 0))
-
-
-def _describe_router(shape: RouterShape, experts: int) -> _Router:
-    if experts % shape.n_group:
-        raise KernelError(f"{experts} experts do not divide into {shape.n_group} groups")
-    return _Router(
-        experts,
-        shape.n_group,
-        shape.topk_group,
-        shape.num_experts_per_tok,
-        int(shape.norm_topk_prob),
-        shape.routed_scaling_factor,
-    )
 
 
 def _rows(x: Tensor, cols: int, rows: int | None = None) -> int:

@@ -31,11 +31,12 @@ def select(name: str = "auto", threads: int | None = None) -> Kernels:
     torch.set_num_threads(1)
     if name == "reference":
         return ReferenceKernels()
-    from offload.kernels import native
+    from offload.kernels.native import NativeKernels
+    from offload.kernels.native_library import available
 
-    reason = native.available()
+    reason = available()
     if reason is None:
-        return native.NativeKernels(threads=threads)
+        return NativeKernels(threads=threads)
     if name == "native":
         raise KernelError(f"the compiled CPU kernels cannot be used: {reason}")
     log.warning("compiled CPU kernels are not available (%s): using the slow torch reference", reason)

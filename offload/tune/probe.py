@@ -22,9 +22,10 @@ import psutil
 import torch
 
 from offload.errors import UsageError
-from offload.kernels import FusedKernels, Kernels, native, select
+from offload.kernels import FusedKernels, Kernels, select
 from offload.kernels.device import DeviceKernels
 from offload.kernels.native import NativeKernels, usable_cpus
+from offload.kernels.native_library import available
 from offload.quant import get_codec
 from offload.store import Store
 from offload.store.layout import ExpertLayout, ExpertWeights
@@ -259,7 +260,7 @@ def measure_ram(threads: int, effort: Effort) -> dict[str, float]:
 
 def ram_rate(data: torch.Tensor, threads: int, seconds: float) -> float:
     """Bytes per second of reading `data`, uint8, with `threads` threads."""
-    if native.available() is None:
+    if available() is None:
         kernels = NativeKernels(threads=threads)
         return data.nbytes / mean_time(lambda: kernels.read(data), seconds)
     parts = np.array_split(data.numpy().view(np.int64), threads)

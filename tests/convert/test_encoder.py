@@ -7,7 +7,7 @@ import torch
 
 from convert.encoder import NativeEncoder, ReferenceEncoder, decode, select_encoder
 from offload.errors import CodecError, KernelError, UsageError
-from offload.kernels.native import library_path
+from offload.kernels.native_library import library_path
 from offload.quant import get_codec
 from offload.types import ceil_div
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload.errors import KernelError
-from offload.kernels import native
+from offload.kernels import native_library
 from offload.kernels.native import NativeKernels
 from offload.quant import QuantizedTensor, get_codec
 from offload.store.layout import ExpertLayout, ExpertWeights
 
-REASON = native.available()
+REASON = native_library.available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"native kernels: {REASON}")
-ISAS = native.supported_isas() if REASON is None else ()
+ISAS = native_library.supported_isas() if REASON is None else ()
 INT_CODECS = ("int4-g32", "int4-g64", "int4-g128", "int8-g32", "int8-g64", "int8-g128", "int3-g32", "int2-g32")
 FLOAT_CODECS = ("int3-g64", "int2-g128", "bf16", "fp8", "fp8-b32x32", "fp8-b7x5")
 CODECS = (*INT_CODECS, "nf4-b64", *FLOAT_CODECS)
@@ -374,11 +374,11 @@ NativeKernels(threads=2)
 
 
 def test_a_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library_path", lambda: None)
-    native._library.cache_clear()
+    monkeypatch.setattr(native_library, "library_path", lambda: None)
+    native_library.library.cache_clear()
     try:
-        assert "compiler" in (native.available() or "")
+        assert "compiler" in (native_library.available() or "")
         with pytest.raises(KernelError, match="was not built"):
             NativeKernels()
     finally:
-        native._library.cache_clear()
+        native_library.library.cache_clear()

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from offload.errors import KernelError
-from offload.kernels import RouterShape, native
+from offload.kernels import RouterShape, native_library
 from offload.kernels.native import NativeKernels
 from offload.kernels.reference import ReferenceKernels
 from offload.quant import QuantizedTensor, get_codec
 
-REASON = native.available()
+REASON = native_library.available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"native kernels: {REASON}")
-ISAS = native.supported_isas() if REASON is None else ()
+ISAS = native_library.supported_isas() if REASON is None else ()
 REFERENCE = ReferenceKernels()
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from offload.errors import KernelError
-from offload.kernels import Kernels, MoeLayer, RouterShape, native
+from offload.kernels import Kernels, MoeLayer, RouterShape, native_library
 from offload.kernels.native import NativeKernels
 from offload.quant import QuantizedTensor, get_codec
 
-REASON = native.available()
+REASON = native_library.available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"native kernels: {REASON}")
-ISAS = native.supported_isas() if REASON is None else ()
+ISAS = native_library.supported_isas() if REASON is None else ()
 
 HIDDEN, INNER, EXPERTS, TOP = 96, 40, 8, 3
 

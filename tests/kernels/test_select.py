@@ -9,7 +9,6 @@ from types import ModuleType
 import pytest
 import torch
 
-import offload.kernels
 from offload.errors import KernelError, UsageError
 from offload.kernels import select
 from offload.kernels.reference import ReferenceKernels
@@ -22,11 +21,12 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
         def __init__(self, threads: int | None = None) -> None:
             self.threads = threads
 
+    library = ModuleType("offload.kernels.native_library")
+    library.available = lambda: reason  # type: ignore[attr-defined]
     module = ModuleType("offload.kernels.native")
-    module.available = lambda: reason  # type: ignore[attr-defined]
     module.NativeKernels = NativeKernels  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "offload.kernels.native_library", library)
     monkeypatch.setitem(sys.modules, "offload.kernels.native", module)
-    monkeypatch.setattr(offload.kernels, "native", module, raising=False)
 
 
 def test_auto_takes_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from offload.cache.lookahead import EARLY_ROUTERS
 from offload.cache.split import Rates
 from offload.errors import DeviceError, DiskError
 from offload.kernels import select
-from offload.kernels.native import available
+from offload.kernels.native_library import available
 from offload.kernels.reference_device import ReferenceDeviceKernels
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare
 from offload.tiers.disk import DiskReader
