@@ -21,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +122,13 @@ def probed(store: Path, folder: Path) -> MachineSpec:
     back to the same experts where the probe reads any of them.
     """
     program("verify", str(store))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:  # so that no memory of it stays here
+        return apart.submit(probe_alone, store, folder / "machine.toml").result()
+
+
+def probe_alone(store: Path, file: Path) -> MachineSpec:
     effort = replace(effort_for(Store.open(store)), formats=FORMATS, resident_formats=RESIDENT_FORMATS)
-    return probe(folder / "machine.toml", location=store, effort=effort).machine
+    return probe(file, location=store, effort=effort).machine
 
 
 def measured(store: Path, share: float, policy: str, arguments: argparse.Namespace) -> dict[str, Any]:

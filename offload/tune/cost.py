@@ -16,7 +16,7 @@ from offload.model.blocks import BLOCK
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout
 from offload.tune.attention_shapes import AttentionShapes
-from offload.tune.layer_clock import Demand, LayerWork, beside, layer_time
+from offload.tune.layer_clock import Demand, LayerWork, arrival_times, beside, layer_time
 from offload.tune.machine import ROWS, FormatRate, MachineSpec
 
 WAVE = 16
@@ -286,6 +286,10 @@ def chunk_cost(
     # Hits first, then misses as they come: the drive is ahead or behind, and the last one is computed alone.
     reading = max(0.0, reading - wave) + left
     compute, stall = beside(machine, compute, reading + per_expert if missing >= 1 else 0.0)
+    if missing >= 1:  # nothing but residents can be computed until the first reads end
+        residents = (used - missing) * per_expert / machine.kernels_beside
+        begun = arrival_times(machine, round(min(WAVE, missing)), model.expert_nbytes)[0]
+        stall = max(stall, begun - with_reads - residents)
     resident = layers * (with_reads - shared)
     resident += rows_seconds(own, model.resident_read_nbytes, model.resident_parameters, tokens)
     resident += config.num_hidden_layers * _attention_flops(config, tokens, start) / (machine.past_gflops * 1e9)

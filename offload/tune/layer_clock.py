@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
-from offload.tiers.disk import PART_NBYTES
+from offload.tiers.disk import PART_NBYTES, READERS
 from offload.tune.machine import MachineSpec
 
 
@@ -95,14 +95,17 @@ def layer_seconds(
 def arrival_times(machine: MachineSpec, misses: int, nbytes: int) -> list[float]:
     """Seconds after which each of `misses` extents of `nbytes`, asked for at once, has been read.
 
-    Few parts under way make a drive slower, and towards the end there are always few.
+    Parts that are under way together share the drive and end together, as many at a time as there are readers; few of
+    them make a drive slower.
     """
     parts = -(-nbytes // PART_NBYTES)
-    now, times = machine.drive_latency_s, []
-    for left in range(misses * parts, 0, -1):
-        now += nbytes / parts / machine.drive_rate(left)
-        if (left - 1) % parts == 0:
-            times.append(now)
+    now, done = machine.drive_latency_s, 0
+    times: list[float] = []
+    while done < misses * parts:
+        together = min(READERS, misses * parts - done)
+        now += together * nbytes / parts / machine.drive_rate(together)
+        done += together
+        times += [now] * (done // parts - len(times))
     return times
 
 

@@ -161,17 +161,29 @@ def test_layer_clock_by_hand() -> None:
     assert layer_seconds(0, 8, compute=1.0, arrivals=[]) == (8.0, 0.0)
 
 
-def test_the_last_parts_are_read_alone() -> None:
-    """Two experts of two parts each: three parts and more at 2 GB/s, the last one at 1 GB/s."""
-    machine = replace(MACHINE, drive_read=2e9, depths={"1": 1e9, "2": 2e9, "4": 2e9}, drive_latency_s=0.1)
+def test_parts_under_way_together_end_together() -> None:
+    """Two experts of two parts each are four parts that share 2 GB/s; of ten parts the last two are slower."""
+    machine = replace(MACHINE, drive_read=2e9, depths={"1": 1e9, "2": 1.5e9, "4": 2e9}, drive_latency_s=0.1)
     part = PART_NBYTES
-    slow, fast = part / 1e9, part / 2e9
-    found = arrival_times(machine, 2, 2 * part)
-    assert found == pytest.approx([0.1 + 2 * fast, 0.1 + 3 * fast + slow])
-    assert arrival_times(machine, 3, part // 2) == pytest.approx(
-        [0.1 + fast / 2, 0.1 + fast, 0.1 + fast + slow / 2], rel=1e-9
-    )
+    assert arrival_times(machine, 2, 2 * part) == pytest.approx([0.1 + 2 * part / 1e9] * 2)
+    eight = 0.1 + 8 * part / 2e9
+    assert arrival_times(machine, 5, 2 * part) == pytest.approx([eight] * 4 + [eight + 2 * part / 1.5e9])
+    # Of experts of three parts the third ends in the second turn.
+    assert arrival_times(machine, 3, 3 * part) == pytest.approx([eight, eight, eight + part / 1e9])
+    assert arrival_times(machine, 1, part // 2) == pytest.approx([0.1 + part / 2e9])
     assert arrival_times(machine, 0, part) == []
+
+
+def test_a_chunk_waits_for_its_first_reads(v3: dict[str, Footprint]) -> None:
+    """Experts that take longer to compute than to read do not hide the reads that each layer begins with."""
+    model = ModelCost.of(v3["int4"])
+    machine = replace(MACHINE, drive_read=3.5e9, formats={model.experts: FormatRate(1e9, 10.0)})
+    shared = rows_seconds(machine.format_rate(model.resident), model.shared_nbytes, model.shared_parameters, 32)
+    first = arrival_times(machine, 16, model.expert_nbytes)[0]
+    assert first > 2 * shared
+    cold = chunk_cost(model, machine, 32, 0, 0.0)
+    assert cold.stall_s == pytest.approx(58 * (first - shared)) and cold.experts_s > 10 * cold.stall_s
+    assert chunk_cost(model, machine, 32, 0, 0.5).stall_s == 0  # residents are computed meanwhile
 
 
 def test_rows_between_streaming_and_products() -> None:

@@ -42,10 +42,11 @@ def test_what_attention_does_not_hide_is_waited_for(attention: float, shared: fl
 def test_foretold_and_asked_for_share_the_drive() -> None:
     """Two reads begun half a second before the layer; the third begins when both are there."""
     times, slowed = lead(MACHINE, work(0.5), 2)
-    assert times == pytest.approx([0.5, 1.5]) and slowed == 0.0
+    assert times == pytest.approx([1.5, 1.5]) and slowed == 0.0
     found = layer_time(MACHINE, work(0.5, experts=2), Demand(hit=0.0, ahead=0.5))
-    # None, one or both of two are foretold: arrivals 1, 2; 0.5, 1.5 twice; 0.5, 1.5. The first is computed meanwhile.
-    assert found.waiting_s == pytest.approx(0.25 * (1 + 0.9) + 0.75 * (0.5 + 0.9))
+    # None, one or both of two are foretold: both are there after 2; one after 0.5 and, the first being computed, the
+    # other after 1.5, in two cases of four; both after 1.5.
+    assert found.waiting_s == pytest.approx(0.25 * 2 + 0.5 * (0.5 + 0.9) + 0.25 * 1.5)
 
 
 def test_reads_for_nothing_keep_the_drive_busy() -> None:
