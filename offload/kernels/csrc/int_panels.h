@@ -156,18 +156,26 @@ void int_rows_many(const RowsCall& call) {
     }
   }
 }
-#else
-// Without panels, four tokens at a time.
+
+// From how many tokens on a panel repays being filled. Without instructions for dot products of bytes four tokens at a
+// time are faster at any number of them, but where codes take long to be taken apart, which a panel does once. With such
+// instructions the sums across lanes weigh more; that was not measured.
+constexpr int64_t kNever = INT64_MAX;
 template <class Format>
-void int_rows_many(const RowsCall& call) {
-  RowsCall part = call;
-  for (int64_t t = 0; t < call.tokens; t += 4) {
-    part.act = call.act + t;
-    part.out = call.out + t;
-    part.tokens = min_of(4, call.tokens - t);
-    int_rows<Format>(part);
-  }
-}
+constexpr int64_t kPanelsPay = !kInt8Deinterleave || Format::kBits == 8 ? 16 : Format::kBits == 3 || Format::kOffset == 0 ? 18 : kNever;
+// Activations of eight-bit codes take two bytes there: those of four wide rows do not stay in the first-level cache.
+template <class Format>
+constexpr int64_t kPanelsPayColumns = kInt8Deinterleave && Format::kBits == 8 ? 4096 : 0;
 #endif
+
+template <class Format>
+void int_rows(const RowsCall& call) {
+#if EP_PANELS
+  if constexpr (kPanelsPay<Format> != kNever) {
+    if (call.tokens >= kPanelsPay<Format> && call.weight->cols > kPanelsPayColumns<Format>) return int_rows_many<Format>(call);
+  }
+#endif
+  int_rows_by_four<Format>(call);
+}
 
 }  // namespace

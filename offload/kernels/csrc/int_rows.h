@@ -42,9 +42,6 @@ struct Geometry {
   int64_t row_bytes, groups, scale_bytes, whole, steps;
 };
 
-template <class Format>
-void int_rows_many(const RowsCall& call);  // int_panels.h
-
 // One token costs its weights' way from memory. A core keeps enough cache lines under way when it reads four long
 // streams, which the prefetchers of the hardware follow; asking for lines as well slows it down. Rows that lie side by
 // side are short streams, lost at every end.
@@ -142,15 +139,20 @@ void int_rows_few(const RowsCall& call) {
   for (int64_t n = call.first + kRows * apart; n < call.last; ++n) int_rows_block<Format, MT, 1>(call, geometry, n, 1);
 }
 
+// Up to four tokens at a time: the piece of the weight stays in the core's cache meanwhile.
 template <class Format>
-void int_rows(const RowsCall& call) {
-  switch (call.tokens) {
-    case 0: return;
-    case 1: return int_rows_few<Format, 1>(call);
-    case 2: return int_rows_few<Format, 2>(call);
-    case 3: return int_rows_few<Format, 3>(call);
-    case 4: return int_rows_few<Format, 4>(call);
-    default: return int_rows_many<Format>(call);
+void int_rows_by_four(const RowsCall& call) {
+  RowsCall part = call;
+  for (int64_t t = 0; t < call.tokens; t += 4) {
+    part.act = call.act + t;
+    part.out = call.out + t;
+    part.tokens = min_of(4, call.tokens - t);
+    switch (part.tokens) {
+      case 1: int_rows_few<Format, 1>(part); break;
+      case 2: int_rows_few<Format, 2>(part); break;
+      case 3: int_rows_few<Format, 3>(part); break;
+      default: int_rows_few<Format, 4>(part);
+    }
   }
 }
 
