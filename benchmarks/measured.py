@@ -39,6 +39,7 @@ def table() -> str:
 def _lines() -> Iterator[tuple[str, str, str]]:
     """(what, figure, load average or a dash where no time was measured)."""
     yield from _decode()
+    yield from _kernels()
     yield from _paging()
     yield from _convert()
     yield from _policies()
@@ -60,6 +61,21 @@ def _decode() -> Iterator[tuple[str, str, str]]:
         f"{n['prefill tok/s']} : {n['llama.cpp prefill tok/s']} tok/s = {n['prefill ratio']}",
         _load(row),
     )
+
+
+def _kernels() -> Iterator[tuple[str, str, str]]:
+    """Shares of the read bandwidth with one row, of turns that nothing disturbed where there were such."""
+    row = newest("kernels", lambda row: "--patience" in row["command"])
+    for threads in sorted({item["threads"] for item in row["results"]}):
+        shares: dict[str, list[str]] = {}
+        for item in row["results"]:
+            if item["threads"] == threads and item["kernel"] in ("native int4-g32", "native int8-g128"):
+                share = item.get("alone", item)["share_of_read"]
+                shares.setdefault(item["kernel"].removeprefix("native "), []).append(f"{share:.2f}")
+        sizes = "2048x7168, 7168x2048, 1024x2048"
+        figure = "; ".join(f"{codec} {', '.join(found)}" for codec, found in shares.items())
+        what = f"products of one row beside plain reads, {threads} thread{'s' * (threads > 1)} ({sizes})"
+        yield what, figure, f"{row['machine']['load']:.1f}"
 
 
 def _paging() -> Iterator[tuple[str, str, str]]:
