@@ -174,15 +174,15 @@ def test_a_fault_after_an_interrupt_is_the_interrupt(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_ended_keeps_its_trace(number: signal.Signals, store: Path, tmp_path: Path) -> None:
     trace = tmp_path / "t.npz"
-    command = [sys.executable, "-m", "cli", "generate", str(store), "-p", "x", "--ignore-eos", "-n", "100000"]
-    command += ["--context", "120000", "--trace", str(trace)]
+    command = [sys.executable, "-m", "cli", "generate", str(store), "-p", "x", "--ignore-eos", "-n", "16000"]
+    command += ["--context", "16384", "--trace", str(trace)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.read(20)
+        begun = process.stdout.read(20)
         process.send_signal(number)
         told = process.stderr.read().decode()
         assert process.wait(60) == 128 + number, told
-    assert told.splitlines()[-1] == f"ended by {number.name}" and "Traceback" not in told
+    assert begun and told.splitlines()[-1] == f"ended by {number.name}" and "Traceback" not in told
     assert Trace.load(trace).experts.shape[0] > 1
 
 
