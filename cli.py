@@ -4,8 +4,8 @@ Owns options, exit codes and what goes to stdout (text, JSON) or stderr (progres
 Holds no logic: every command is a thin shell around one function of `convert` or `offload`. Those are
 imported inside the commands, so that `--help` does not wait for torch.
 
-Exit codes: 0 done, 1 a fault told in one line, 2 wrong usage, 130 interrupted, 141 whoever read
-standard output is gone.
+Exit codes: 0 done, 1 a fault told in one line, 2 wrong usage, 128 + signal after Ctrl-C (130), SIGTERM (143) or
+SIGHUP (129), 141 whoever read standard output is gone.
 """
 
 from __future__ import annotations

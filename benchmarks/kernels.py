@@ -253,7 +253,8 @@ def measure(
             after = read()
             paces.append(pace.now())
             position[name] = (position[name] + count) % copies
-            for found in (every[name], alone[name])[: 1 + (min(paces[-4:]) >= FULL_PACE)]:
+            undisturbed = min(paces[-4:]) >= FULL_PACE
+            for found in [every[name], alone[name]] if undisturbed else [every[name]]:
                 found.speeds.append(nbytes / taken)
                 found.shares.append(2 * nbytes / taken / (before + after))
             before = after

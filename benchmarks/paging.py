@@ -105,6 +105,8 @@ def main() -> None:
         slots = f" --slots {arguments.slots}" if arguments.slots else ""
         shape = f" --shape {arguments.shape}" if arguments.shape != "10b" else ""
         command = f"python benchmarks/paging.py{shape} --shares {share} --rounds {arguments.rounds}{slots}"
+        if arguments.decode != parser.get_default("decode"):
+            command += f" --decode {arguments.decode}"
         append("paging", command, numbers)
         print(json.dumps(numbers, indent=1))
 

@@ -330,17 +330,19 @@ class DiskReader:
                 if self._closing and not self._in_kernel:
                     return
             time.sleep(GRACE_S)
-            with self._lock:
-                if self._awaited and not self._closing:
-                    continue
+            if self._somebody_waits():
+                continue
             self._kernel.wait()
-            with self._lock:
-                if self._awaited and not self._closing:
-                    continue
+            if self._somebody_waits():
+                continue
             self._reap()
             with self._lock:
                 if self._awaited:  # the signal it waits for may be the one just taken
                     self._kernel.wake()
+
+    def _somebody_waits(self) -> bool:
+        with self._lock:
+            return self._awaited and not self._closing
 
     def _reap(self) -> None:
         assert self._kernel is not None
