@@ -14,7 +14,7 @@ resident weights, synthetic values), loads them under each VRAM budget and recor
   prefill         one long chunk: seconds, and the sweep bound of the copies it needs
   61 layers       the step's time per layer times DeepSeek-V3's 61: an extrapolation, no measurement
 `--baselines` adds rows of accelerate's CPU offload of transformers' model (bf16) on the same layers and budget, and of
-kt-kernel, or the reason why they did not run.
+kt-kernel's experts on the CPU beside ours, or the reason why they did not run.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def main() -> None:
             command = f"python benchmarks/gpu.py --vram {vram} --ram {arguments.ram} --layers {arguments.layers}"
             report(arguments, command, numbers)
             if arguments.baselines:
-                gc.collect()  # slots and slab are given back before others take memory
                 for run in (accelerate_offload, kt_kernel):
+                    gc.collect()  # what ran before gives its memory back
                     limit, where = parse_size(vram), "cpu" if arguments.tiny else "cuda:0"
                     found = attempt(run.__name__, arguments, partial(run, config_dict, limit, sizes.steps, where))
                     report(arguments, f"{command} --baselines", {"baseline": run.__name__} | found)
