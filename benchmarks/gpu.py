@@ -117,6 +117,7 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         store = SyntheticStore.write(folder, ModelConfig.from_hf(config_dict))
         for vram in arguments.vram:
+            gc.collect()  # slots and slab of the budget before
             numbers = one_budget(store, parse_size(vram), arguments, sizes)
             command = f"python benchmarks/gpu.py --vram {vram} --ram {arguments.ram} --layers {arguments.layers}"
             report(arguments, command, numbers)
@@ -218,7 +219,7 @@ def load(store: SyntheticStore, vram: int, arguments: argparse.Namespace, sizes:
     if arguments.tiny:  # slots for half of the experts, whatever everything else takes
         plan = plan_vram(config, demand, limit=plan.fixed + plan.experts // 2 * nbytes, **rest)
     device.limit(plan.total - plan.driver)
-    places = [Place(device.torch_device, device.guard, device.record, device.sender)] * len(layers)
+    places = [Place(device.torch_device, device.guard, device.record, device.call, device.sender)] * len(layers)
     loaded = load_weights(PlacedWeights(weights, places), config)
     cache = KVCache(config, sizes.context, [place.device for place in places], kernels.latent_dtype)
     executor = DeviceExecutor(
@@ -232,9 +233,9 @@ def load(store: SyntheticStore, vram: int, arguments: argparse.Namespace, sizes:
     )
     residency, first = executor.tiers[0].residency, config.moe_layers[0]
     choice = PlantedChoice(config, lambda layer, expert: residency.slot(layer - first, expert))
-    routing = PlantedRouting(executor, choice, device.torch_device)
+    routing = PlantedRouting(executor, choice, device)
     model = DeepseekV3(config, loaded, kernels, routing, sizes.context, places)
-    model.single = SingleToken(model, kernels, cache)  # as the engine does: graphs for all but the routed experts
+    model.single = SingleToken(model, routing, kernels, cache)  # as the engine does
     return Bench(device, config, store, executor, model, cache, choice, routing, plan, sizes)
 
 

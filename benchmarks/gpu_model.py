@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from offload.config import ModelConfig
-from offload.model.moe import RoutedExperts
 from offload.quant import QuantizedTensor, get_codec
 from offload.store.layout import ExpertLayout
+from offload.tiers.device import Device
+from offload.tiers.device_executor import DeviceExecutor
 from offload.types import ExpertId, Extent, align_up
 
 PATTERNS = 8
@@ -208,7 +209,9 @@ class PlantedRouting:
     `prepare` draws them for all layers and puts them onto the device, so that nothing of it falls into a step.
     """
 
-    def __init__(self, inner: RoutedExperts, choose: PlantedChoice, device: torch.device) -> None:
+    early_routers = 0  # what is planted is known to nobody in advance
+
+    def __init__(self, inner: DeviceExecutor, choose: PlantedChoice, device: Device) -> None:
         self._inner = inner
         self._choose = choose
         self._device = device
@@ -217,7 +220,8 @@ class PlantedRouting:
     def prepare(self, tokens: int, k: int) -> None:
         """The next step has so many tokens, each of which uses `k` experts."""
         choose = self._choose
-        self._planted = {n: torch.tensor(choose(n, tokens, k)).to(self._device) for n in choose.layers}
+        there = self._device.torch_device
+        self._planted = {n: torch.tensor(choose(n, tokens, k)).to(there) for n in choose.layers}
 
     def begin_step(self, tokens: Sequence[int]) -> None:
         self._inner.begin_step(tokens)
@@ -226,7 +230,13 @@ class PlantedRouting:
         return None
 
     def lookahead(self) -> int:
-        return 0  # what is planted is known to nobody in advance
+        return 0
+
+    def foresight(self) -> int:
+        return 0
+
+    def foresee(self, layers: Sequence[int], ids: Tensor) -> None:
+        self._inner.foresee(layers, ids)
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         self._inner.expect(layer, experts)
@@ -236,6 +246,20 @@ class PlantedRouting:
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return self._inner(layer, x, self._planted[layer], weights)
+
+    def present(self, layer: int, x: Tensor, ids: Tensor) -> None:
+        self._inner.present(layer, x, ids)
+
+    def combined(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
+        return self._inner.combined(layer, ids, weights)
+
+    def send(self, layer: int, ids: Tensor) -> None:
+        with self._device.guard():
+            self._device.compute.copy(ids, self._planted[layer])
+        self._inner.send(layer, ids)
+
+    def complete(self, layer: int, x: Tensor) -> None:
+        self._inner.complete(layer, x)
 
 
 class PlantedChoice:

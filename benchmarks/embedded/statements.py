@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import offload
 from benchmarks.embedded.balance import expert_counts, max_violation
@@ -24,9 +25,9 @@ from convert.synthetic import V3_CONFIG
 from offload.cache.trace import Trace
 from offload.config import ModelConfig
 from offload.engine.atlas import read_domains, record_atlas
-from offload.engine.engine import Engine
 from offload.engine.routing import Explanation, explain
 from offload.kernels.selection import choose_experts
+from offload.store import Store
 
 
 def sizes(config: ModelConfig) -> dict[str, Any]:
@@ -44,21 +45,22 @@ def sizes(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def explanations(store: Path, texts: Path, tokens: int) -> tuple[list[Explanation], Trace, Engine]:
-    """Every domain's first `tokens` tokens explained, with the trace of the same run."""
+def explanations(store: Path, texts: Path, tokens: int) -> tuple[list[Explanation], Trace, dict[int, Tensor]]:
+    """Every domain's first `tokens` tokens explained, with the trace of the same run and the biases by layer."""
     with tempfile.TemporaryDirectory() as folder:
         with offload.load(store, context=tokens, trace=Path(folder) / "run.npz") as engine:
             found = [
                 explain(engine, engine.encode(paths[0].read_text(encoding="utf-8"))[:tokens])
                 for paths in read_domains(texts).values()
             ]
-        return found, Trace.load(Path(folder) / "run.npz"), engine
+            biases = {layer: engine.router(layer)[1] for layer in engine.config.moe_layers}
+        return found, Trace.load(Path(folder) / "run.npz"), biases
 
 
-def choices(found: list[Explanation], trace: Trace, engine: Engine) -> dict[str, Any]:
+def choices(found: list[Explanation], trace: Trace, biases: dict[int, Tensor]) -> dict[str, Any]:
     """Explained against executed, and what the bias does to choice and load."""
-    first, at, same = engine.config.moe_layers.start, 0, 0
-    scores: dict[int, list[list[float]]] = {layer: [] for layer in engine.config.moe_layers}
+    first, at, same = min(biases), 0, 0
+    scores: dict[int, list[list[float]]] = {layer: [] for layer in biases}
     for one in found:
         for routing in one.routing:
             ran = trace.experts[at + routing.position, routing.layer - first].tolist()
@@ -68,7 +70,7 @@ def choices(found: list[Explanation], trace: Trace, engine: Engine) -> dict[str,
     total = at * len(scores)
     moved, with_bias, without = 0, [], []
     for layer, rows in scores.items():
-        affinities, bias, experts = torch.tensor(rows), engine.router(layer)[1], len(rows[0])
+        affinities, bias, experts = torch.tensor(rows), biases[layer], len(rows[0])
         chosen = choose_experts(affinities, bias, found[0].shape)
         plain = choose_experts(affinities, torch.zeros_like(bias), found[0].shape)
         moved += int((chosen.unsqueeze(2) != plain.unsqueeze(1)).all(2).sum())
@@ -109,11 +111,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="explained per domain")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
-    found, trace, engine = explanations(arguments.store, arguments.texts, arguments.tokens)
+    found, trace, biases = explanations(arguments.store, arguments.texts, arguments.tokens)
     numbers = {
         "deepseek_v3": sizes(ModelConfig.from_hf(V3_CONFIG)),
-        "embedded": sizes(engine.config),
-        "choices": choices(found, trace, engine),
+        "embedded": sizes(Store.open(arguments.store).config),
+        "choices": choices(found, trace, biases),
         "atlas": specialization(arguments.store, arguments.texts),
     }
     print(json.dumps(numbers))

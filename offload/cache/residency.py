@@ -356,10 +356,15 @@ class Residency:
         """Number of slots that hold or await an expert."""
         return self.slots - len(self._free) - len(self._lent)
 
-    def table(self) -> list[list[int]]:
-        """Slot of every expert, [layers][experts]; -1 for those that have none."""
-        experts = self.shape.experts
-        return [self._slot_of[base : base + experts] for base in range(0, self.shape.keys, experts)]
+    def filled(self, layer: int) -> NDArray[np.int32]:
+        """Slot of every expert of a layer whose bytes are there, [E]; -1 for the others."""
+        base = layer * self.shape.experts
+        slots = np.asarray(self._slot_of[base : base + self.shape.experts], np.int32)
+        for slot in self._loading:
+            key = self._key_of[slot] - base
+            if 0 <= key < len(slots):
+                slots[key] = -1
+        return slots
 
     def best_absent(self, layer: int) -> int | None:
         """The expert of `layer` of highest value that has no slot; None if all have one."""

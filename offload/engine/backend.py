@@ -97,7 +97,7 @@ def load_on_devices(
     plan = replace(make_plan(store, options, ram_demand, share), chunk=chunk)
     vram_plans = _plan_devices(store, options, kernels, context, chunk, devices, share)
     places = [
-        Place(device.torch_device, device.guard, device.record, device.sender)
+        Place(device.torch_device, device.guard, device.record, device.call, device.sender)
         for device, vram in zip(devices, vram_plans, strict=True)
         for _ in vram.layers
     ]
@@ -116,7 +116,7 @@ def load_on_devices(
     warmed = _warm(executor, options.warm)
     executor.preload()
     model = DeepseekV3(config, weights, kernels, executor, context, places)
-    model.single = SingleToken(model, kernels, cache)
+    model.single = SingleToken(model, executor, kernels, cache)
     return Backend(kernels, executor, model, cache, plan, vram_plans, devices, warmed)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.engine.backend import load_on_cpu, load_on_devices
+from offload.engine.backend import Backend, load_on_cpu, load_on_devices
 from offload.engine.backend import ram_for_share as share_ram
 from offload.engine.beside_plan import beside_plan, machine_at_hand, model_cost, phases_of
 from offload.engine.devices import open_devices
@@ -29,9 +29,14 @@ from offload.engine.tokenizer import end_of_sequence_ids, load_tokenizer, need_t
 from offload.errors import UsageError
 from offload.kernels import select
 from offload.model.blocks import blocks
+from offload.model.kv_cache import KVCache
+from offload.model.transformer import DeepseekV3
 from offload.model.watch import WatchedExperts, Watcher
 from offload.store import Store
+from offload.telemetry import Telemetry
 from offload.tiers.device import Device
+from offload.tiers.device_executor import DeviceExecutor
+from offload.tiers.executor import Executor
 from offload.tune.budget import DEFAULT_CONTEXT
 from offload.tune.compare import Comparison
 from offload.tune.machine import MachineSpec
@@ -86,14 +91,15 @@ class Engine:
         self._early_routers = options.early_routers
         record = self._trace_path is not None
         if found:
-            self._backend = load_on_devices(self.store, options, self.context, record, found, share)
+            backend = load_on_devices(self.store, options, self.context, record, found, share)
         else:
-            self._backend = load_on_cpu(self.store, options, self.context, record, share)
-        self.kernels, self.plan = self._backend.kernels, self._backend.plan
-        self.vram_plans = self._backend.vram
+            backend = load_on_cpu(self.store, options, self.context, record, share)
+        self._loaded: Backend | None = backend
+        self._described = self._describe(backend)
+        self._counters = backend.executor.counters()
+        self.kernels, self.plan, self.vram_plans = backend.kernels, backend.plan, backend.vram
         self.generation_config = read_generation_config(self.store.path)
         self.eos_ids = end_of_sequence_ids(self.store.path, self.tokenizer)
-        self._executor, self._cache, self._model = self._backend.executor, self._backend.cache, self._backend.model
         self._summary: RunSummary | None = None
 
     # -- generation --------------------------------------------------------------------------
@@ -177,11 +183,11 @@ class Engine:
 
     def counters(self) -> dict[str, object]:
         """What the tiers did since the model was loaded, as plain values."""
-        return self._executor.counters().as_dict()
+        return self._telemetry().as_dict()
 
     def snapshot(self) -> Snapshot:
         """The same at this moment, to be compared with another."""
-        return Snapshot.take(self._executor.counters())
+        return Snapshot.take(self._telemetry())
 
     def summary(self) -> RunSummary:
         """What the last generation did. Raises UsageError before the first."""
@@ -195,17 +201,20 @@ class Engine:
 
     def describe(self) -> list[str]:
         """What was loaded, for people: one line per fact."""
+        return self._described
+
+    def _describe(self, backend: Backend) -> list[str]:
         recipe, margin = self.store.manifest.recipe, self.options.prefer_resident
         half_life = "" if self.options.half_life is None else f" with a half-life of {self.options.half_life:g} tokens"
         lines = [
-            f"{self.name}: experts {recipe['experts']}, resident {recipe['resident']}, {self.kernels.name} kernels, "
-            f"policy {self._executor.ram.residency.policy.name}{half_life}",
-            *self._backend.describe(),
+            f"{self.name}: experts {recipe['experts']}, resident {recipe['resident']}, {backend.kernels.name} kernels, "
+            f"policy {backend.executor.ram.residency.policy.name}{half_life}",
+            *backend.describe(),
         ]
         if self._saved_profile is not None:
             lines.append(f"options of {self._saved_profile}, saved by tune; --profile none runs without them")
-        if self._backend.warmed:
-            lines.append(f"{self._backend.warmed} experts that {self.options.warm} uses most were read at the start")
+        if backend.warmed:
+            lines.append(f"{backend.warmed} experts that {self.options.warm} uses most were read at the start")
         if margin is not None:
             lines.append(
                 f"prefer-resident {margin:g}: a resident expert is chosen before a missing one whose biased score is "
@@ -214,13 +223,20 @@ class Engine:
         return lines
 
     def close(self) -> None:
-        """Stop readers, write the trace. Harmless when repeated."""
-        trace, self._trace_path = self._trace_path, None
+        """Stop readers, write the trace, give the memory back. Harmless when repeated.
+
+        What was counted and summed up can still be asked for; the model must be loaded again.
+        """
+        if self._loaded is None:
+            return
+        executor = self._executor
         try:
-            if trace is not None:
-                self._executor.trace().save(trace)
+            if self._trace_path is not None:
+                executor.trace().save(self._trace_path)
         finally:
-            self._executor.close()
+            executor.close()
+            self._counters = executor.counters()
+            self._loaded = None  # slots and weights go, even if somebody keeps the engine
 
     def __enter__(self) -> Engine:
         return self
@@ -229,6 +245,27 @@ class Engine:
         self.close()
 
     # -- inside ------------------------------------------------------------------------------
+
+    @property
+    def _backend(self) -> Backend:
+        if self._loaded is None:
+            raise UsageError("this engine has been closed; load the store again")
+        return self._loaded
+
+    @property
+    def _executor(self) -> Executor | DeviceExecutor:
+        return self._backend.executor
+
+    @property
+    def _model(self) -> DeepseekV3:
+        return self._backend.model
+
+    @property
+    def _cache(self) -> KVCache:
+        return self._backend.cache
+
+    def _telemetry(self) -> Telemetry:
+        return self._counters if self._loaded is None else self._executor.counters()
 
     def _begin(self) -> None:
         self._cache.truncate(0)

@@ -99,20 +99,19 @@ def mla_at_position(
     x: Tensor,
     weights: AttentionWeights,
     rows: Tensor,
-    position: Tensor,
+    at: tuple[Tensor, Tensor],
     angles: tuple[Tensor, Tensor],
     config: ModelConfig,
     kernels: DeviceKernels,
 ) -> Tensor:
-    """`mla` of one token x [1, H] at a position that only the device knows: int64 [1].
+    """`mla` of one token x [1, H] at a position that only the device knows: `at`, int64 [1] and the same as int32.
 
     Writes its latent to `rows` [capacity, R+D], the layer's part of a cache. Queues the same work for every position.
     """
     q_nope, q_rope = _queries(x, weights, angles, config, kernels)
-    rows.index_copy_(0, position, _latents(x, weights, angles, config, kernels).to(rows.dtype))
+    rows.index_copy_(0, at[0], _latents(x, weights, angles, config, kernels).to(rows.dtype))
     q_latent = kernels.absorb_query(q_nope, weights.kv_b)
-    start = position.to(torch.int32)
-    latent = kernels.mla_at(q_latent, q_rope, rows, start, rows.shape[0], config.softmax_scale)
+    latent = kernels.mla_at(q_latent, q_rope, rows, at[1], rows.shape[0], config.softmax_scale)
     heads = kernels.expand_value(latent, weights.kv_b, config.v_head_dim)
     return kernels.linear(heads.reshape(1, -1), weights.o)
 

@@ -61,8 +61,29 @@ class ExpertsAtHand(RoutedExperts, Protocol):
 
 
 @runtime_checkable
-class Foresight(RoutedExperts, Protocol):
-    """Routed experts on a device, which learns there what routers applied early choose."""
+class DeviceExperts(RoutedExperts, Protocol):
+    """Routed experts on a device that computes those it has without being told which they are.
+
+    For one token a layer is `send`, `present`, `complete` and `combined` instead of `hint` and the call. What is
+    between them, and `present` and `combined` themselves, touches nothing but tensors that stay where they are: a
+    device can repeat it by itself.
+    """
+
+    def present(self, layer: int, x: Tensor, ids: Tensor) -> None:
+        """Compute, for x [1, H], those of the experts ids [1, K] that the device has. Behind `send`."""
+        ...
+
+    def combined(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
+        """The sum [1, H] of all experts ids [1, K] of `layer`, each times its weight. Behind `complete`."""
+        ...
+
+    def send(self, layer: int, ids: Tensor) -> None:
+        """`layer` needs ids [1, K]: they set off for the host, and the device's tables are brought up to date."""
+        ...
+
+    def complete(self, layer: int, x: Tensor) -> None:
+        """Queue the computation, for x [1, H], of whatever `present` did not find."""
+        ...
 
     @property
     def early_routers(self) -> int:
@@ -76,7 +97,7 @@ class Foresight(RoutedExperts, Protocol):
     def foresee(self, layers: Sequence[int], ids: Tensor) -> None:
         """The routers of `layers`, applied early, choose ids [len(layers), K] on the device, best first.
 
-        Asked between `hint` and the call. Nobody waits for them: what comes too late is not used.
+        Asked between `send` and `complete`. Nobody waits for them: what comes too late is not used.
         """
         ...
 

@@ -18,6 +18,8 @@ class Place:
     scope: Callable[[], AbstractContextManager[None]] = nullcontext
     record: Callable[[Callable[[], None]], Callable[[], None]] = lambda work: work
     """Makes work over tensors that stay where they are cheap to repeat: a captured graph, where there are graphs."""
+    call: Callable[[Callable[[], Tensor]], Tensor] = lambda work: work()
+    """Torch calls outside of recordings, which follow all of them."""
     sender: Callable[[Tensor], Callable[[Tensor], object]] = lambda target: target.copy_
     """For a tensor that stays where it is: what fills it, in order with all else, from one in host memory, which is
     free to change at once."""

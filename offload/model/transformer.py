@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +55,17 @@ class ModelWeights:
     head: QuantizedTensor
 
 
+class ForSingleTokens(Protocol):
+    """The decoder for one token at a time, with one cache."""
+
+    @property
+    def routed(self) -> RoutedExperts: ...
+
+    def __call__(self, token: int) -> Tensor:
+        """Hidden state [1, H] after the final norm for `token`, which is appended to the cache."""
+        ...
+
+
 class DeepseekV3:
     """A DeepSeek-V3 class decoder. `context` bounds the positions it can be asked for."""
 
@@ -75,8 +87,8 @@ class DeepseekV3:
         rotary = RotaryTable(config, context)
         self.rotary = {place.device: rotary.to(place.device) for place in self.places}
         self.router_shape = router_shape(config)
-        self.single: Callable[[int], Tensor] | None = None
-        """Takes the place of `forward` for single tokens, if set."""
+        self.single: ForSingleTokens | None = None
+        """Takes the place of `forward` for single tokens, if set, as long as `routed` is who it was made for."""
         self._fused = kernels if isinstance(kernels, FusedKernels) else None
         self._attention = [attention_layer(layer.attention, layer.input_norm, config) for layer in weights.layers]
         self._moe = {
@@ -103,7 +115,7 @@ class DeepseekV3:
         the number of layers done.
         """
         cache.require(len(token_ids))
-        if self.single is not None and len(token_ids) == 1:
+        if self.single is not None and len(token_ids) == 1 and self.single.routed is self._routed:
             return self.single(token_ids[0])
         self.routed.begin_step(token_ids)
         parts = {device: _parts(table, cache.length, len(token_ids)) for device, table in self.rotary.items()}

@@ -6,6 +6,7 @@ imported only when one is asked for.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -159,7 +160,9 @@ class CudaDevice:
         return (64 << 20) + nbytes // 64
 
     def limit(self, nbytes: int) -> None:
+        gc.collect()  # what a model that has been closed still holds in cycles
         with self.guard():
+            torch.cuda.empty_cache()
             total = self._properties.total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), self.torch_device)
 

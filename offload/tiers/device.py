@@ -121,7 +121,7 @@ class Device(Protocol):
         ...
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Work of torch calls on `compute` over tensors that stay where they are, cheap to repeat.
+        """Work of torch calls on `compute` over tensors that stay where they are, cheap to repeat: queued by each call.
 
         `work` runs a few times now. Where capturing it fails, it is repeated call by call, which is announced.
         """

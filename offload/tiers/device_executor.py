@@ -1,8 +1,9 @@
 """Routed experts computed on accelerators, in the VRAM slots where their bytes lie or are copied to.
 
 Owns the way of a layer through the tiers: ids to the host, decisions, kernels and copies queued, the sum.
-Satisfies the model's `RoutedExperts`. Every expert's output goes to its own row of `partial`, and the rows
-are summed in a fixed order: which experts were resident, and when the others arrived, changes no bit.
+Satisfies the model's `RoutedExperts` and, for decoding, its `DeviceExperts`. Every expert's output goes to its own
+row of `partial`, and the rows are summed in a fixed order: which experts were resident, and when the others arrived,
+changes no bit.
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ class DeviceExecutor:
         self._each_desk = list(dict.fromkeys(self._desks))
         self._resident = False
         self._hinted: int | None = None
+        self._unbooked: int | None = None
+        """A layer of which everything is queued, and whose books are still to be kept."""
 
     # -- the model's side --------------------------------------------------------------------
 
@@ -145,16 +148,21 @@ class DeviceExecutor:
     def begin_step(self, tokens: Sequence[int], upcoming: Sequence[int] = ()) -> None:
         """A forward pass over `tokens` begins; `upcoming` are tokens already known to follow them."""
         assert len(tokens) <= self._max_tokens, "a forward pass is as long as what was set aside for it"
-        self._hinted = None
+        self._hinted = self._unbooked = None
         for desk in self._each_desk:
             desk.forget_early()
         for tier in self.tiers:
             with tier.device.guard():
                 tier.settle()
         resident = all(tier.complete and not tier.lends(len(tokens)) for tier in self.tiers)
-        self._resident = resident and not self._recording
-        if self._resident:  # nothing is decided, so there is nothing to learn
+        resident = resident and not self._recording
+        if resident:  # nothing is decided, so there is nothing to learn
+            if not self._resident:
+                for tier in self.tiers:
+                    tier.hide()
+            self._resident = True
             return
+        self._resident = False
         changed = self.ram.begin_step(tokens, upcoming)
         for tier in self.tiers:
             with tier.device.guard():
@@ -203,10 +211,58 @@ class DeviceExecutor:
                     self._serve(index, desk, x, partial, ids.shape)
                 out = device.call(lambda: self.kernels[index].combine(partial, ids, weights))
                 if not self._resident:  # the device has what it needs: now whatever it does not wait for
-                    self._take_early(index, desk)
-                    desk.tier.end_layer(index)
-                    self.ram.end_layer()
+                    self._keep_books(index)
                 return out
+        except BaseException:
+            self.abandon()
+            raise
+
+    # -- the model's side, one token ---------------------------------------------------------
+
+    def present(self, layer: int, x: Tensor, ids: Tensor) -> None:
+        """See `DeviceExperts`. Touches nothing but tensors that stay where they are."""
+        index = layer - self.ram.layers[0]
+        tier = self._desks[index].tier
+        tier.present(index, x, ids, tier.partial(ids.numel()))
+
+    def combined(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
+        """See `DeviceExperts`. Touches nothing but tensors that stay where they are."""
+        index = layer - self.ram.layers[0]
+        return self.kernels[index].combine(self._desks[index].tier.partial(ids.numel()), ids, weights)
+
+    def send(self, layer: int, ids: Tensor) -> None:
+        """See `DeviceExperts`. The device is busy with attention meanwhile: the time to keep books."""
+        index = layer - self.ram.layers[0]
+        desk = self._desks[index]
+        try:
+            with desk.tier.device.guard():
+                if not self._resident:
+                    desk.send(ids)
+                    if self._unbooked is not None:
+                        self._keep_books(self._unbooked)
+                    desk.tier.settle()
+                desk.tier.show(index)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def complete(self, layer: int, x: Tensor) -> None:
+        """See `DeviceExperts`. Raises as the call does."""
+        index, k = layer - self.ram.layers[0], self._top_k
+        tier = self._desks[index].tier
+        if self._resident:
+            tier.residency.events.hits += k
+            return
+        try:
+            with tier.device.guard():
+                desk, before = self._desks[index], tier.residency.events.misses
+                wanted = self.ram.begin_layer(index, desk.receive((1, k)))
+                job = LayerJob(index, x, desk.ids[:k].numpy(), tier.partial(k), present=True)
+                tier.serve(job, wanted)
+                self._unbooked = index
+                # While experts come the device has enough to do; else its next layer comes first.
+                if tier.residency.events.misses > before or index + 1 == len(self._desks):
+                    self._keep_books(index)
         except BaseException:
             self.abandon()
             raise
@@ -278,14 +334,19 @@ class DeviceExecutor:
         wanted = self.ram.begin_layer(index, desk.receive(shape))
         desk.tier.serve(LayerJob(index, x, desk.ids[: partial.shape[0]].numpy(), partial), wanted)
 
-    def _take_early(self, index: int, desk: _Desk) -> None:
+    def _keep_books(self, index: int) -> None:
+        """All of layer `index` is queued: what nobody waits for, speculation above all."""
+        desk, self._unbooked = self._desks[index], None
         for layer, experts in desk.early():
             if layer - self.ram.layers[0] > index:
                 self.expect(layer, experts)
+        with desk.tier.device.guard():
+            desk.tier.end_layer(index)
+        self.ram.end_layer()
 
     def abandon(self) -> None:
         """The forward pass broke off, wherever it was: wait for what is under way, so that the next one can begin."""
-        self._hinted = None
+        self._hinted = self._unbooked = None
         for desk in self._each_desk:
             desk.forget_early()
         for tier in self.tiers:

@@ -30,6 +30,8 @@ class LayerJob:
     partial: Tensor  # [T * K, H] on the device
     grouped: bool = False
     """Whether positions have been ordered by expert."""
+    present: bool = False
+    """Whether the device computes those experts by itself that its table of slots has."""
     inputs: Tensor | None = None
     """`DeviceKernels.group_input` of x, once a kernel has needed it."""
 
@@ -59,6 +61,13 @@ class SlotLaunches:
             lists = self._lists.send(launches, job.flat)
             self._sent = {pairs[0][0]: sent for pairs, sent in zip(launches, lists, strict=True)}
 
+    def hits(self, job: LayerJob, pairs: Sequence[tuple[int, int]]) -> None:
+        """`launch` for experts that the table of slots had when the device came to this layer."""
+        if not job.present:
+            self.launch(job, pairs)
+        elif pairs:  # queued before anybody knew what it would read
+            self._compute.launch(_nothing, reads=[self._bytes[slot] for _, slot in pairs], writes=[job.partial])
+
     def launch(self, job: LayerJob, pairs: Sequence[tuple[int, int]]) -> None:
         """Queue the kernels of (expert, slot) pairs, announced like this if the pass is short, for their positions."""
         if not pairs or not len(job.flat):
@@ -87,6 +96,10 @@ class SlotLaunches:
         self._sent = {}
         self._lists.abandon()
         self._tables.abandon()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _compute_groups(kernels: DeviceKernels, slab: ExpertSlab, job: LayerJob, groups: Groups) -> None:

@@ -210,7 +210,7 @@ class SimulatedDevice:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         self.check()
-        return work
+        return lambda: self.compute.launch(work)
 
     def sender(self, target: Tensor) -> Callable[[Tensor], None]:
         self.check()
@@ -218,7 +218,6 @@ class SimulatedDevice:
         def send(source: Tensor) -> None:
             staged = source.clone()
             self.compute.copy(target, staged)
-            self.compute.drain()  # torch calls of the model, which are not queued here, read it
 
         return send
 

@@ -1,10 +1,12 @@
 """What kernels are told about a layer on its way to the device: which slot computes which of its positions.
 
-Owns page-locked buffers and their counterparts on the device, used in turn. Must not know what slots hold.
+Owns page-locked buffers and their counterparts on the device, used in turn, and the device's own table of slots.
+Must not know when the bytes of an expert are in its slot.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,6 +102,41 @@ class SlotLists:
         if len(groups) == 1:
             return [whole]
         return [whole[at : at + count] for at in range(0, len(groups) * stride, stride)]
+
+
+class SlotTable:
+    """On the device, for every layer: the slot of every expert, -1 for those whose bytes are not there."""
+
+    def __init__(self, device: Device, layers: int, experts: int) -> None:
+        self._stream = device.compute
+        self._device = device.empty((layers, experts), torch.int32)
+        device.call(lambda: self._device.fill_(-1))
+        self._rows = self._device.unbind()
+        self._sent: list[NDArray[np.int32] | None] = [None] * layers
+        host = device.pinned((BUFFERS, experts), torch.int32)
+        self._staging: deque[tuple[Tensor, Event | None]] = deque((row, None) for row in host)
+
+    def row(self, layer: int) -> Tensor:
+        """int32 [experts] on the device: what was shown last by the time that work queued there runs."""
+        return self._rows[layer]
+
+    def show(self, layer: int, slots: NDArray[np.int32]) -> None:
+        """Queue `slots` [experts] on their way to the row of `layer`, unless that is what it holds."""
+        sent = self._sent[layer]
+        if sent is not None and np.array_equal(sent, slots):
+            return
+        row, used = self._staging.popleft()
+        if used is not None:
+            used.wait()
+        row.numpy()[:] = slots
+        self._stream.copy(self._rows[layer], row)
+        self._staging.append((row, self._stream.record()))
+        self._sent[layer] = slots
+
+    def abandon(self) -> None:
+        """A step broke off, and the device has been waited for; rows under way may not have arrived."""
+        self._sent = [None] * len(self._sent)
+        self._staging = deque((row, None) for row, _ in self._staging)
 
 
 class GroupTables:

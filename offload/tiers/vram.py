@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from offload.cache.lookahead import EARLY_ROUTERS, LookAhead
@@ -34,6 +34,7 @@ from offload.tiers.launches import LayerJob, SlotLaunches
 from offload.tiers.link import Link
 from offload.tiers.promotions import Promotions
 from offload.tiers.ram import RamTier
+from offload.tiers.staging import SlotTable
 from offload.tiers.vram_memory import VramMemory
 from offload.tiers.waves import Waves
 
@@ -77,8 +78,9 @@ class VramTier:
         lookahead = LookAhead(policy, prefetch_depth=prefetch_depth) if prefetch else None
         self._promotions = Promotions(self._link, self.residency, ram.residency, layers, lookahead)
         self._launches = SlotLaunches(device, kernels, self.slab, max_tokens, shape.top_k, shape.experts)
-        self._table = device.empty((shape.layers, shape.experts), torch.int32)
-        self._table_valid = False
+        self._table = SlotTable(device, shape.layers, shape.experts)
+        self._shown: set[int] = set()
+        """Layers whose row of the table is as the slots are."""
         self._decoding = False
         self._in_place: InPlace | None = None
         if below is not None:
@@ -93,7 +95,7 @@ class VramTier:
         if changed:
             self.residency.refresh()
         self._decoding = len(tokens) == 1
-        self._table_valid = False
+        self.hide()
         if self._memory.borrowed != self.lends(len(tokens)):
             self._give_back_slots() if self._memory.borrowed else self._borrow_slots()
         self._promotions.begin_step(tokens)
@@ -162,28 +164,42 @@ class VramTier:
         """Bring in every expert, layer by layer, outside of any forward pass."""
         for layer in self.layers:
             self.load(layer, list(range(self._ram.shape.experts)))
+        for layer in self.layers:
+            self.show(layer)
 
     def load(self, layer: int, experts: list[int]) -> None:
         """Bring `experts` of one layer into slots without computing."""
         nothing = self.partial(0)
-        self._table_valid = False
+        self.hide()
         self._waves.serve(LayerJob(layer, nothing, np.empty(0, np.int64), nothing), experts)
         self.settle()
 
     def serve_resident(self, job: LayerJob, ids: Tensor) -> None:
         """`serve` when the tier is `complete`: slots are looked up on the device, the host knows no ids."""
-        if not self._table_valid:
-            rows = torch.tensor(self.residency.table(), dtype=torch.int32)
-            self.device.compute.launch(lambda: _assign(self._table, rows), writes=[self._table])
-            self._table_valid = True
-        row = self._table[job.layer]
-
-        def work() -> None:
-            slots = row.index_select(0, ids.reshape(-1))
-            self._kernels.slot_experts(self.slab, job.x, slots, job.partial)
-
-        self.device.compute.launch(work, reads=[self.slab.data, self._table], writes=[job.partial])
+        self.show(job.layer)
+        work = partial(self.present, job.layer, job.x, ids, job.partial)
+        self.device.compute.launch(work, reads=[self.slab.data], writes=[job.partial])
         self.residency.events.hits += ids.numel()
+
+    # -- looked up on the device -------------------------------------------------------------
+
+    def show(self, layer: int) -> None:
+        """Let the device's table say where the experts of `layer` are.
+
+        From now until the ids of that layer are known, none of them may lose its slot.
+        """
+        if layer not in self._shown:
+            self._table.show(layer, self.residency.filled(layer))
+            self._shown.add(layer)
+
+    def hide(self) -> None:
+        """Slots have changed since layers were shown."""
+        self._shown.clear()
+
+    def present(self, layer: int, x: Tensor, ids: Tensor, outputs: Tensor) -> None:
+        """Compute what the table has of ids [T, K] into their rows of `outputs`. To be queued or recorded."""
+        slots = self._table.row(layer).index_select(0, ids.reshape(-1))
+        self._kernels.slot_experts(self.slab, x, slots, outputs)
 
     # -- around a run ------------------------------------------------------------------------
 
@@ -208,6 +224,8 @@ class VramTier:
             self.residency.give_back()
         self._waves.abandon()
         self._promotions.abandon()
+        self._table.abandon()
+        self.hide()
         self.residency.abandon()
 
     def _computed_below(self, job: LayerJob, wanted: list[int]) -> list[int]:
@@ -232,7 +250,3 @@ class VramTier:
         self.device.compute.record().wait()
         self._memory.borrowed = False
         self.residency.give_back()
-
-
-def _assign(target: Tensor, values: Tensor) -> None:
-    target.copy_(values)

@@ -45,6 +45,7 @@ class VramMemory:
         """The bytes of the expert in every slot."""
         own = (SHORT if lend else max_tokens) * top_k
         self._own = device.empty((own, layout.hidden_size), torch.float32)
+        device.call(self._own.zero_)  # recordings are run before anything has been computed
         lent = lent_slots(layout, max_tokens, top_k) if lend else 0
         assert lent + 2 <= slots, "enough slots to work with are left"
         self.lendable = range(slots - lent, slots)

@@ -33,8 +33,8 @@ class _Queued:
 
     slots: list[int]
     used: Event
-    hits: tuple[Event, Event, int] | None
-    """Begin and end of the kernels of this many experts that needed no copy, where that is of interest."""
+    timed: tuple[Event, Event] | None
+    """Begin and end of the kernels of one expert, where that is of interest."""
 
 
 class Waves:
@@ -50,7 +50,7 @@ class Waves:
         launches: SlotLaunches,
         split: SplitModel | None,
     ) -> None:
-        """`split` is told how long the kernels of hits take while decoding; None: nobody asks."""
+        """`split` is told how long the kernels of an expert take while decoding; None: nobody asks."""
         self._residency = residency
         self._link = link
         self._promotions = promotions
@@ -102,16 +102,16 @@ class Waves:
             self._ram.complete(demand, wave.queue_arrived)
         for slot in decision.slots:
             self._residency.hold(slot)
-        self._queued.append(_Queued(decision.slots, self._launches.end(), wave.hits))
+        self._queued.append(_Queued(decision.slots, self._launches.end(), wave.timed))
         while len(self._queued) > 1:
             self._retire()
 
     def _retire(self) -> None:
         wave = self._queued.popleft()
         wave.used.wait()
-        if wave.hits is not None and self._split is not None:
-            begun, ended, experts = wave.hits
-            self._split.observed("kernel", ended.seconds_since(begun), experts)
+        if wave.timed is not None and self._split is not None:
+            begun, ended = wave.timed
+            self._split.observed("kernel", ended.seconds_since(begun))
         for slot in wave.slots:
             self._residency.let_go(slot)
 
@@ -126,7 +126,7 @@ class _Wave:
     """What one wave queues, as the bytes of its experts come to lie in RAM."""
 
     def __init__(self, waves: Waves, job: LayerJob, decision: Decision) -> None:
-        self.hits: tuple[Event, Event, int] | None = None
+        self.timed: tuple[Event, Event] | None = None
         self._waves = waves
         self._job = job
         self._decision = decision
@@ -137,13 +137,9 @@ class _Wave:
         """Queue the kernels of what is there or on its way already."""
         self._begun = True
         waves, job, decision = self._waves, self._job, self._decision
-        hits = [decision.hits] if decision.hits else []
+        hits = [decision.hits] if decision.hits and not job.present else []
         waves._launches.announce(job, [*hits, *([pair] for pair in (*decision.joins, *self._slots.items()))])
-        timed = bool(hits) and waves._split is not None and job.x.shape[0] == 1
-        begun = waves._compute.record(timed=True) if timed else None
-        waves._launches.launch(job, decision.hits)
-        if begun is not None:
-            self.hits = begun, waves._compute.record(timed=True), len(decision.hits)
+        waves._launches.hits(job, decision.hits)
         for expert, slot in decision.joins:
             waves._promotions.join(slot, waves._compute)
             waves._launches.launch(job, [(expert, slot)])
@@ -160,7 +156,11 @@ class _Wave:
             pairs = [(expert, self._slots[expert]) for expert, _ in there[batch.start : batch.stop]]
             for _, slot in pairs:  # whatever the compute stream does from now on finds the bytes there
                 waves._residency.loaded(slot)
+            timed = self.timed is None and waves._split is not None and self._job.x.shape[0] == 1
+            begun = waves._compute.record(timed=True) if timed else None
             waves._launches.launch(self._job, pairs)
+            if begun is not None:
+                self.timed = begun, waves._compute.record(timed=True)
 
 
 def _batches(count: int, most: int, last: bool) -> Iterator[range]:

@@ -29,12 +29,12 @@ def test_sizes_of_deepseek_v3() -> None:
 
 
 def test_explanations_are_compared_with_the_trace(store: Path, texts: Path) -> None:
-    found, trace, engine = explanations(store, texts, 24)
-    numbers = choices(found, trace, engine)
+    found, trace, biases = explanations(store, texts, 24)
+    numbers = choices(found, trace, biases)
     assert numbers["explained"] == numbers["explained_as_executed"] == 2 * 24 * 3
     assert 0 < numbers["choices_moved_by_bias"] < 1
     trace.experts[3, 1] = trace.experts[3, 1][::-1].copy()
-    assert choices(found, trace, engine)["explained_as_executed"] == 2 * 24 * 3 - 1
+    assert choices(found, trace, biases)["explained_as_executed"] == 2 * 24 * 3 - 1
 
 
 def test_preference_costs_nothing_at_no_margin_and_saves_bytes_at_a_large_one(store: Path, texts: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -273,3 +275,17 @@ def test_a_run_is_compared_with_the_plan_where_there_is_a_machine_file(store: Pa
     with offload.load(copy, context=64, kernels="reference") as engine:
         list(engine.generate([3, 4], max_tokens=2))
         assert list(engine.summary().lines()) == [engine.summary().line()]
+
+
+def test_a_closed_engine_gives_its_memory_back_and_keeps_its_numbers(store: Path) -> None:
+    with offload.load(store, context=128) as engine:
+        list(engine.generate(PROMPT, max_tokens=3, temperature=0.0, ignore_eos=True))
+        held = [weakref.ref(part) for part in (engine._backend, engine._executor.ram.pool, engine._model, engine._cache)]
+        described, counted = engine.describe(), engine.counters()
+    gc.collect()
+    assert [part() for part in held] == [None] * 4
+    assert engine.describe() == described and engine.counters() == counted
+    assert engine.summary().response.completion_tokens == 3
+    with pytest.raises(UsageError, match="has been closed; load the store again"):
+        list(engine.generate(PROMPT, max_tokens=1))
+    engine.close()

@@ -151,13 +151,13 @@ def into_latent(launch: Launcher, q: Tensor, weight: Packed) -> Tensor:
     if depth > 256:
         raise KernelError(f"qk_nope_head_dim {nope} is larger than the 256 that device kernels take")
     if tokens <= FEW_TOKENS:
-        width = 8
+        width = 4  # one warp, whose lanes have rows of their own: sums and results never leave registers
         columns = form.row_words(rank) if form.bits >= 4 else rank
         launch(
             absorb.absorb_rows_kernel, (tokens * heads, ceil_div(columns, width)),
             weight.words, weight.scale, q, out,
             heads, nope, head_rows, rank, form.row_words(rank), form.scale_cols(rank), form.aid(q.device),
-            **form.rows_meta, N=depth, W=width, num_warps=2,
+            **form.rows_meta, N=depth, W=width, num_warps=1,
         )  # fmt: skip
         return out
     tile_m = 16 if tokens <= 16 else 64
