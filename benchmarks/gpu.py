@@ -316,7 +316,8 @@ def decode(bench: Bench, numbers: dict[str, Any]) -> list[dict[str, float]]:
         before, below = tier.counters(), bench.executor.ram.counters().ram.misses
         step = statistics.median(bench.step() for _ in range(bench.sizes.steps))
         spent = tier.counters().minus(before)
-        copied = spent.misses / bench.sizes.steps * stride / numbers["link"]
+        # What was not there when a step began: part of it may have come on speculation before it was demanded.
+        copied = (1.0 - hits) * layers * k * stride / numbers["link"]
         on_device = (layers * k * stride + bench.plan.resident) / numbers["read"]
         bound = max(copied, on_device)
         rows.append(

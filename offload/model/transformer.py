@@ -119,12 +119,12 @@ class DeepseekV3:
             return self.single(token_ids[0])
         self.routed.begin_step(token_ids)
         parts = {device: _parts(table, cache.length, len(token_ids)) for device, table in self.rotary.items()}
-        hidden = self.weights.embed.rows_of(torch.tensor(token_ids))  # [T, H]
+        hidden = self.weights.embed.rows_of(torch.tensor(token_ids))  # [T, H], bf16 on its way to a device
         ahead = self.routed.lookahead() if len(token_ids) == 1 else 0
         for index, (layer, place) in enumerate(zip(self.weights.layers, self.places, strict=True)):
             own = parts[place.device]
             with place.scope():
-                hidden = hidden.to(place.device)
+                hidden = hidden.to(place.device).float()
                 if self._fused is not None and len(token_ids) < EXPAND_FROM:
                     hidden = self._short_layer(index, layer, hidden, cache, own[0][1], self._fused)
                 else:

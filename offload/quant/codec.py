@@ -80,12 +80,12 @@ class Codec(ABC):
         return rows, cols
 
     def rows_of(self, parts: Mapping[str, Tensor], rows: int, cols: int, ids: Tensor) -> Tensor:
-        """Rows `ids` (int64 [T]) of the weight, decoded to float32 [T, cols] from bf16, without decoding the others.
+        """Rows `ids` (int64 [T]) of the weight, decoded to bf16 [T, cols] without decoding the others.
 
         This is for formats whose parts all have one entry per row; others override it.
         """
         chosen = {suffix: part.index_select(0, ids) for suffix, part in parts.items()}
-        return self.decode(chosen, ids.numel(), cols).float()
+        return self.decode(chosen, ids.numel(), cols)
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of all raw tensors of a [rows, cols] weight."""
@@ -113,7 +113,7 @@ class QuantizedTensor:
         return self.codec.decode(self.parts, self.rows, self.cols, dtype)
 
     def rows_of(self, ids: Tensor) -> Tensor:
-        """Rows `ids` (int64 [T]) as float32 [T, cols], each element rounded once to bf16."""
+        """Rows `ids` (int64 [T]) as bf16 [T, cols], each element rounded once."""
         return self.codec.rows_of(self.parts, self.rows, self.cols, ids)
 
     def to(self, device: torch.device) -> QuantizedTensor:

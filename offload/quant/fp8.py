@@ -61,7 +61,7 @@ class Fp8Codec(Codec):
         scale = parts["weight_scale"].index_select(0, ids // self.block[0])  # [T, blocks of columns]
         codes = parts["weight"].view(torch.uint8).index_select(0, ids).view(torch.float8_e4m3fn).float()
         wide = scale.float().repeat_interleave(self.block[1], 1)[:, :cols]
-        return codes.mul_(wide).to(torch.bfloat16).float()
+        return codes.mul_(wide).to(torch.bfloat16)
 
     def expand(self, scale: Tensor, rows: int, cols: int) -> Tensor:
         """`scale` repeated over its blocks and cropped to [rows, cols]."""

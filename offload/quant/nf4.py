@@ -87,4 +87,4 @@ class Nf4Codec(Codec):
         packed = parts["weight"].flatten()[at // 2]
         codes = torch.where(at % 2 == 0, packed >> 4, packed & 15)
         values = torch.tensor(TABLE, device=ids.device)[codes.int()] * parts["weight.absmax"][at // self.block]
-        return values.to(torch.bfloat16).float()
+        return values.to(torch.bfloat16)

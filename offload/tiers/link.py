@@ -27,9 +27,9 @@ class ExpertCopy:
 
 
 class Link:
-    """Copies of experts of RAM into the bytes `targets` of slots; `split` is told how long they take."""
+    """Copies of experts of RAM into the bytes `targets` of slots; `split`, if given, is told how long they take."""
 
-    def __init__(self, device: Device, ram: RamTier, targets: Sequence[Tensor], split: SplitModel) -> None:
+    def __init__(self, device: Device, ram: RamTier, targets: Sequence[Tensor], split: SplitModel | None) -> None:
         self.copies = 0
         self.nbytes = 0
         self.busy_s = 0.0
@@ -72,7 +72,8 @@ class Link:
         self.copies += 1
         self.nbytes += self._stride
         self.busy_s += seconds
-        self._split.observed("link", seconds)
+        if self._split is not None:
+            self._split.observed("link", seconds)
         self._ram.residency.let_go(copy.source)
 
     def settle_all(self) -> None:

@@ -1,12 +1,16 @@
 """Copies to a device that nobody asked for: experts that later layers will probably need, while the link idles.
 
 Owns which of them are under way and what becomes of them: admitted when they have arrived, or joined by a demand
-that comes first. Must not know kernels, nor what an expert is worth: `LookAhead` and the residency of the device do.
+that comes first. Decoding needs few experts of a layer and takes one at a time; a long pass needs nearly all of the
+next layer and takes many. Must not know kernels, nor what an expert is worth: `LookAhead` and the residency of the
+device do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
 
 from offload.cache.lookahead import LookAhead
 from offload.cache.residency import Residency
@@ -21,6 +25,12 @@ LAYERS_AHEAD = 2
 
 MARGIN = 1.5
 """By how much an expert must be worth more than the one it displaces on speculation."""
+
+SWEEP_ROWS = 4
+"""Positions per expert from which on a pass needs nearly all experts of a layer."""
+
+SWEPT = 32
+"""Experts of the next layer that are copied at most while a long pass attends, and at most a quarter of the slots."""
 
 
 class Promotions:
@@ -38,6 +48,9 @@ class Promotions:
         self._below = below
         self._layers = layers
         self._under_way: dict[int, ExpertCopy] = {}  # by slot
+        self._sweeps = False
+        self._weighed = False
+        """Whether this step has looked for an expert that is worth more than another, whatever layers will need."""
 
     @property
     def pending(self) -> bool:
@@ -48,6 +61,9 @@ class Promotions:
         """A forward pass over `tokens` begins."""
         if self.lookahead:
             self.lookahead.begin_step(tokens)
+        shape = self._here.shape
+        self._sweeps = len(tokens) * shape.top_k >= SWEEP_ROWS * shape.experts
+        self._weighed = False
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """A router applied early chose `experts` (best first) for `layer`."""
@@ -65,10 +81,22 @@ class Promotions:
             for expert in lookahead.candidates(layer):
                 if self._copy(layer, expert, worth=0.5):
                     return
+        if self._weighed:  # what is used comes anyway, so values call for a copy now and then only
+            return
+        self._weighed = True
         layer = following if following in self._layers else self._layers.start
         absent = self._here.best_absent(layer)
         if absent is not None:
             self._copy(layer, absent, worth=0.0)
+
+    def sweep(self, following: int) -> None:
+        """If the pass is long, copy what `following` is going to need: the link idles while the device attends."""
+        if self.lookahead is None or not self._sweeps or following not in self._layers:
+            return
+        absent, values = ~self._here.at_hand(following), self._here.policy.values[following]
+        most = min(SWEPT, self._here.slots // 4) - len(self._under_way)
+        for expert in [e for e in np.argsort(-values, kind="stable").tolist() if absent[e]][: max(0, most)]:
+            self._copy(following, expert, worth=1.0)
 
     def join(self, slot: int, compute: Stream) -> None:
         """What is on its way to `slot` is demanded: `compute` waits for it, the host does not."""

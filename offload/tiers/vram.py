@@ -74,7 +74,8 @@ class VramTier:
         self._memory = VramMemory(device, layout, slots, max_tokens=max_tokens, top_k=shape.top_k, lend=lend)
         self.slab = self._memory.slab
         self.split = SplitModel(layout.stride)
-        self._link = Link(device, ram, self._memory.targets, self.split)
+        timed = self.split if below is not None else None
+        self._link = Link(device, ram, self._memory.targets, timed)
         lookahead = LookAhead(policy, prefetch_depth=prefetch_depth) if prefetch else None
         self._promotions = Promotions(self._link, self.residency, ram.residency, layers, lookahead)
         self._launches = SlotLaunches(device, kernels, self.slab, max_tokens, shape.top_k, shape.experts)
@@ -85,7 +86,6 @@ class VramTier:
         self._in_place: InPlace | None = None
         if below is not None:
             self._in_place = InPlace(device, below, ram, layout.hidden_size, self.split)
-        timed = self.split if self._in_place else None
         self._waves = Waves(device, ram, self.residency, self._link, self._promotions, self._launches, timed)
 
     # -- a forward pass ----------------------------------------------------------------------
@@ -99,6 +99,7 @@ class VramTier:
         if self._memory.borrowed != self.lends(len(tokens)):
             self._give_back_slots() if self._memory.borrowed else self._borrow_slots()
         self._promotions.begin_step(tokens)
+        self._promotions.sweep(self.layers.start)
 
     def partial(self, positions: int) -> Tensor:
         """Where the outputs of a layer of this pass go, float32 [positions, H]."""
@@ -123,6 +124,8 @@ class VramTier:
         """Everything that the device can do for `layer` is queued: use the link for later ones, if it idles."""
         if self._decoding:
             self._promotions.promote(layer + 1)
+        else:
+            self._promotions.sweep(layer + 1)
 
     @property
     def foreseeing(self) -> bool:

@@ -162,7 +162,7 @@ def test_strips_of_rows_and_odd_sizes(rows: int, cols: int, monkeypatch: pytest.
     state.shape = torch.Size([rows * cols])  # its AVX-512 code takes blocks to begin anew with every row
     assert torch.equal(decoded, bitsandbytes.functional.dequantize_4bit(codes, state).view(rows, cols))
     ids = torch.tensor([rows - 1, 0])
-    assert torch.equal(codec.rows_of(parts, rows, cols, ids), decoded[ids].to(torch.bfloat16).float())
+    assert torch.equal(codec.rows_of(parts, rows, cols, ids), decoded[ids].to(torch.bfloat16))
 
 
 def test_sizes_of_the_small_checkpoint(tmp_path: Path) -> None:

@@ -280,7 +280,9 @@ def test_a_run_is_compared_with_the_plan_where_there_is_a_machine_file(store: Pa
 def test_a_closed_engine_gives_its_memory_back_and_keeps_its_numbers(store: Path) -> None:
     with offload.load(store, context=128) as engine:
         list(engine.generate(PROMPT, max_tokens=3, temperature=0.0, ignore_eos=True))
-        held = [weakref.ref(part) for part in (engine._backend, engine._executor.ram.pool, engine._model, engine._cache)]
+        parts = engine._backend, engine._executor.ram.pool, engine._model, engine._cache
+        held = [weakref.ref(part) for part in parts]
+        del parts
         described, counted = engine.describe(), engine.counters()
     gc.collect()
     assert [part() for part in held] == [None] * 4

@@ -157,6 +157,20 @@ def test_outputs_do_not_depend_on_the_layout(kernels, codec, lead, tmp_path):
     executor.close()
 
 
+@pytest.mark.parametrize("seed", [None, 2])
+@pytest.mark.parametrize(("tokens", "sweeps"), [(23, True), (15, False)])
+def test_a_long_pass_copies_what_the_next_layer_will_need(store, kernels, tokens, sweeps, seed):
+    """From four positions per expert on; the bits are those of a pass that waits for every expert."""
+    steps = random_steps(store, [tokens] * 3)
+    executor = make(store, kernels, 20, ALL, seeds=[seed], prefetch=True)
+    assert_same(run(executor, steps), reference(store, kernels, steps))
+    executor.begin_step([0])
+    vram = executor.counters().vram
+    assert (vram.prefetch_issued > 0) == (vram.prefetch_useful + vram.prefetch_late > 0) == sweeps
+    assert vram.prefetch_wasted <= vram.prefetch_issued // 4
+    executor.close()
+
+
 @pytest.mark.parametrize("policy", ["ema", "ema+tokens"])
 @pytest.mark.parametrize("seed", [None, 7])
 def test_promotion_changes_no_bits_and_raises_hits(store, kernels, policy, seed):
