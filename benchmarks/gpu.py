@@ -309,7 +309,8 @@ def decode(bench: Bench, numbers: dict[str, Any]) -> list[dict[str, float]]:
     """Steps with planted hit shares against max(link times)."""
     rows = []
     k, layers, stride = bench.config.num_experts_per_tok, len(bench.config.moe_layers), bench.store.layout.stride
-    for hits in HITS:
+    full = bench.plan.slots >= bench.plan.experts
+    for hits in HITS if not full else (1.0,):
         bench.choice.hits = hits
         tier = bench.executor.tiers[0]
         bench.step()

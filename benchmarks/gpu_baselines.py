@@ -21,7 +21,7 @@ KT_LIMIT_S = 180
 def accelerate_offload(config: dict[str, Any], vram: int, steps: int, device: str) -> dict[str, Any]:
     """transformers' DeepseekV3 in bf16, what exceeds `vram` bytes offloaded to RAM by accelerate."""
     import psutil
-    from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+    from accelerate import cpu_offload, dispatch_model, infer_auto_device_map, init_empty_weights
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     settings = {key: value for key, value in config.items() if key != "model_type"}
@@ -53,7 +53,10 @@ def accelerate_offload(config: dict[str, Any], vram: int, steps: int, device: st
         torch.cuda.reset_peak_memory_stats()
         memory: dict[int | str, int | str] = {0: vram, "cpu": available}
         split = infer_auto_device_map(model, memory, no_split_module_classes=["DeepseekV3DecoderLayer"])
-        model = dispatch_model(model, split, main_device=0)
+        if set(split.values()) == {"cpu"}:  # not one layer fits beside room for the largest: every module comes in turn
+            model = cpu_offload(model, execution_device=torch.device(device))
+        else:
+            model = dispatch_model(model, split, main_device=0)
     ids = torch.ones(1, 1, dtype=torch.long, device=device)
     times = []
     with torch.no_grad():

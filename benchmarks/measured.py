@@ -189,9 +189,11 @@ def _tuning() -> Iterator[tuple[str, str, str]]:
 
 
 def _gpu() -> Iterator[tuple[str, str, str]]:
-    for row in rows("gpu_speed")[-1:]:
+    speeds = [{item["kernel"]: item for item in row["numbers"]["kernels"]} for row in rows("gpu_speed")]
+    for row, kernels in list(zip(rows("gpu_speed"), speeds, strict=True))[::-1]:
+        if "8 experts fp8, 1 token" not in kernels:  # a row of some formats
+            continue
         n = row["numbers"]
-        kernels = {item["kernel"]: item for item in n["kernels"]}
         memory = f"{n['device']}, {n['read'] / 1e12:.1f} TB/s"
         eight = {codec: kernels[f"8 experts {codec}, 1 token"] for codec in ("int4-g32", "int8-g128", "fp8")}
         shares = (f"{codec} {item['us']:.0f} µs = {item['share_of_read']:.2f}" for codec, item in eight.items())
@@ -199,16 +201,43 @@ def _gpu() -> Iterator[tuple[str, str, str]]:
         names = {"head": "head bf16", "`o_proj`": "o int8-g128", "`q_b_proj`": "q_b int8-g128"}
         shares = (f"{name} {kernels[f'{key}, 1 token']['share_of_read']:.2f}" for name, key in names.items())
         yield "the same, resident weights", ", ".join(shares), "-"
-    for row in rows("gpu")[-1:]:
+        break
+    steps = [row for row in rows("gpu") if "decode" in row["numbers"]]
+    for row in [row for row in steps if row["numbers"]["plan"]["slots"] < row["numbers"]["plan"]["experts"]][-1:]:
         n = row["numbers"]
         yield (
             f"copies of experts while decoding, beside copies alone ({n['device']})",
             f"{n['copies']['bytes_per_s'] / 1e9:.1f} : {n['link'] / 1e9:.1f} GB/s = {n['copies']['share_of_link']:.2f}",
             "-",
         )
-        steps = (f"{item['step_over_bound']:.2f} at {item['planted_hits']:.0%} hits" for item in n["decode"])
-        options = row["command"].split("gpu.py ")[1]
-        yield f"a step over max(link, device) ({options}; commit {row['commit']})", ", ".join(steps), "-"
+    deepest = max(row["numbers"]["plan"]["layers"] for row in steps)
+    for row in [row for row in steps if row["commit"] == steps[-1]["commit"]]:
+        n = row["numbers"]
+        if n["plan"]["layers"] < deepest:
+            continue
+        share = n["plan"]["slots"] / n["plan"]["experts"]
+        ratios = ", ".join(
+            f"{item['step_over_bound']:.2f} at {item['planted_hits']:.0%} hits ({1e3 * item['step_s']:.1f} ms)"
+            for item in n["decode"]
+        )
+        name = _options(row)
+        yield f"a step over max(link, device) ({name})", ratios, "-"
+        if n["prefill"]["sweep_bound_s"]:
+            figure = f"{1e3 * n['prefill']['seconds']:.0f} : {1e3 * n['prefill']['sweep_bound_s']:.0f} ms"
+            what = f"a prompt of {n['prefill']['tokens']} tokens, slots for {share:.0%} of the experts, over its copies"
+            yield f"{what} ({name})", f"{figure} = {n['prefill']['over_bound']:.2f}", "-"
+    for row in [row for row in rows("gpu") if "kt_over_ours" in row["numbers"]][-1:]:
+        n, ours = row["numbers"], row["numbers"]["ours"]
+        yield (
+            f"eight experts on the {row['machine']['cores']} cores beside that GPU, {ours['isa'].upper()}: kt-kernel "
+            f"{n['version']} ({n['method']}) beside ours ({ours['format']})",
+            f"{1e3 * n['layer_s']:.2f} : {1e3 * ours['layer_s']:.2f} ms = {n['kt_over_ours']:.2f}",
+            "-",
+        )
+
+
+def _options(row: Row) -> str:
+    return str(row["command"].split("gpu.py ")[1])
 
 
 def _routing() -> Iterator[tuple[str, str, str]]:
