@@ -55,48 +55,78 @@ void silu_mul(const float* gate, const float* up, float* out, int64_t n) { by_la
 void sigmoid(const float* x, float* out, int64_t n) { by_lanes(x, x, out, n, Sigmoid{}); }
 void axpy(float a, const float* x, float* y, int64_t n) { by_lanes(x, y, y, n, MulAdd{f_set1(a)}); }
 
-// Lanes of the codes of a grouped integer format, without their offset.
-template <int BITS>
-inline F f_codes(const uint8_t* p) {
-  constexpr float kOffset = static_cast<float>(1 << (BITS - 1));
-  if constexpr (BITS == 8) {
-    return f_sub(f_from_u8(p), f_set1(kOffset));
-  } else {
-    return f_sub(f_from_bits<BITS>(p), f_set1(kOffset));
+constexpr int kAddRows = 16, kAddGroups = 16, kAddStep = 32;  // columns of a step: no group is smaller
+
+// y += sum over rows of factor[r][group] * row r, for COLUMNS columns of codes of four or eight bits.
+template <int BITS, int COLUMNS>
+inline void add_block(const uint8_t* codes, int64_t row_bytes, int64_t rows, const float (*factor)[kAddGroups],
+                      const int* group, float* y) {
+  constexpr int kVectors = COLUMNS / 16;
+  F sum[kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) sum[i] = BITS == 4 ? f_to_turn(f_load(y + 16 * i)) : f_load(y + 16 * i);
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint8_t* row = codes + r * row_bytes;
+    for (int b = 0; b < COLUMNS * BITS / 8; b += 64) __builtin_prefetch(row + rows * row_bytes + b);
+#pragma GCC unroll 8
+    for (int g = 0; g < COLUMNS / kAddStep; ++g) {
+      const F by = f_set1(factor[r][group[g]]);
+#pragma GCC unroll 2
+      for (int i = 2 * g; i < 2 * g + 2; ++i) {
+        const uint8_t* p = row + i * 2 * BITS;
+        sum[i] = f_fma(by, BITS == 4 ? f_centered_in_turn(p) : f_sub(f_from_u8(p), f_set1(128.0f)), sum[i]);
+      }
+    }
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) f_store(y + 16 * i, BITS == 4 ? f_from_turn(sum[i]) : sum[i]);
 }
 
-constexpr int kAddColumns = 64;
-
-// y += sum over rows of a[r] * row r, for whole blocks of columns of a grouped integer format; returns how many
+// y += sum over up to kAddRows rows of a[r] * row r, for whole steps of a grouped integer format; returns how many
 // columns these are. The scale of a group goes into the factor of its row.
 template <int BITS>
 inline int64_t add_grouped_rows(const ep_weight& w, int64_t first, int64_t rows, const float* a, float* y) {
   const int64_t row_bytes = packed_row_bytes(w.cols, BITS), groups = ceil_div(w.cols, w.group);
   const uint8_t* payload = reinterpret_cast<const uint8_t*>(w.payload) + first * row_bytes;
-  const uint16_t* scale = reinterpret_cast<const uint16_t*>(w.scale) + first * groups;
-  for (int64_t i = 0; i < rows * row_bytes; i += 64) __builtin_prefetch(payload + rows * row_bytes + i);
-  int64_t c = 0;
-  for (; c + kAddColumns <= w.cols; c += kAddColumns) {
-    const int64_t low = c / w.group, high = (c + kAddColumns / 2) / w.group;
-    F sum[4] = {f_load(y + c), f_load(y + c + 16), f_load(y + c + 32), f_load(y + c + 48)};
+  const uint8_t* scale = reinterpret_cast<const uint8_t*>(w.scale) + first * groups * 2;
+  const int64_t whole = w.cols / kAddStep * kAddStep, span = kAddGroups * w.group;
+  for (int64_t begin = 0; begin < whole; begin += span) {
+    const int64_t end = min_of(whole, begin + span), group = begin / w.group, count = ceil_div(end, w.group) - group;
+    float factor[kAddRows][kAddGroups];
     for (int64_t r = 0; r < rows; ++r) {
-      const uint8_t* codes = payload + r * row_bytes + c * BITS / 8;
-      const F first_half = f_set1(a[r] * bf16_to_float(scale[r * groups + low]));
-      const F second_half = f_set1(a[r] * bf16_to_float(scale[r * groups + high]));
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sum[i] = f_fma(i < 2 ? first_half : second_half, f_codes<BITS>(codes + i * 2 * BITS), sum[i]);
+      const uint8_t* scales = scale + (r * groups + group) * 2;
+      for (int64_t g = 0; g < count; ++g) factor[r][g] = a[r] * bf16_to_float(element<uint16_t>(scales, g));
     }
-    for (int i = 0; i < 4; ++i) f_store(y + c + 16 * i, sum[i]);
+    int of[kAddColumns / kAddStep];  // the group of each step
+    for (int64_t c = begin; c < end;) {
+      const bool wide = c + kAddColumns <= end;
+      for (int64_t g = 0; g < (wide ? kAddColumns / kAddStep : 1); ++g) of[g] = static_cast<int>((c + g * kAddStep) / w.group - group);
+      const uint8_t* codes = payload + c * BITS / 8;
+      if (wide) {
+        add_block<BITS, kAddColumns>(codes, row_bytes, rows, factor, of, y + c);
+      } else {
+        add_block<BITS, kAddStep>(codes, row_bytes, rows, factor, of, y + c);
+      }
+      c += wide ? kAddColumns : kAddStep;
+    }
   }
-  return c;
+  return whole;
+}
+
+template <int BITS>
+inline int64_t add_all_grouped_rows(const ep_weight& w, int64_t first, int64_t rows, const float* a, float* y) {
+  int64_t columns = 0;
+  for (int64_t r = 0; r < rows; r += kAddRows) {
+    columns = add_grouped_rows<BITS>(w, first + r, min_of(kAddRows, rows - r), a + r, y);
+  }
+  return columns;
 }
 
 // y [cols] += sum over rows of a[r] * row (first + r) of w.
 void add_rows(const ep_weight& w, int64_t first, int64_t rows, const float* a, float* y) {
   int64_t c = 0;
-  if (w.kind == EP_INT4 && w.group % 32 == 0) c = add_grouped_rows<4>(w, first, rows, a, y);
-  if (w.kind == EP_INT8 && w.group % 32 == 0) c = add_grouped_rows<8>(w, first, rows, a, y);
+  if (w.kind == EP_INT4 && w.group % 32 == 0) c = add_all_grouped_rows<4>(w, first, rows, a, y);
+  if (w.kind == EP_INT8 && w.group % 32 == 0) c = add_all_grouped_rows<8>(w, first, rows, a, y);
   alignas(64) float block[kFloatColumns];
   for (; c < w.cols; c += kFloatColumns) {
     const int64_t last = min_of(c + kFloatColumns, w.cols);

@@ -37,9 +37,9 @@ inline F decode_lanes(const uint8_t* row, int64_t col, F scale) {
   if constexpr (KIND == EP_BF16) return f_from_bf16(reinterpret_cast<const uint16_t*>(row) + col);
   if constexpr (KIND == EP_FP8) return f_mul(f_mul(f_from_e4m3_raw(row + col), f_set1(kTwo120)), scale);
   if constexpr (KIND == EP_NF4) return f_mul(f_from_nf4(row + col / 2), scale);
-  if constexpr (KIND == EP_INT4) return f_mul(f_sub(f_from_bits<4>(row + col / 2), f_set1(8.0f)), scale);
-  if constexpr (KIND == EP_INT3) return f_mul(f_sub(f_from_bits<3>(row + col / 8 * 3), f_set1(4.0f)), scale);
-  if constexpr (KIND == EP_INT2) return f_mul(f_sub(f_from_bits<2>(row + col / 4), f_set1(2.0f)), scale);
+  if constexpr (KIND == EP_INT4) return f_mul(f_centered<4>(row + col / 2), scale);
+  if constexpr (KIND == EP_INT3) return f_mul(f_centered<3>(row + col / 8 * 3), scale);
+  if constexpr (KIND == EP_INT2) return f_mul(f_centered<2>(row + col / 4), scale);
   return f_mul(f_sub(f_from_u8(row + col), f_set1(128.0f)), scale);  // EP_INT8
 }
 
@@ -125,21 +125,26 @@ inline void dot_tile(const float* w, int64_t w_stride, const float* const* x, in
   }
 }
 
+// NR rows against all tokens.
+template <int NR>
+inline void dot_rows(const float* w, int64_t w_stride, const float* const* x, int64_t tokens, int64_t at, int64_t n,
+                     F* acc, int64_t stride) {
+  int64_t m = 0;
+  for (; m + kDotTokens <= tokens; m += kDotTokens) {
+    dot_tile<NR, kDotTokens>(w, w_stride, x + m, at, n, acc + m, stride);
+  }
+  for (; m < tokens; ++m) dot_tile<NR, 1>(w, w_stride, x + m, at, n, acc + m, stride);
+}
+
 // A block of up to four rows against all tokens of a tile.
 inline void dot_block(const float* w, int64_t w_stride, int64_t rows, const float* const* x, int64_t tokens,
                       int64_t at, int64_t n, F* acc, int64_t stride) {
   if (tokens == 1 && rows == 4) return dot_tile<4, 1>(w, w_stride, x, at, n, acc, stride);
   int64_t r = 0;
-  for (; r + 2 <= rows; r += 2) {
-    int64_t m = 0;
-    for (; m + 3 <= tokens; m += 3) dot_tile<2, 3>(w + r * w_stride, w_stride, x + m, at, n, acc + r * stride + m, stride);
-    for (; m < tokens; ++m) dot_tile<2, 1>(w + r * w_stride, w_stride, x + m, at, n, acc + r * stride + m, stride);
+  for (; r + kDotRows <= rows; r += kDotRows) {
+    dot_rows<kDotRows>(w + r * w_stride, w_stride, x, tokens, at, n, acc + r * stride, stride);
   }
-  for (; r < rows; ++r) {
-    for (int64_t m = 0; m < tokens; ++m) {
-      dot_tile<1, 1>(w + r * w_stride, w_stride, x + m, at, n, acc + r * stride + m, stride);
-    }
-  }
+  for (; r < rows; ++r) dot_rows<1>(w + r * w_stride, w_stride, x, tokens, at, n, acc + r * stride, stride);
 }
 
 // Four bf16 rows against one token, converted on the way: a decoding step reads the weights once and
@@ -195,6 +200,11 @@ void float_rows(const RowsCall& call) {
         for (int64_t m = 0; m < tokens; ++m) acc[r * kFloatTokens + m] = f_zero();
       }
       int64_t begin = 0;
+      if (w.kind == EP_F32) {  // where they lie
+        begin = w.cols / 16 * 16;
+        const float* row = reinterpret_cast<const float*>(w.payload) + n * w.cols;
+        dot_block(row, apart * w.cols, rows, x, tokens, 0, begin, acc, kFloatTokens);
+      }
       if (w.kind == EP_BF16 && tokens == 1 && rows == kFloatRows) {
         begin = w.cols / 16 * 16;
         const uint16_t* row = reinterpret_cast<const uint16_t*>(w.payload) + n * w.cols;

@@ -55,11 +55,14 @@ inline void int_rows_tail(typename Format::Accumulator (*acc)[MT], const Geometr
   alignas(64) uint8_t last_scales[kStepScaleBytes<Format>] = {};
   const int64_t left = geometry.groups - geometry.whole * Format::kGroups;
   if constexpr (Format::kParts) {
-    if (geometry.row_bytes == geometry.groups * Format::kGroup * Format::kBits / 8) {
+    if (geometry.row_bytes == geometry.groups * Format::kGroup * Format::kBits / 8 && left % Format::kPartGroups == 0) {
       for (int r = 0; r < NR; ++r) {
         const uint8_t* scales = geometry.row(n + r * apart).scales + geometry.whole * kStepScaleBytes<Format>;
-        std::memcpy(last_scales, scales, static_cast<size_t>(left) * Format::kScaleBytes);
-        Format::template part<MT>(acc[r], codes + r * apart * geometry.row_bytes, last_scales, rec, static_cast<int>(left));
+        if constexpr (!Format::kPartScales) {
+          std::memcpy(last_scales, scales, static_cast<size_t>(left) * Format::kScaleBytes);
+          scales = last_scales;
+        }
+        Format::template part<MT>(acc[r], codes + r * apart * geometry.row_bytes, scales, rec, static_cast<int>(left));
       }
       return;
     }

@@ -37,6 +37,8 @@ struct Nf4Format : Nf4Traits {
   static constexpr int kRecordBytes = kCodeBytes + kGroups * 8;
   static constexpr bool kTurns = false;
   static constexpr bool kParts = true;
+  static constexpr int kPartGroups = 1;
+  static constexpr bool kPartScales = false;
   static constexpr int kPanelBits = 16;
   using Accumulator = __m256;
   using Codes = Nf4Codes;

@@ -21,6 +21,10 @@ constexpr int kInt8ActBytes = 2;  // of 32 columns, as 16-bit integers: 16 even 
 constexpr bool kInt8Deinterleave = true;
 #endif
 
+constexpr int kDotRows = 2, kDotTokens = 3;  // of a tile of dot products: two registers a sum
+constexpr int kValueVectors = 1;             // of every weighted sum of values that are kept in registers
+constexpr int kAddColumns = 64;                  // of a sum of rows that is kept in registers
+
 struct F {
   __m256 a, b;
 };
@@ -79,6 +83,15 @@ inline F f_from_bits(const uint8_t* p) {
   std::memcpy(&stream, p, 2 * BITS);
   return {bit_lanes<BITS>(static_cast<uint32_t>(stream)), bit_lanes<BITS>(static_cast<uint32_t>(stream >> (8 * BITS)))};
 }
+// The same without the offset that the codes are stored with.
+template <int BITS>
+inline F f_centered(const uint8_t* p) {
+  return f_sub(f_from_bits<BITS>(p), f_set1(1 << (BITS - 1)));
+}
+// Codes of four bits in the order in which they come cheapest: here that of the columns.
+inline F f_centered_in_turn(const uint8_t* p) { return f_centered<4>(p); }
+inline F f_to_turn(F x) { return x; }
+inline F f_from_turn(F x) { return x; }
 inline __m256 nf4_lanes(__m128i codes) {
   const __m256i index = _mm256_cvtepu8_epi32(codes);  // the permutation looks at the low three bits
   const __m256 negative = _mm256_permutevar8x32_ps(_mm256_load_ps(kNf4), index);
@@ -100,6 +113,8 @@ inline void f_store_i8(int8_t* p, F x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 inline float f_sum(F x) { return sum8(_mm256_add_ps(x.a, x.b)); }
+inline __m256 halves(F x) { return _mm256_add_ps(x.a, x.b); }
+inline void f_sum4(F x, F y, F z, F w, float* out) { _mm_storeu_ps(out, sums8(halves(x), halves(y), halves(z), halves(w))); }
 inline float f_amax(F x) {  // lanes are not negative
   const __m256 m = _mm256_max_ps(x.a, x.b);
   __m128 q = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
@@ -181,6 +196,8 @@ struct IntFormat : GroupedTraits<BITS, G> {
 
   // The first `groups` groups of a step; the scales of the others must be zero.
   static constexpr bool kParts = !kPaired;
+  static constexpr int kPartGroups = 1;
+  static constexpr bool kPartScales = false;
   template <int MT>
   static inline __attribute__((always_inline)) void part(Acc* acc, const uint8_t* w, const uint8_t* ws,
                                                          const uint8_t* const* rec, int groups) {

@@ -13,6 +13,9 @@ namespace {
 
 constexpr int kInt8ActBytes = 1;
 constexpr bool kInt8Deinterleave = false;
+constexpr int kDotRows = 4, kDotTokens = 4;  // of a tile of dot products: its sums fill half of the registers
+constexpr int kValueVectors = 2;             // of every weighted sum of values that are kept in registers
+constexpr int kAddColumns = 256;                 // of a sum of rows that is kept in registers
 
 using F = __m512;
 
@@ -53,6 +56,32 @@ inline F f_from_bits(const uint8_t* p) {
   const __m512i codes = _mm512_srlv_epi32(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), lanes);
   return _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32((1 << BITS) - 1)));
 }
+// The same without the offset that the codes are stored with.
+template <int BITS>
+inline F f_centered(const uint8_t* p) {
+  if constexpr (BITS == 4) {
+    const __m512i word = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i words = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    // Of an index the permutation looks at the low four bits.
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_permutexvar_epi32(word, words), shift), values);
+  } else {
+    return f_sub(f_from_bits<BITS>(p), f_set1(1 << (BITS - 1)));
+  }
+}
+// Codes of two words in turn, which saves a permutation: lane 2j is column j, lane 2j + 1 column 8 + j.
+inline F f_centered_in_turn(const uint8_t* p) {
+  const __m512i shift = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+  const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi64(element<int64_t>(p, 0)), shift), values);
+}
+inline F f_to_turn(F x) {
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15), x);
+}
+inline F f_from_turn(F x) {
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), x);
+}
 inline F f_from_nf4(const uint8_t* p) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), low = _mm_set1_epi8(15);
   const __m128i codes = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), low), _mm_and_si128(bytes, low));
@@ -65,6 +94,8 @@ inline void f_store_i8(int8_t* p, F x) {
 inline __m256 low_half(__m512 x) { return _mm512_castps512_ps256(x); }
 inline __m256 high_half(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
 inline float f_sum(F x) { return sum8(_mm256_add_ps(low_half(x), high_half(x))); }
+inline __m256 halves(F x) { return _mm256_add_ps(low_half(x), high_half(x)); }
+inline void f_sum4(F x, F y, F z, F w, float* out) { _mm_storeu_ps(out, sums8(halves(x), halves(y), halves(z), halves(w))); }
 inline float f_amax(F x) {  // lanes are not negative
   const __m256 m = _mm256_max_ps(low_half(x), high_half(x));
   __m128 q = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
@@ -99,7 +130,9 @@ struct NibbleFormat : GroupedTraits<BITS, 32> {
   static constexpr int kCodeBytes = 512;
   static constexpr int kRecordBytes = kCodeBytes + kGroups * 8;
   static constexpr bool kTurns = false;
-  static constexpr bool kParts = false;
+  static constexpr bool kParts = true;
+  static constexpr int kPartGroups = BITS == 4 ? 4 : 8;  // what can be read without the bytes behind it
+  static constexpr bool kPartScales = true;              // no scale behind them is read
   using Accumulator = __m512;
 
   static __m512 zero() { return _mm512_setzero_ps(); }
@@ -107,9 +140,22 @@ struct NibbleFormat : GroupedTraits<BITS, 32> {
 
   template <int MT>
   static inline void step(__m512* acc, const uint8_t* w, const uint8_t* ws, const uint8_t* const* rec) {
+    part<MT>(acc, w, ws, rec, kGroups);
+  }
+
+  // The first `groups` groups of a step.
+  template <int MT>
+  static inline __attribute__((always_inline)) void part(__m512* acc, const uint8_t* w, const uint8_t* ws,
+                                                         const uint8_t* const* rec, int groups) {
     __m512i v[MT][4];
+    // Loops of fixed length: with an index that is computed, the sums would lie in memory.
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
+      if (4 * i >= groups) {
+#pragma GCC unroll 4
+        for (int m = 0; m < MT; ++m) v[m][i] = _mm512_setzero_si512();
+        continue;
+      }
       __m512i even_codes, odd_codes;
       quarters(w, i, even_codes, odd_codes);
 #pragma GCC unroll 4
@@ -119,7 +165,8 @@ struct NibbleFormat : GroupedTraits<BITS, 32> {
       }
     }
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(ws)), 16);
+    const __m256i scales = groups == kGroups ? load256(ws) : _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << groups) - 1), ws);
+    const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(scales), 16);
     const __m512 scale = _mm512_castsi512_ps(_mm512_permutexvar_epi32(order, wide));
 #pragma GCC unroll 4
     for (int m = 0; m < MT; ++m) {
@@ -171,20 +218,19 @@ struct WideFormat : GroupedTraits<BITS, G> {
   }
 
   static constexpr bool kTurns = false;
-  // The first `groups` groups of a step; the scales of the others must be zero.
+  // The first `groups` groups of a step.
   static constexpr bool kParts = true;
+  static constexpr int kPartGroups = 1;
+  static constexpr bool kPartScales = true;
   template <int MT>
   static inline __attribute__((always_inline)) void part(__m256* acc, const uint8_t* w, const uint8_t* ws,
                                                          const uint8_t* const* rec, int groups) {
     __m512i v[MT][kGroups];
-    for (int g = groups; g < kGroups; ++g) {
-#pragma GCC unroll 4
-      for (int m = 0; m < MT; ++m) v[m][g] = _mm512_setzero_si512();
-    }
 #pragma GCC unroll 8
-    for (int g = 0; g < groups; ++g) {
+    for (int g = 0; g < kGroups; ++g) {
 #pragma GCC unroll 4
       for (int m = 0; m < MT; ++m) v[m][g] = _mm512_setzero_si512();
+      if (g >= groups) continue;
       constexpr int kBytes = G * BITS / 8;
 #pragma GCC unroll 4
       for (int b = g * kBytes; b < (g + 1) * kBytes; b += 64) {
@@ -205,7 +251,7 @@ struct WideFormat : GroupedTraits<BITS, G> {
         }
       }
     }
-    const __m256 scale = bf16_lanes(load128(ws));
+    const __m256 scale = bf16_lanes(groups == kGroups ? load128(ws) : _mm_maskz_loadu_epi16(static_cast<__mmask8>((1u << groups) - 1), ws));
 #pragma GCC unroll 4
     for (int m = 0; m < MT; ++m) acc[m] = accumulate(acc[m], totals(v[m]), scale, rec[m] + kCodeBytes);
   }

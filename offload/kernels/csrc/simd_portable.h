@@ -11,6 +11,9 @@ namespace {
 
 constexpr int kInt8ActBytes = 1;  // bytes of one activation code of the int8 formats
 constexpr bool kInt8Deinterleave = false;
+constexpr int kDotRows = 2, kDotTokens = 3;  // of a tile of dot products
+constexpr int kValueVectors = 1;             // of every weighted sum of values that are kept in registers
+constexpr int kAddColumns = 64;                  // of a sum of rows that is kept in registers
 #define EP_PANELS 0  // see kernels.h
 
 struct F {
@@ -44,6 +47,13 @@ inline F f_from_u8(const uint8_t* p) { EP_LANES(static_cast<float>(p[i])); }
 // Sixteen codes of BITS bits (2 to 4) from 2 * BITS bytes, lowest bits first.
 template <int BITS>
 inline F f_from_bits(const uint8_t* p) { EP_LANES(static_cast<float>(bits_at(p, i * BITS, BITS))); }
+// The same without the offset that the codes are stored with.
+template <int BITS>
+inline F f_centered(const uint8_t* p) { EP_LANES(static_cast<float>(bits_at(p, i * BITS, BITS) - (1 << (BITS - 1)))); }
+// Codes of four bits in the order in which they come cheapest: here that of the columns.
+inline F f_centered_in_turn(const uint8_t* p) { return f_centered<4>(p); }
+inline F f_to_turn(F x) { return x; }
+inline F f_from_turn(F x) { return x; }
 // Sixteen NF4 values from 8 bytes, high nibble first.
 inline F f_from_nf4(const uint8_t* p) { EP_LANES(kNf4[i % 2 == 0 ? p[i / 2] >> 4 : p[i / 2] & 15]); }
 inline F f_from_i32(const int32_t* p) { EP_LANES(static_cast<float>(p[i])); }
@@ -57,6 +67,13 @@ inline float f_sum(F a) {
   for (int i = 0; i < 8; ++i) t[i] = a.v[i] + a.v[i + 8];
   for (int i = 0; i < 4; ++i) t[i] = t[i] + t[i + 4];
   return (t[0] + t[2]) + (t[1] + t[3]);
+}
+// The sums of four at once.
+inline void f_sum4(F x, F y, F z, F w, float* out) {
+  out[0] = f_sum(x);
+  out[1] = f_sum(y);
+  out[2] = f_sum(z);
+  out[3] = f_sum(w);
 }
 inline float f_amax(F a) {
   float m = 0.0f;
@@ -96,6 +113,8 @@ struct IntFormat : GroupedTraits<BITS, G> {
   static constexpr bool kTurns = false;
   // The first `groups` groups of a step.
   static constexpr bool kParts = true;
+  static constexpr int kPartGroups = 1;
+  static constexpr bool kPartScales = false;
   template <int MT>
   static inline void part(Acc* acc, const uint8_t* w, const uint8_t* ws, const uint8_t* const* rec, int groups) {
     for (int m = 0; m < MT; ++m) {
@@ -153,6 +172,8 @@ struct Nf4Format : Nf4Traits {
   static constexpr int kRecordBytes = kCodeBytes + kGroups * 8;
   static constexpr bool kTurns = false;
   static constexpr bool kParts = true;
+  static constexpr int kPartGroups = 1;
+  static constexpr bool kPartScales = false;
   using Accumulator = Acc;
 
   static Acc zero() { return Acc{}; }

@@ -30,23 +30,45 @@ inline void load_keys(const AttentionCall& call, int64_t row, int64_t rows, int6
   }
 }
 
-// sums[h] = sums[h] * fade[h] + sum over rows of weight[h][row] * value row
+// sums[h] = sums[h] * fade[h] + sum over rows of weight[h][row] * value row, for VECTORS vectors of columns from c on
+template <int QUERIES, int VECTORS>
+inline void add_columns(const float* values, int64_t stride, int64_t rows, const float (*weight)[kAttentionRows],
+                        const float* fade, float* sums, int64_t wide, int64_t c) {
+  F a[QUERIES][VECTORS];
+#pragma GCC unroll 4
+  for (int h = 0; h < QUERIES; ++h) {
+#pragma GCC unroll 2
+    for (int i = 0; i < VECTORS; ++i) a[h][i] = f_mul(f_load(sums + h * wide + c + 16 * i), f_set1(fade[h]));
+  }
+  for (int64_t s = 0; s < rows; ++s) {
+    F v[VECTORS];
+#pragma GCC unroll 2
+    for (int i = 0; i < VECTORS; ++i) v[i] = f_load(values + s * stride + c + 16 * i);
+#pragma GCC unroll 4
+    for (int h = 0; h < QUERIES; ++h) {
+      const F factor = f_set1(weight[h][s]);
+#pragma GCC unroll 2
+      for (int i = 0; i < VECTORS; ++i) a[h][i] = f_fma(factor, v[i], a[h][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < QUERIES; ++h) {
+#pragma GCC unroll 2
+    for (int i = 0; i < VECTORS; ++i) f_store(sums + h * wide + c + 16 * i, a[h][i]);
+  }
+}
+
 template <int QUERIES>
 inline void add_values(const float* values, int64_t stride, int64_t rows, const float (*weight)[kAttentionRows],
                        const float* fade, float* sums, int64_t wide) {
-  for (int64_t c = 0; c < wide; c += 16) {
-    F a[QUERIES];
-#pragma GCC unroll 4
-    for (int h = 0; h < QUERIES; ++h) a[h] = f_mul(f_load(sums + h * wide + c), f_set1(fade[h]));
-    for (int64_t s = 0; s < rows; ++s) {
-      const F v = f_load(values + s * stride + c);
-#pragma GCC unroll 4
-      for (int h = 0; h < QUERIES; ++h) a[h] = f_fma(f_set1(weight[h][s]), v, a[h]);
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < QUERIES; ++h) f_store(sums + h * wide + c, a[h]);
+  int64_t c = 0;
+  for (; c + 16 * kValueVectors <= wide; c += 16 * kValueVectors) {
+    add_columns<QUERIES, kValueVectors>(values, stride, rows, weight, fade, sums, wide, c);
   }
+  for (; c < wide; c += 16) add_columns<QUERIES, 1>(values, stride, rows, weight, fade, sums, wide, c);
 }
+
+inline bool whole_lanes(int64_t n) { return n % 16 == 0; }
 
 // Turns scores [kAttentionRows] into exponentials; returns the factor for what was summed before.
 inline float soften(float* scores, int64_t visible, float& top, float& total) {
@@ -84,19 +106,31 @@ void attention(const AttentionCall& call) {
   std::memset(sums, 0, static_cast<size_t>(kAttentionQueries * wide) * 4);
   float weight[kAttentionQueries][kAttentionRows], fade[kAttentionQueries];
   F acc[4 * kAttentionQueries];
+  // Keys of whole lanes are read where they lie.
+  const bool in_place = !call.keys_are_bf16 && whole_lanes(call.first_dim) && whole_lanes(call.second_dim);
   for (int64_t first = 0; first < keys; first += kAttentionRows) {
     const int64_t rows_here = min_of(kAttentionRows, keys - first);
-    if (call.keys_are_bf16) {
+    const float* rows = block;
+    int64_t row_stride = width;
+    if (in_place) {
+      rows = static_cast<const float*>(call.keys) + first * call.key_stride;
+      row_stride = call.key_stride;
+    } else if (call.keys_are_bf16) {
       load_keys<uint16_t>(call, first, rows_here, width, block);
     } else {
       load_keys<float>(call, first, rows_here, width, block);
     }
     for (int64_t s = 0; s < rows_here; s += 4) {
       const int64_t part = min_of(4, rows_here - s);
-      for (auto& a : acc) a = f_zero();
-      dot_block(block + s * width, width, part, q, call.queries, 0, width, acc, kAttentionQueries);
-      for (int64_t r = 0; r < part; ++r) {
-        for (int64_t h = 0; h < call.queries; ++h) weight[h][s + r] = f_sum(acc[r * kAttentionQueries + h]) * call.scale;
+      for (int64_t r = 0; r < 4; ++r) {
+        for (int64_t h = 0; h < call.queries; ++h) acc[r * kAttentionQueries + h] = f_zero();
+      }
+      dot_block(rows + s * row_stride, row_stride, part, q, call.queries, 0, width, acc, kAttentionQueries);
+      for (int64_t h = 0; h < call.queries; ++h) {
+        float scores[4];
+        const F* a = acc + h;
+        f_sum4(a[0], a[kAttentionQueries], a[2 * kAttentionQueries], a[3 * kAttentionQueries], scores);
+        for (int64_t r = 0; r < part; ++r) weight[h][s + r] = scores[r] * call.scale;
       }
     }
     for (int64_t h = 0; h < call.queries; ++h) {
@@ -105,9 +139,12 @@ void attention(const AttentionCall& call) {
       fade[h] = visible == 0 ? 1.0f : soften(weight[h], visible, call.running[2 * h], call.running[2 * h + 1]);
       if (visible == 0) std::memset(weight[h], 0, sizeof(weight[h]));
     }
-    const float* values = block;
-    int64_t stride = width;
-    if (call.values != nullptr) {
+    const float* values = rows;
+    int64_t stride = row_stride;
+    if (call.values != nullptr && whole_lanes(call.value_dim)) {
+      values = call.values + first * call.value_stride;
+      stride = call.value_stride;
+    } else if (call.values != nullptr) {
       for (int64_t s = 0; s < rows_here; ++s) {
         copy_padded(call.values + (first + s) * call.value_stride, call.value_dim, value_block + s * wide);
       }
