@@ -158,11 +158,15 @@ class RamTier:
         return self.residency.observe(layer, routing)
 
     def at_hand(self, layer: int, experts: Sequence[int]) -> list[int] | None:
-        """The slots of `experts`, if the bytes of all of them are there: a demand that is complete at once.
+        """Addresses of `experts`, if the bytes of all of them are there: a demand that is complete at once.
 
-        The slots are the caller's until the next call. None, with nothing changed, if anything must be read.
+        Their slots are the caller's until the next call. None, with nothing changed, if anything must be read.
         """
-        return self.residency.take(layer, experts)
+        slots = self.residency.take(layer, experts)
+        if slots is None:
+            return None
+        address = self._weights.addresses
+        return [address[slot] for slot in slots]
 
     def open(self, layer: int, wanted: list[int]) -> Service:
         """Decide about `wanted` (ascending, each once) and begin the reads of the first wave."""
