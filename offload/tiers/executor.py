@@ -31,7 +31,7 @@ class Executor:
 
     def __init__(self, store: ExpertStore, kernels: Kernels, *, max_tokens: int = 1, **tier: Any) -> None:
         """`max_tokens`: the largest forward pass for which memory is set aside. `tier`: options of RamTier."""
-        self.ram = RamTier(store, **tier)
+        self.ram = RamTier(store, followed=False, **tier)
         self._kernels = kernels
         self._first, self._layout = self.ram.layers[0], store.layout
         top_k = self.ram.shape.top_k
