@@ -153,6 +153,19 @@ class ExpectedUse(CachePolicy):
             self._look_back(layer + 1)
             self.revision += 1
 
+    def learn(self, tokens: Sequence[int], routing: Sequence[Routing]) -> None:
+        self._learn()
+        self._tokens = list(tokens)
+        if len(routing) == self.shape.layers and len(routing[0]) == 1:
+            self.successors.lift_all([ids[0] for ids in routing])
+        else:
+            for layer, ids in enumerate(routing):
+                self.successors.lift(layer, ids[-1])
+                if len(ids) > 1:
+                    self._observe_many(self._rates[:, layer], ids)
+        self._routing = list(routing)
+        self._learn()
+
     def _look_back(self, done: int) -> None:
         """Take in what followed the places most like the present one, of whose layers `done` have run."""
         weights, recall, after, values = self.weights, self.recall, self._after, self.values

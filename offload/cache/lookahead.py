@@ -6,7 +6,7 @@ reads: residency says which of its wishes can be granted, the executor grants th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from offload.cache.policy import CachePolicy
@@ -101,6 +101,11 @@ class LookAhead:
         if self._table is not None and self.off_reason is None and self._single:
             likely = self._table.likely(tokens[0], self._asked)
             self._likely = [[expert for expert, _ in row] for row in likely]
+
+    def forget(self, known: Callable[[int, int], bool]) -> None:
+        """Of what the token table expects of this step, only that is of interest of which `known` is False."""
+        likely = [[expert for expert in row if not known(layer, expert)] for layer, row in enumerate(self._likely)]
+        self._likely = likely if any(likely) else []
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """A router applied early chose `experts` for `layer`, best first."""

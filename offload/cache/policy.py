@@ -76,6 +76,16 @@ class CachePolicy(ABC):
         If values of other layers change as well, `revision` is raised.
         """
 
+    def learn(self, tokens: Sequence[int], routing: Sequence[Routing]) -> None:
+        """A pass over `tokens` has used `routing` in its first layers, and nothing had to be decided.
+
+        Leaves behind the `state` that `begin_step` and `observe` would, but `values` may be out of date until the next
+        `begin_step`.
+        """
+        self.begin_step(tokens)
+        for layer, ids in enumerate(routing):
+            self.observe(layer, ids)
+
     def evicted(self, layer: int, expert: int) -> None:  # noqa: B027 - most policies do not care
         """An expert has lost its slot. If its value changes, `revision` is raised: another tier may hold it."""
 

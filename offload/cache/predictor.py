@@ -178,6 +178,7 @@ class Successors:
         # Per layer: what the layer below hands up and where that goes, all its rows, where its lift goes, and what
         # `lift` calls, since looking methods up costs a tenth of it.
         scaled = self._rank * self._scale[:, None]
+        self._scaled = scaled[:, None]
         self._views = [
             (self._rows[at - 1, :-top_k], rows[top_k:], rows, lift, table.take, rank.dot)
             for at, (rows, lift, table, rank) in enumerate(
@@ -189,6 +190,8 @@ class Successors:
         self._learned = np.empty((2, turn, self.sources * top_k, experts), np.float32)
         self._offset = (np.arange(layers) * (self._nowhere + 1))[:, None]
         self._first = (np.arange(turn) * experts)[:, None]
+        turns = [slice(first, first + turn) for first in range(0, layers, turn)]
+        self._parts = [(part, self._lifts[part, None]) for part in turns]
         self._seen = 0  # tokens learned from
         # What was predicted of the token under way: of which layers, by which rows of the weights, and minus lifts.
         self._before: tuple[slice, NDArray[np.intp], Floats] | None = None
@@ -211,6 +214,19 @@ class Successors:
             np.add(below, self._experts, passed_on)
         gather(rows, 0, self._buffer, "clip")
         return combine(self._buffer, lift)
+
+    def lift_all(self, ids: Sequence[Sequence[int]]) -> None:
+        """`lift` of every layer, for ids [L, K]."""
+        rows, k, experts = self._rows, self.shape.top_k, self.shape.experts
+        rows[:, :k] = ids
+        for source in range(1, self.sources):
+            np.add(rows[:-source, :k], source * experts, rows[source:, source * k : (source + 1) * k])
+        flat = np.minimum(rows, self._nowhere)
+        flat += self._offset
+        for part, lifts in self._parts:  # as many layers as there is a buffer for
+            gathered = self._learned[0, : len(lifts)]
+            self.weights.reshape(-1, experts).take(flat[part], 0, gathered, "clip")
+            np.matmul(self._scaled[part], gathered, lifts)
 
     def learn(self, ids: NDArray[np.intp], rate: Floats) -> None:
         """A token has used `ids` [L, K] and `lift` has seen it: correct what was predicted of it before.

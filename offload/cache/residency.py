@@ -26,6 +26,11 @@ from offload.errors import BudgetError
 from offload.telemetry import CacheEvents
 
 
+def chosen(ids: Routing) -> list[int]:
+    """The experts in `ids`, ascending."""
+    return sorted(ids[0]) if len(ids) == 1 else sorted({expert for row in ids for expert in row})
+
+
 class Residency:
     """The expert cache of one tier, without the bytes.
 
@@ -69,6 +74,11 @@ class Residency:
             self.refresh()
         return changed
 
+    def learn(self, tokens: Sequence[int], routing: Sequence[Routing]) -> None:
+        """A pass over `tokens` that was not begun here has used `routing` in its first layers. See the policy."""
+        self.policy.learn(tokens, routing)
+        self.refresh()
+
     def refresh(self) -> None:
         """The policy's values have changed in any layer."""
         self._victims.refresh()
@@ -88,7 +98,7 @@ class Residency:
     def observe(self, layer: int, ids: Routing) -> list[int]:
         """Let the policy learn what the router chose; returns the experts in it, ascending."""
         self.policy.observe(layer, ids)
-        return sorted(ids[0]) if len(ids) == 1 else sorted({expert for row in ids for expert in row})
+        return chosen(ids)
 
     def take(self, layer: int, experts: Sequence[int]) -> list[int] | None:
         """The slots of `experts`, each named once, if all are resident; None, with nothing changed, if not.

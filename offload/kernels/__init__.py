@@ -1,6 +1,6 @@
 """Compute kernels: one API, several backends, chosen once and explicitly."""
 
-from offload.kernels.api import AttentionLayer, FusedKernels, Kernels, MoeLayer, MoeStart, RouterShape
+from offload.kernels.api import AttentionLayer, FusedKernels, Kernels, MoeLayer, MoeStart, OneToken, RouterShape
 from offload.kernels.device import DeviceKernels, ExpertSlab
 from offload.kernels.select import BACKENDS, DEVICE_BACKENDS, select, select_device
 
@@ -14,6 +14,7 @@ __all__ = [
     "Kernels",
     "MoeLayer",
     "MoeStart",
+    "OneToken",
     "RouterShape",
     "select",
     "select_device",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -160,6 +160,46 @@ class MoeStart(NamedTuple):
     """The backend's mark of the shared expert under way."""
 
 
+class OneToken(Protocol):
+    """A token on its way through the layers of a model: the blocks of `FusedKernels` over tensors that stay, so that
+    nothing is made, checked or looked up per call. All of them are overwritten by the next layer."""
+
+    hidden: Tensor
+    """What goes into a layer, and what comes out of it [1, H]."""
+    attended: Tensor
+    """What lies between attention and the other block [1, H]."""
+    x: Tensor
+    """The normed input [1, H] of the experts."""
+    ids: Tensor
+    """The router's choice, int64 [1, K]."""
+    weights: Tensor
+
+    def begin(self, row: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[Tensor], start: int) -> None:
+        """The token at position `start`, whose embedding is `row` [1, H]; `caches`: that of every layer."""
+        ...
+
+    def attention(self, index: int) -> None:
+        """`attended` = `hidden` plus the attention of layer `index`."""
+        ...
+
+    def route(self, index: int) -> list[int]:
+        """`begin_moe` for `attended`; returns what the router chose, best first."""
+        ...
+
+    def finish(self, index: int, layout: Any, addresses: list[int]) -> None:
+        """`hidden` = what `experts`, `combine` and `end_moe` give. The expert ids[0, j] is at `addresses[j]`, its
+        bytes as `layout` of a store says."""
+        ...
+
+    def early(self, index: int) -> list[int]:
+        """What the router of layer `index` would choose for `hidden` as it is, best first."""
+        ...
+
+    def end(self, index: int, routed: Tensor) -> None:
+        """`hidden` = what `end_moe` gives for the routed experts' sum `routed` [1, H]."""
+        ...
+
+
 @runtime_checkable
 class FusedKernels(Kernels, Protocol):
     """A backend that also computes whole blocks in few calls, with the bits of its single kernels in turn."""
@@ -181,11 +221,6 @@ class FusedKernels(Kernels, Protocol):
         """hidden + (routed + shared expert): [T, H], for the routed experts' sum `routed` [T, H]."""
         ...
 
-    def finish_moe(
-        self, layer: MoeLayer, hidden: Tensor, start: MoeStart, ids: Tensor, weights: Tensor, experts: Sequence[Expert]
-    ) -> Tensor:
-        """What `experts`, `combine` and `end_moe` give for one token, all of whose experts are at hand: [1, H].
-
-        `experts[j]` is the expert ids[0, j], its weight weights[0, j].
-        """
+    def one_token(self, attention: Sequence[AttentionLayer], moe: Sequence[MoeLayer | None]) -> OneToken:
+        """The layers of a model for one token at a time; per layer its MoE block, None for a dense one."""
         ...

@@ -33,6 +33,7 @@ from offload.kernels.native_library import (
     describe_router,
     supported_isas,
 )
+from offload.kernels.native_token import NativeToken, not_finite
 from offload.quant import QuantizedTensor
 from offload.types import PROJECTIONS
 
@@ -81,7 +82,7 @@ class NativeKernels:
         self._no_ids = torch.empty(0, dtype=torch.int64)
         self._routers: dict[tuple[RouterShape, int], Any] = {}
         self._attentions: dict[int, tuple[AttentionLayer, Any]] = {}
-        self._moes: dict[int, tuple[MoeLayer, Any]] = {}
+        self._moes: dict[int, tuple[MoeLayer, Moe]] = {}
 
     def reserve(self, nbytes: int) -> int:
         """Grow the scratch memory to at least `nbytes` now; returns its size in bytes."""
@@ -93,7 +94,7 @@ class NativeKernels:
         out = x.new_empty(tokens, described.rows)
         bad = self._library.ep_linear(self._context, pointer, x.data_ptr(), tokens, out.data_ptr())
         if bad:
-            raise _not_finite(bad)
+            raise not_finite(bad)
         return out
 
     def swiglu_mlp(self, x: Tensor, gate: QuantizedTensor, up: QuantizedTensor, down: QuantizedTensor) -> Tensor:
@@ -165,7 +166,7 @@ class NativeKernels:
         pointers = weight.data_ptr(), bias.data_ptr(), ids.data_ptr(), weights.data_ptr()
         bad = self._library.ep_router_topk(self._context, byref(config), x.data_ptr(), tokens, hidden, *pointers)
         if bad:
-            raise _not_finite(bad)
+            raise not_finite(bad)
         return ids, weights
 
     def absorb_query(self, q_nope: Tensor, kv_b: QuantizedTensor) -> Tensor:
@@ -177,7 +178,7 @@ class NativeKernels:
         shape = tokens, heads, nope, value
         bad = self._library.ep_absorb_query(self._context, pointer, q_nope.data_ptr(), *shape, out.data_ptr())
         if bad:
-            raise _not_finite(bad)
+            raise not_finite(bad)
         return out
 
     def expand_value(self, latent: Tensor, kv_b: QuantizedTensor, v_head_dim: int) -> Tensor:
@@ -188,7 +189,7 @@ class NativeKernels:
         shape = tokens, heads, v_head_dim
         bad = self._library.ep_expand_value(self._context, pointer, latent.data_ptr(), *shape, out.data_ptr())
         if bad:
-            raise _not_finite(bad)
+            raise not_finite(bad)
         return out
 
     def mla_absorbed(self, q_latent: Tensor, q_rope: Tensor, cache: Tensor, start: int, scale: float) -> Tensor:
@@ -207,7 +208,7 @@ class NativeKernels:
         shape = tokens, heads, latent, rope, start
         bad = self._library.ep_mla_absorbed(self._context, *pointers, int(bf16), *shape, scale, out.data_ptr())
         if bad:
-            raise _not_finite(bad)
+            raise not_finite(bad)
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor:
@@ -221,15 +222,12 @@ class NativeKernels:
         shape = tokens, heads, key_dim, value_dim, start
         bad = self._library.ep_attend(self._context, *pointers, *shape, scale, out.data_ptr())
         if bad:
-            raise _not_finite(bad)
+            raise not_finite(bad)
         return out
 
     def attention(
         self, layer: AttentionLayer, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, start: int
     ) -> Tensor:
-        known = self._attentions.get(id(layer))
-        if known is None:  # holding the layer keeps its id taken
-            known = self._attentions[id(layer)] = (layer, byref(self._describe_attention(layer)))
         tokens, width = hidden.shape[0], layer.kv_b.cols + layer.qk_rope_head_dim
         _rows(hidden, layer.kv_a.cols)
         _rows(cos, layer.qk_rope_head_dim // 2, tokens)
@@ -239,25 +237,22 @@ class NativeKernels:
         out = torch.empty_like(hidden)
         pointers = hidden.data_ptr(), cos.data_ptr(), sin.data_ptr()
         bad = self._library.ep_attention(
-            self._context, known[1], *pointers, tokens, start, cache.data_ptr(), out.data_ptr()
+            self._context, self._attention(layer), *pointers, tokens, start, cache.data_ptr(), out.data_ptr()
         )
         if bad:
-            raise _not_finite(bad)
+            raise not_finite(bad)
         return out
 
     def begin_moe(self, layer: MoeLayer, hidden: Tensor) -> MoeStart:
-        known = self._moes.get(id(layer))
-        if known is None:  # holding the layer keeps its id taken
-            known = self._moes[id(layer)] = (layer, byref(self._describe_moe(layer)))
         tokens, k = _rows(hidden, layer.router.shape[1]), layer.shape.num_experts_per_tok
         x = torch.empty_like(hidden)
         ids = self._no_ids.new_empty(tokens, k)
         weights = hidden.new_empty(tokens, k)
         token = c_uint64()
         results = x.data_ptr(), ids.data_ptr(), weights.data_ptr(), byref(token)
-        bad = self._library.ep_moe_begin(self._context, known[1], hidden.data_ptr(), tokens, *results)
+        bad = self._library.ep_moe_begin(self._context, byref(self._moe(layer)), hidden.data_ptr(), tokens, *results)
         if bad:
-            raise _not_finite(bad)
+            raise not_finite(bad)
         return MoeStart(x, ids, weights, token.value)
 
     def end_moe(self, layer: MoeLayer, hidden: Tensor, start: MoeStart, routed: Tensor) -> Tensor:
@@ -265,34 +260,27 @@ class NativeKernels:
         _rows(routed, hidden.shape[1], tokens)
         out = torch.empty_like(hidden)
         pointers = hidden.data_ptr(), start.x.data_ptr(), routed.data_ptr()
-        described = self._moes[id(layer)][1]
+        described = byref(self._moe(layer))
         bad = self._library.ep_moe_end(self._context, described, *pointers, tokens, start.token, out.data_ptr())
         if bad:
-            raise _not_finite(bad)
+            raise not_finite(bad)
         return out
 
-    def finish_moe(
-        self, layer: MoeLayer, hidden: Tensor, start: MoeStart, ids: Tensor, weights: Tensor, experts: Sequence[Expert]
-    ) -> Tensor:
-        k, layout = len(experts), self._expert_layout(experts[0])
-        if layout is None:  # matrices that are not views into one buffer
-            wave = [(expert, torch.tensor([j])) for j, expert in enumerate(experts)]
-            partial = hidden.new_empty(k, hidden.shape[1])
-            self.experts(start.x, wave, k, partial)
-            return self.end_moe(layer, hidden, start, self.combine(partial, ids, weights))
-        width = layer.router.shape[1]
-        _rows(hidden, width, 1)
-        _rows(weights, k, 1)
-        if (layout[0].cols, layout[2].rows, ids.shape) != (width, width, (1, k)):
-            raise KernelError(f"{k} experts {layout[0].cols} wide do not fit ids {tuple(ids.shape)} and hidden {width}")
-        out = torch.empty_like(hidden)
-        bases = (c_uint64 * k)(*(expert.buffer.data_ptr() for expert in experts))
-        chosen = _int64(ids).data_ptr(), weights.data_ptr(), k
-        rows = hidden.data_ptr(), start.x.data_ptr(), start.token, out.data_ptr()
-        bad = self._library.ep_moe_finish(self._context, self._moes[id(layer)][1], layout, bases, *chosen, *rows)
-        if bad:
-            raise _not_finite(bad)
-        return out
+    def one_token(self, attention: Sequence[AttentionLayer], moe: Sequence[MoeLayer | None]) -> NativeToken:
+        first = attention[0]
+        widths = {block.router.shape[1] for block in moe if block} | {layer.kv_a.cols for layer in attention}
+        latents = {layer.kv_b.cols + layer.qk_rope_head_dim for layer in attention}
+        counts = {block.shape.num_experts_per_tok for block in moe if block}
+        if len(widths) != 1 or len(latents) != 1 or len(counts) > 1:
+            raise KernelError(f"layers of one model differ: {widths} wide, latents of {latents}, top {counts}")
+        return NativeToken(
+            self._library,
+            self._context,
+            [self._attention(layer) for layer in attention],
+            [None if block is None else self._moe(block) for block in moe],
+            (widths.pop(), latents.pop(), first.qk_rope_head_dim // 2, counts.pop() if counts else 1),
+            self._layout,
+        )
 
     def read(self, data: Tensor) -> int:
         """Touch every byte of `data` on all threads: the bandwidth that kernels are measured against."""
@@ -314,13 +302,14 @@ class NativeKernels:
         if bad < 0:
             raise KernelError(f"a position lies outside the {tokens * k} of this call")
         if bad:
-            raise _not_finite(bad)
+            raise not_finite(bad)
 
     def _expert_layout(self, expert: Expert) -> Any:
         """gate, up and down of the experts of a store, with offsets in place of addresses."""
         layout = getattr(expert, "layout", None)
-        if layout is None:
-            return None
+        return None if layout is None else self._layout(layout)
+
+    def _layout(self, layout: Any) -> Any:
         known = self._layouts.get(id(layout))
         if known is None:
             offsets = {(f.projection, f.suffix): f.offset for f in layout.fields}
@@ -329,6 +318,20 @@ class NativeKernels:
                 parts = {suffix: at for (owner, suffix), at in offsets.items() if owner == projection}
                 described[index] = describe(layout.codec, layout.shape(projection), parts)
             known = self._layouts[id(layout)] = (layout, described)  # holding it keeps its id taken
+        return known[1]
+
+    def _attention(self, layer: AttentionLayer) -> Any:
+        """A pointer to the description of `layer`."""
+        known = self._attentions.get(id(layer))
+        if known is None:  # holding the layer keeps its id taken
+            known = self._attentions[id(layer)] = (layer, byref(self._describe_attention(layer)))
+        return known[1]
+
+    def _moe(self, layer: MoeLayer) -> Moe:
+        """The description of `layer`."""
+        known = self._moes.get(id(layer))
+        if known is None:
+            known = self._moes[id(layer)] = (layer, self._describe_moe(layer))
         return known[1]
 
     def _describe_attention(self, layer: AttentionLayer) -> Attention:
@@ -414,10 +417,3 @@ def _rows(x: Tensor, cols: int, rows: int | None = None) -> int:
 
 def _int64(x: Tensor) -> Tensor:
     return x if x.dtype is torch.int64 and x.is_contiguous() else x.to(torch.int64).contiguous()
-
-
-def _not_finite(row: int) -> KernelError:
-    return KernelError(
-        f"activations of row {row - 1} hold NaN or infinity: the model overflowed or its weights are damaged; "
-        "check the store with `expertpager verify`"
-    )

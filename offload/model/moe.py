@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offload.config import ModelConfig
-from offload.kernels import FusedKernels, Kernels, MoeLayer, MoeStart, RouterShape
+from offload.kernels import FusedKernels, Kernels, MoeLayer, OneToken, RouterShape
 from offload.model.blocks import blocks
 from offload.model.preference import reroute
 from offload.quant import QuantizedTensor
@@ -53,10 +53,9 @@ class RoutedExperts(Protocol):
 class ExpertsAtHand(RoutedExperts, Protocol):
     """Routed experts that a fused backend may compute together with the rest of their block."""
 
-    def finish(
-        self, layer: int, block: MoeLayer, hidden: Tensor, start: MoeStart, ids: Tensor, weights: Tensor
-    ) -> Tensor:
-        """`hint`, the call and `end_moe` in one, for one token: hidden [1, H] plus the whole block."""
+    def finish(self, layer: int, token: OneToken, chosen: list[int]) -> None:
+        """`hint`, the call and the end of the block in one, for `token` with the experts `chosen`, which are its
+        ids."""
         ...
 
 
@@ -179,18 +178,24 @@ def fused_moe(
     layer: int,
     routed: RoutedExperts,
     kernels: FusedKernels,
-    at_hand: ExpertsAtHand | None = None,
 ) -> Tensor:
-    """hidden [T, H] plus the MoE block of its norm, with the shared expert running while experts are looked up.
-
-    `at_hand`: `routed` again, if it can finish a block by itself.
-    """
+    """hidden [T, H] plus the MoE block of its norm, with the shared expert running while experts are looked up."""
     start = kernels.begin_moe(block, hidden)
     ids, scores = start.ids, start.weights
     preference = routed.preference(layer, ids)
     if preference is not None:
         ids, scores = reroute(kernels, start.x, block.router, block.bias, block.shape, preference)
-    if at_hand is not None and hidden.shape[0] == 1:
-        return at_hand.finish(layer, block, hidden, start, ids, scores)
     routed.hint(layer, ids, scores)
     return kernels.end_moe(block, hidden, start, routed(layer, start.x, ids, scores))
+
+
+def one_token_moe(token: OneToken, block: MoeLayer, layer: int, at_hand: ExpertsAtHand, kernels: Kernels) -> None:
+    """`fused_moe` for the token under way."""
+    chosen = token.route(layer)
+    preference = at_hand.preference(layer, token.ids)
+    if preference is not None:
+        ids, scores = reroute(kernels, token.x, block.router, block.bias, block.shape, preference)
+        token.ids.copy_(ids)
+        token.weights.copy_(scores)
+        chosen = ids[0].tolist()
+    at_hand.finish(layer, token, chosen)

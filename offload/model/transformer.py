@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from offload.config import ModelConfig
-from offload.kernels import FusedKernels, Kernels
+from offload.kernels import FusedKernels, Kernels, OneToken
 from offload.model.attention import EXPAND_FROM, AttentionWeights, attention_layer, mla
 from offload.model.blocks import blocks
 from offload.model.kv_cache import KVCache
@@ -27,6 +28,7 @@ from offload.model.moe import (
     mlp,
     moe,
     moe_layer,
+    one_token_moe,
     router_shape,
 )
 from offload.model.place import Place
@@ -96,6 +98,11 @@ class DeepseekV3:
             for index, layer in enumerate(weights.layers)
             if layer.moe is not None
         }
+        self._token: OneToken | None = None
+        if self._fused is not None:
+            blocks_of = [self._moe.get(index) for index in range(len(weights.layers))]
+            self._token = self._fused.one_token(self._attention, blocks_of)
+            self._table = self.rotary[self.places[0].device]
 
     @property
     def routed(self) -> RoutedExperts:
@@ -118,6 +125,8 @@ class DeepseekV3:
         if self.single is not None and len(token_ids) == 1 and self.single.routed is self._routed:
             return self.single(token_ids[0])
         self.routed.begin_step(token_ids)
+        if self._token is not None and self._at_hand is not None and len(token_ids) == 1:
+            return self._one_token(token_ids, cache, self._token, self._at_hand, progress)
         parts = {device: _parts(table, cache.length, len(token_ids)) for device, table in self.rotary.items()}
         hidden = self.weights.embed.rows_of(torch.tensor(token_ids))  # [T, H], bf16 on its way to a device
         ahead = self.routed.lookahead() if len(token_ids) == 1 else 0
@@ -130,7 +139,7 @@ class DeepseekV3:
                 else:
                     hidden = self._layer(index, layer, hidden, cache, own)
             if ahead:
-                self._foresee(index, hidden, ahead)
+                self._foresee(index, ahead, partial(self._early, hidden))
             if progress is not None:
                 progress(index + 1)
         cache.advance(len(token_ids))
@@ -174,24 +183,55 @@ class DeepseekV3:
         """A layer for few tokens, whose attention is absorbed: the same values in as few calls as the backend needs."""
         hidden = fused.attention(self._attention[index], hidden, *angles, cache.layers[index], cache.length)
         if layer.moe is not None:
-            return fused_moe(hidden, self._moe[index], index, self.routed, fused, self._at_hand)
+            return fused_moe(hidden, self._moe[index], index, self.routed, fused)
         assert layer.mlp is not None
         x = fused.rms_norm(hidden, layer.post_attention_norm, self.config.rms_norm_eps)
         return hidden + mlp(x, layer.mlp, fused)
 
-    def _foresee(self, index: int, hidden: Tensor, ahead: int) -> None:
-        """Tell what the next `ahead` routers would choose for hidden [1, H], the state after layer `index`.
+    def _one_token(
+        self,
+        token_ids: list[int],
+        cache: KVCache,
+        token: OneToken,
+        at_hand: ExpertsAtHand,
+        progress: Callable[[int], None] | None,
+    ) -> Tensor:
+        """The rest of `forward` for one token, on the processor: the same values over memory that stays."""
+        kernels, weights, eps = self.kernels, self.weights, self.config.rms_norm_eps
+        row = weights.embed.rows_of(torch.tensor(token_ids))
+        token.begin(row, *self._table.at(cache.length, 1), cache.layers, cache.length)
+        ahead = at_hand.lookahead()
+        for index, layer in enumerate(weights.layers):
+            token.attention(index)
+            if layer.mlp is None:
+                one_token_moe(token, self._moe[index], index, at_hand, kernels)
+            else:
+                x = kernels.rms_norm(token.attended, layer.post_attention_norm, eps)
+                torch.add(token.attended, mlp(x, layer.mlp, kernels), out=token.hidden)
+            if ahead:
+                self._foresee(index, ahead, token.early)
+            if progress is not None:
+                progress(index + 1)
+        cache.advance(1)
+        return kernels.rms_norm(token.hidden, weights.norm, eps)
+
+    def _foresee(self, index: int, ahead: int, early: Callable[[int], list[int]]) -> None:
+        """Tell what the next `ahead` routers would choose for the state after layer `index`: `early` of each.
 
         The residual stream changes slowly: the next router sees this state after one more attention, and most of its
         choice is the same. Told now, experts can be read while that attention is computed.
         """
         for later in range(index + 1, min(index + 1 + ahead, len(self.weights.layers))):
-            layer = self.weights.layers[later]
-            if layer.moe is None:
-                continue
-            x = self.kernels.rms_norm(hidden, layer.post_attention_norm, self.config.rms_norm_eps)
-            ids, _ = self.kernels.router(x, layer.moe.router, layer.moe.bias, self.router_shape)
-            self.routed.expect(later, ids[0].tolist())
+            if later in self._moe:
+                self.routed.expect(later, early(later))
+
+    def _early(self, hidden: Tensor, later: int) -> list[int]:
+        """What the router of layer `later` would choose for hidden [1, H], best first."""
+        layer = self.weights.layers[later]
+        assert layer.moe is not None
+        x = self.kernels.rms_norm(hidden, layer.post_attention_norm, self.config.rms_norm_eps)
+        ids, _ = self.kernels.router(x, layer.moe.router, layer.moe.bias, self.router_shape)
+        return ids[0].tolist()
 
 
 _Part = tuple[slice, tuple[Tensor, Tensor]]

@@ -16,7 +16,7 @@ from torch import Tensor
 from offload.cache.decisions import Service
 from offload.cache.policy import Routing
 from offload.cache.trace import Trace
-from offload.kernels import FusedKernels, Kernels, MoeLayer, MoeStart
+from offload.kernels import Kernels, OneToken
 from offload.telemetry import Telemetry
 from offload.tiers.ram import RamTier
 from offload.tiers.slot_reads import ExpertStore
@@ -31,9 +31,9 @@ class Executor:
 
     def __init__(self, store: ExpertStore, kernels: Kernels, *, max_tokens: int = 1, **tier: Any) -> None:
         """`max_tokens`: the largest forward pass for which memory is set aside. `tier`: options of RamTier."""
-        self.ram = RamTier(store, **tier)
+        self.ram = RamTier(store, followed=False, **tier)
         self._kernels = kernels
-        self._fused = kernels if isinstance(kernels, FusedKernels) else None
+        self._first, self._layout = self.ram.layers[0], store.layout
         top_k = self.ram.shape.top_k
         self._partial = torch.zeros(max_tokens * top_k, store.config.hidden_size)
         self._single = list(torch.arange(top_k).view(-1, 1))
@@ -58,12 +58,12 @@ class Executor:
         """
         if self.ram.preference is None:
             return None
-        lead = self.ram.preference.of(layer - self.ram.layers[0], ids.tolist())
+        lead = self.ram.preference.of(layer - self._first, ids.tolist())
         return None if lead is None else torch.from_numpy(lead)
 
     def hint(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         """`layer` will be called with these ids [T, K]: decide now and begin to read what is missing."""
-        index, routing = layer - self.ram.layers[0], ids.tolist()
+        index, routing = layer - self._first, ids.tolist()
         self._begin(index, ids, routing, self.ram.begin_layer(index, routing))
 
     def _begin(self, index: int, ids: Tensor, routing: Routing, wanted: list[int]) -> None:
@@ -78,29 +78,26 @@ class Executor:
             self.hint(layer, ids, weights)
         assert self._open is not None
         (job, demand), self._open = self._open, None
-        assert demand.layer == layer - self.ram.layers[0], "a hint is followed by the call it announces"
+        assert demand.layer == layer - self._first, "a hint is followed by the call it announces"
         job.x = x
         self.ram.complete(demand, job.compute)
         self.ram.end_layer()
         return self._kernels.combine(job.partial, ids, weights)
 
-    def finish(
-        self, layer: int, block: MoeLayer, hidden: Tensor, start: MoeStart, ids: Tensor, weights: Tensor
-    ) -> Tensor:
-        """A whole MoE block of one token from the router's choice on: hidden [1, H] plus routed and shared experts.
+    def finish(self, layer: int, token: OneToken, chosen: list[int]) -> None:
+        """A whole MoE block of one token from the router's choice on.
 
         Where all experts are resident, nothing needs to be decided and the backend does it in one go.
         """
-        kernels, index, routing = self._fused, layer - self.ram.layers[0], ids.tolist()
-        assert kernels is not None, "only a backend that has whole blocks began one"
-        wanted = self.ram.begin_layer(index, routing)
-        slots = self.ram.at_hand(index, routing[0])
-        if slots is not None:
-            out = kernels.finish_moe(block, hidden, start, ids, weights, [self.ram.weights(slot) for slot in slots])
-            self.ram.end_layer()
-            return out
-        self._begin(index, ids, routing, wanted)
-        return kernels.end_moe(block, hidden, start, self(layer, start.x, ids, weights))
+        ram, index, routing = self.ram, layer - self._first, [chosen]
+        wanted = ram.begin_layer(index, routing)
+        addresses = ram.at_hand(index, chosen)
+        if addresses is not None:
+            token.finish(layer, self._layout, addresses)
+            ram.end_layer()
+            return
+        self._begin(index, token.ids, routing, wanted)
+        token.end(layer, self(layer, token.x, token.ids, token.weights))
 
     def lookahead(self) -> int:
         """For how many layers ahead routers applied early are of use in this step."""
@@ -108,7 +105,7 @@ class Executor:
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """A router applied early chose `experts` (best first) for `layer`: read them if the drive idles."""
-        self.ram.expect(layer - self.ram.layers[0], experts)
+        self.ram.expect(layer - self._first, experts)
 
     def abandon(self) -> None:
         """The forward pass broke off, wherever it was: drop its reads, so that the next one can begin."""

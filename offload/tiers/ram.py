@@ -18,7 +18,7 @@ from offload.cache.decisions import Decision, Service
 from offload.cache.lookahead import EARLY_ROUTERS, LookAhead
 from offload.cache.policy import CacheShape, Routing, create_policy
 from offload.cache.preference import Preference
-from offload.cache.residency import Residency
+from offload.cache.residency import Residency, chosen
 from offload.cache.trace import Trace, TraceRecorder
 from offload.cache.usage import load_usage, save_usage
 from offload.errors import BudgetError, UsageError
@@ -61,10 +61,11 @@ class RamTier:
         usage: Path | None = None,
         reader: DiskReader | None = None,
         prefer_resident: float | None = None,
+        followed: bool = True,
     ) -> None:
         """`half_life`: that of the policy, in tokens; None: its own. `usage`: file in which what the policy learns is
         kept between runs. `prefetch_depth`: see LookAhead. `prefer_resident`: margin of `preference`, without which
-        routing is exact."""
+        routing is exact. `followed`: whether others read what the policy thinks, for a tier above this one."""
         config = store.config
         self.layers = config.moe_layers
         self.shape = CacheShape(len(self.layers), config.n_routed_experts, config.num_experts_per_tok)
@@ -88,6 +89,11 @@ class RamTier:
         if prefetch:
             lookahead = LookAhead(self.residency.policy, prefetch_depth=prefetch_depth)
             self._ahead = ReadsAhead(self._reads, self.residency, lookahead, self._recorder, self.telemetry)
+        # Where every expert has a slot, nothing is ever displaced: what the policy learns can wait until the step has
+        # ended, when nothing comes between two layers that pushes code and data out of the processor's caches.
+        self._learns_later = not followed and slots == self.shape.keys
+        self._tokens: list[int] = []
+        self._routing: list[Routing] = []  # of the layers of this step that have run, if it learns later
         self._next_layer = 0
         self._broken = False
         self._holders: list[Callable[[], bool]] = []
@@ -136,7 +142,11 @@ class RamTier:
         if self._broken:
             self.abandon()
         self._next_layer = 0
-        changed = self.residency.begin_step(tokens, upcoming)
+        if self._learns_later:
+            self._learn()
+            self._tokens, changed = list(tokens), False
+        else:
+            changed = self.residency.begin_step(tokens, upcoming)
         if self._recorder:
             self._recorder.begin_step(tokens)
         if self._ahead:
@@ -155,14 +165,21 @@ class RamTier:
             self._recorder.route(layer, routing)
             if self._ahead:
                 self._ahead.lookahead.routed(layer, routing[0])
+        if self._learns_later:
+            self._routing.append(routing)
+            return chosen(routing)
         return self.residency.observe(layer, routing)
 
     def at_hand(self, layer: int, experts: Sequence[int]) -> list[int] | None:
-        """The slots of `experts`, if the bytes of all of them are there: a demand that is complete at once.
+        """Addresses of `experts`, if the bytes of all of them are there: a demand that is complete at once.
 
-        The slots are the caller's until the next call. None, with nothing changed, if anything must be read.
+        Their slots are the caller's until the next call. None, with nothing changed, if anything must be read.
         """
-        return self.residency.take(layer, experts)
+        slots = self.residency.take(layer, experts)
+        if slots is None:
+            return None
+        address = self._weights.addresses
+        return [address[slot] for slot in slots]
 
     def open(self, layer: int, wanted: list[int]) -> Service:
         """Decide about `wanted` (ascending, each once) and begin the reads of the first wave."""
@@ -249,9 +266,17 @@ class RamTier:
     def close(self) -> None:
         """Stop the readers and keep what was learned. Harmless when repeated."""
         self.reader.close()
+        self._learn()
         if self._usage is not None:
             save_usage(self.residency.policy, self._usage, _model_name(self._store))
             self._usage = None
+
+    def _learn(self) -> None:
+        """Let the policy know of the step that has ended, or broken off, if it waits for that."""
+        tokens, routing = self._tokens, self._routing
+        if tokens or routing:
+            self._tokens, self._routing = [], []
+            self.residency.learn(tokens, routing)
 
     # -- reads -------------------------------------------------------------------------------
 

@@ -52,14 +52,22 @@ class ReadsAhead:
 
     def begin_step(self, tokens: Sequence[int]) -> None:
         """A forward pass over `tokens` begins."""
-        self.lookahead.begin_step(tokens, self._residency.events.absent)
+        lookahead, residency = self.lookahead, self._residency
+        lookahead.begin_step(() if self._complete else tokens, residency.events.absent)
+        if residency.slots == residency.shape.keys:  # what is resident now remains so: no layer need ask again
+            lookahead.forget(lambda layer, expert: residency.slot(layer, expert) >= 0)
         self.begin(0)
+
+    @property
+    def _complete(self) -> bool:
+        """Whether every expert has a slot, for good."""
+        return self._residency.resident == self._residency.shape.keys
 
     def begin(self, first: int) -> None:
         """Use an idle drive to read what the layers from `first` on will probably need."""
         lookahead = self.lookahead
-        if lookahead.idle or self._residency.resident == self._residency.shape.keys:
-            return  # nothing to read, or every expert has a slot
+        if lookahead.idle or self._complete:
+            return  # nothing to read
         if len(self._reads) > len(self._pending):
             return  # somebody waits for a read
         for layer, load in granted(lookahead, self._residency, first, len(self._pending)):

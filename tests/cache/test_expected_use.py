@@ -201,3 +201,34 @@ def test_a_half_life_is_the_middle_one_of_three():
         hits(policy, tokens, scripted(tokens), 40)
     assert np.array_equal(given.values, weighted.values) and not np.allclose(given.values, fitted.values)
     assert (given.half_life, fitted.half_life) == (300, 60.0)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, CacheShape(34, 256, 8)], ids=["small", "large"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "ema", "ema+tokens"])
+def test_learning_behind_a_step_leaves_the_same_state(policy, shape):
+    rng = np.random.default_rng(5)
+    during, behind = create_policy(policy, shape), create_policy(policy, shape)
+    for number in range(30):
+        tokens = rng.integers(0, 9, 4 if number % 7 == 3 else 1).tolist()
+        # Some steps break off, one of them before its first layer.
+        layers = {11: 2, 17: 0, 18: shape.layers - 1}.get(number, shape.layers)
+        routing = [
+            [rng.choice(shape.experts, shape.top_k, replace=False).tolist() for _ in tokens] for _ in range(layers)
+        ]
+        if number % 10 == 9:  # now and then a step of the other kind
+            behind.begin_step(tokens)
+            for layer, ids in enumerate(routing):
+                behind.observe(layer, ids)
+        else:
+            behind.learn(tokens, routing)
+        during.begin_step(tokens)
+        for layer, ids in enumerate(routing):
+            during.observe(layer, ids)
+        assert np.isfinite(behind.values).all()
+    ours, theirs = behind.state(), during.state()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert np.array_equal(ours[name], theirs[name]), name
+    if policy == "ema+tokens":  # all that the next tokens are learned with, in full precision
+        assert np.array_equal(behind.successors.weights, during.successors.weights)
+        assert np.array_equal(behind.recall._past, during.recall._past)

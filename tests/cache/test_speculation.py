@@ -94,3 +94,24 @@ def test_what_was_foretold_is_compared_with_what_was_chosen() -> None:
     lookahead.routed(0, [4, 3, 9, 1])
     lookahead.routed(1, [1, 2, 3, 4])  # nothing was said of it
     assert lookahead.right == 0.75
+
+
+def test_what_is_known_is_not_asked_for_again() -> None:
+    policy = create_policy("ema+tokens", SHAPE)
+    for _ in range(30):
+        policy.begin_step([7])
+        for layer in range(SHAPE.layers):
+            policy.observe(layer, [[0, 1, 2, 3]])
+    policy.begin_step([7])
+    lookahead = LookAhead(policy)
+    lookahead.begin_step([7])
+    assert sorted(lookahead.candidates(2)) == [0, 1, 2, 3]
+    lookahead.forget(lambda layer, expert: layer != 2 or expert > 1)
+    assert [sorted(lookahead.candidates(layer)) for layer in range(SHAPE.layers)] == [[], [], [0, 1], []]
+    assert not lookahead.idle
+    lookahead.expect(3, [9])
+    lookahead.forget(lambda layer, expert: True)
+    assert lookahead.candidates(3) == [9] and lookahead.candidates(2) == []
+    lookahead.begin_step([7])
+    lookahead.forget(lambda layer, expert: True)
+    assert lookahead.idle

@@ -6,10 +6,12 @@ import itertools
 import random
 import time
 
+import numpy as np
 import pytest
 import torch
 from paging_samples import EXPERTS, FIRST, LAYERS, TOP_K, Unruly, make_store, random_steps
 
+from offload.cache.arrays import load_arrays
 from offload.cache.policy import HALF_LIVES
 from offload.cache.simulator import replay
 from offload.cache.trace import Trace
@@ -17,6 +19,7 @@ from offload.errors import BudgetError, DiskError
 from offload.kernels import select
 from offload.tiers.disk import DiskReader
 from offload.tiers.executor import Executor
+from offload.tiers.ram import RamTier
 from offload.types import ExpertId
 
 LENGTHS = [1, 1, 7, 1, 1, 23, 1, 1, 1]
@@ -265,6 +268,37 @@ def test_what_was_learned_warms_the_next_start(store, kernels, tmp_path):
     cold = misses()
     assert usage.exists()
     assert misses() < cold
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_with_a_slot_for_every_expert_learning_waits_for_the_end_of_the_step(store, policy, tmp_path):
+    """The usage file is that of a tier which learns from every layer, broken steps and long passes included."""
+    steps = [[ids.tolist() for _, ids, _ in step] for step in random_steps(store, LENGTHS * 3)]
+    tiers = [
+        RamTier(store, slots=LAYERS * EXPERTS, policy=policy, usage=tmp_path / name, followed=followed)
+        for name, followed in (("each.npz", True), ("later.npz", False))
+    ]
+    for tier in tiers:
+        for number, step in enumerate(steps):
+            tier.begin_step([number % 5] * len(step[0]))
+            for layer, routing in enumerate(step):
+                wanted = tier.begin_layer(layer, routing)
+                assert wanted == sorted({expert for row in routing for expert in row})
+                if number % 6 == 4 and layer == 1:
+                    tier.abandon()
+                    break
+                if tier.at_hand(layer, wanted) is None:
+                    tier.complete(tier.open(layer, wanted), lambda pairs: None)
+                tier.end_layer()
+            tier.residency.check()
+        tier.close()
+    each, later = tiers
+    assert vars(later.residency.events) == vars(each.residency.events)
+    assert (tmp_path / "later.npz").exists() == policy.startswith("ema")
+    if policy.startswith("ema"):
+        ours, theirs = load_arrays(tmp_path / "later.npz"), load_arrays(tmp_path / "each.npz")
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_dead_disk_is_an_error_and_the_executor_survives_it(store, kernels):
