@@ -162,6 +162,10 @@ class DeviceExecutor:
                     tier.hide()
             self._resident = True
             return
+        if self._resident:  # while everything is there nothing holds its slot
+            for tier in self.tiers:
+                with tier.device.guard():
+                    tier.device.compute.record().wait()
         self._resident = False
         changed = self.ram.begin_step(tokens, upcoming)
         for tier in self.tiers:
