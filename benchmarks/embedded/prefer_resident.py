@@ -27,6 +27,7 @@ from benchmarks.embedded.perplexity import windows
 from benchmarks.record import append
 from offload.engine.atlas import read_domains
 from offload.engine.engine import Engine, ram_for_share
+from offload.errors import BudgetError
 from offload.store import Store
 
 MARGINS = (None, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
@@ -69,7 +70,11 @@ def load(store: Path, share: float, margin: float | None, context: int = CONTEXT
     for _ in range(ATTEMPTS):
         ram = ram_for_share(store, share, context=context) + correction
         options |= {"context": context, "prefer_resident": margin, "usage": "off", "prefetch": False}
-        engine = offload.load(store, ram=ram, **options)
+        try:
+            engine = offload.load(store, ram=ram, **options)
+        except BudgetError:  # the process has grown by more than the slots above the floor
+            correction += wanted * opened.layout.stride
+            continue
         if engine.plan.slots == wanted:
             return engine
         correction += (wanted - engine.plan.slots) * opened.layout.stride
