@@ -1,11 +1,13 @@
 """Decode and prefill speed with the whole model in RAM, beside llama.cpp on the same checkpoint.
 
-    python benchmarks/decode.py --folder SCRATCH --llama-cpp TREE [--rounds 3] [--threads 2]
+    python benchmarks/decode.py --folder SCRATCH --llama-cpp TREE [--rounds 12] [--threads 2]
 
 SCRATCH takes the 10B checkpoint of bench_model.py, its int4-g32 store and a Q4_0 GGUF (27 GB while they are
 made). TREE is a source tree of llama.cpp (for instance vendor/llama.cpp in the source distribution of
-llama-cpp-python) in which `llama-bench` and `llama-quantize` were built under build/. Runs alternate, ours
-first; the row holds every run, the medians and their ratios. Absolute speeds say little on a shared machine.
+llama-cpp-python) in which `llama-bench` and `llama-quantize` were built under build/. Turns of a few seconds alternate,
+ours first: one engine stays loaded and sleeps while the other runs. Prompts take turns in every fourth round. The row
+holds every turn, medians, and the median of the ratios of neighbouring turns: absolute speeds say little on a shared
+machine, and any other process that runs costs threads that wait for each other most of their speed.
 """
 
 from __future__ import annotations
@@ -26,27 +28,66 @@ from convert_gguf import to_gguf  # noqa: E402
 from record import append  # noqa: E402
 
 OURS = """
-import json, random, sys, time
+import json, random, sys
 import offload
 store, threads, prompt, decode = sys.argv[1], *map(int, sys.argv[2:])
 rng = random.Random(0)
 def ids(n): return [rng.randrange(32768) for _ in range(n)]
-with offload.load(store, threads=threads, kernels="native", context=prompt + decode) as engine:
+def run(tokens, more):
+    list(engine.generate(ids(tokens), max_tokens=more, temperature=0.0, ignore_eos=True))
+    return engine.summary().to_dict()
+with offload.load(store, threads=threads, kernels="native", context=prompt + decode, usage="off") as engine:
     for _ in range(2):  # brings every expert into RAM
-        list(engine.generate(ids(prompt), max_tokens=1, temperature=0.0))
-    list(engine.generate(ids(prompt), max_tokens=1, temperature=0.0))
-    prefill = engine.summary().to_dict()
-    list(engine.generate(ids(8), max_tokens=decode, temperature=0.0, ignore_eos=True))
-    run = engine.summary().to_dict()
-print(json.dumps({"prefill": prefill["prefill_tok_s"], "decode": run["decode_tok_s"], "misses": run["misses"]["ram"]}))
+        run(prompt, 1)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        what = line.strip()
+        found = run(prompt, 1) if what == "prefill" else run(8, decode)
+        print(json.dumps({"tok_s": found[f"{what}_tok_s"], "misses": found["misses"]["ram"]}), flush=True)
 """
+PREFILL_EVERY = 4
+"""Rounds from one turn of prompts to the next: they take ten times as long."""
+
+
+class Ours:
+    """This project in a process of its own, loaded once."""
+
+    def __init__(self, store: Path, arguments: argparse.Namespace) -> None:
+        numbers = [str(n) for n in (arguments.threads, arguments.prompt, arguments.decode)]
+        command = [sys.executable, "-c", OURS, str(store), *numbers]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self._answer()
+
+    def turn(self, what: str) -> float:
+        """Tok/s of `prefill` or `decode`. Raises SystemExit if an expert had to be read."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(what + "\n")
+        found = json.loads(self._answer())
+        if found["misses"] > 0:
+            print(f"{found['misses']} experts were read during {what}: the turn is not one in RAM", file=sys.stderr)
+        return float(found["tok_s"])
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the engine ended with {self._process.wait()}")
+        return line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--llama-cpp", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--decode", type=int, default=64)
@@ -54,36 +95,34 @@ def main() -> None:
     # 4.5 bits per weight in every matrix, as in Q4_0; llama.cpp keeps the head at 6.6 bits.
     store = bench_model.store(arguments.folder, resident="int4-g32", head="int4-g32")
     gguf = to_gguf(arguments.llama_cpp, bench_model.checkpoint(arguments.folder), arguments.folder / "10b-q4_0.gguf")
-    ours, theirs = [], []
-    for _ in range(arguments.rounds):
-        ours.append(run_ours(store, arguments))
-        theirs.append(run_llama(gguf, arguments))
-        print(ours[-1], theirs[-1], file=sys.stderr)
-    write_row(arguments, ours, theirs)
+    turns: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
+    engine = Ours(store, arguments)
+    try:
+        llama_turn("decode", gguf, arguments)  # the file is in the page cache from now on
+        for number in range(arguments.rounds):
+            for what in ("decode", "prefill") if number % PREFILL_EVERY == 0 else ("decode",):
+                turns[what].append((engine.turn(what), llama_turn(what, gguf, arguments)))
+                print(what, *(round(speed, 2) for speed in turns[what][-1]), file=sys.stderr, flush=True)
+    finally:
+        engine.close()
+    write_row(arguments, turns)
 
 
-def run_ours(store: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Prefill and decode tok/s of this project, in a process of its own."""
-    numbers = [str(n) for n in (arguments.threads, arguments.prompt, arguments.decode)]
-    return json.loads(_output([sys.executable, "-c", OURS, str(store), *numbers]).splitlines()[-1])
-
-
-def run_llama(gguf: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Prefill and decode tok/s of llama-bench, which warms up by itself."""
-    sizes = ["-t", str(arguments.threads), "-p", str(arguments.prompt), "-n", str(arguments.decode), "-r", "1"]
+def llama_turn(what: str, gguf: Path, arguments: argparse.Namespace) -> float:
+    """Tok/s of llama-bench, which warms up by itself."""
+    tokens = ["-p", str(arguments.prompt), "-n", "0"] if what == "prefill" else ["-p", "0", "-n", str(arguments.decode)]
     program = arguments.llama_cpp / "build" / "bin" / "llama-bench"
-    tests = json.loads(_output([str(program), "-m", str(gguf), *sizes, "-o", "json"]))
-    return {"prefill" if test["n_prompt"] else "decode": test["avg_ts"] for test in tests}
+    command = [str(program), "-m", str(gguf), "-t", str(arguments.threads), *tokens, "-r", "1", "-o", "json"]
+    return float(json.loads(_output(command))[0]["avg_ts"])
 
 
-def write_row(arguments: argparse.Namespace, ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
-    """Append medians, ratios and every run to the results."""
-    numbers: dict[str, Any] = {"ours": ours, "llama.cpp Q4_0": theirs}
-    for what in ("prefill", "decode"):
-        a, b = (statistics.median(run[what] for run in runs) for runs in (ours, theirs))
-        numbers |= {f"{what} tok/s": round(a, 2), f"llama.cpp {what} tok/s": round(b, 2)}
-        ratios = [mine[what] / other[what] for mine, other in zip(ours, theirs, strict=True)]
-        numbers[f"{what} ratio"] = round(statistics.median(ratios), 3)
+def write_row(arguments: argparse.Namespace, turns: dict[str, list[tuple[float, float]]]) -> None:
+    """Append medians, ratios and every turn to the results."""
+    numbers: dict[str, Any] = {"turns of ours and llama.cpp Q4_0, tok/s": turns}
+    for what, pairs in turns.items():
+        ours, theirs = (statistics.median(speeds) for speeds in zip(*pairs, strict=True))
+        numbers |= {f"{what} tok/s": round(ours, 2), f"llama.cpp {what} tok/s": round(theirs, 2)}
+        numbers[f"{what} ratio"] = round(statistics.median(mine / other for mine, other in pairs), 3)
     sizes = f"--threads {arguments.threads} --prompt {arguments.prompt} --decode {arguments.decode}"
     append("decode", f"python benchmarks/decode.py {sizes} --rounds {arguments.rounds}", numbers)
     print(json.dumps(numbers, indent=1))
