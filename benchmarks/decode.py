@@ -61,7 +61,7 @@ class Ours:
         self._answer()
 
     def turn(self, what: str) -> float:
-        """Tok/s of `prefill` or `decode`. Raises SystemExit if an expert had to be read."""
+        """Tok/s of `prefill` or `decode`; says so if an expert had to be read."""
         assert self._process.stdin is not None
         self._process.stdin.write(what + "\n")
         found = json.loads(self._answer())

@@ -117,7 +117,6 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         store = SyntheticStore.write(folder, ModelConfig.from_hf(config_dict))
         for vram in arguments.vram:
-            gc.collect()  # slots and slab of the budget before
             numbers = one_budget(store, parse_size(vram), arguments, sizes)
             command = f"python benchmarks/gpu.py --vram {vram} --ram {arguments.ram} --layers {arguments.layers}"
             report(arguments, command, numbers)

@@ -189,11 +189,9 @@ def _tuning() -> Iterator[tuple[str, str, str]]:
 
 
 def _gpu() -> Iterator[tuple[str, str, str]]:
-    speeds = [{item["kernel"]: item for item in row["numbers"]["kernels"]} for row in rows("gpu_speed")]
-    for row, kernels in list(zip(rows("gpu_speed"), speeds, strict=True))[::-1]:
-        if "8 experts fp8, 1 token" not in kernels:  # a row of some formats
-            continue
-        n = row["numbers"]
+    speeds = [row for row in rows("gpu_speed") if "8 experts fp8, 1 token" in _speeds(row)]  # others have some formats
+    for row in speeds[-1:]:
+        n, kernels = row["numbers"], _speeds(row)
         memory = f"{n['device']}, {n['read'] / 1e12:.1f} TB/s"
         eight = {codec: kernels[f"8 experts {codec}, 1 token"] for codec in ("int4-g32", "int8-g128", "fp8")}
         shares = (f"{codec} {item['us']:.0f} µs = {item['share_of_read']:.2f}" for codec, item in eight.items())
@@ -201,7 +199,6 @@ def _gpu() -> Iterator[tuple[str, str, str]]:
         names = {"head": "head bf16", "`o_proj`": "o int8-g128", "`q_b_proj`": "q_b int8-g128"}
         shares = (f"{name} {kernels[f'{key}, 1 token']['share_of_read']:.2f}" for name, key in names.items())
         yield "the same, resident weights", ", ".join(shares), "-"
-        break
     steps = [row for row in rows("gpu") if "decode" in row["numbers"]]
     for row in [row for row in steps if row["numbers"]["plan"]["slots"] < row["numbers"]["plan"]["experts"]][-1:]:
         n = row["numbers"]
@@ -211,16 +208,13 @@ def _gpu() -> Iterator[tuple[str, str, str]]:
             "-",
         )
     deepest = max(row["numbers"]["plan"]["layers"] for row in steps)
-    for row in [row for row in steps if row["commit"] == steps[-1]["commit"]]:
-        n = row["numbers"]
-        if n["plan"]["layers"] < deepest:
-            continue
+    for row in [row for row in steps if row["numbers"]["plan"]["layers"] == deepest]:
+        n, name = row["numbers"], row["command"].split("gpu.py ")[1]
         share = n["plan"]["slots"] / n["plan"]["experts"]
         ratios = ", ".join(
             f"{item['step_over_bound']:.2f} at {item['planted_hits']:.0%} hits ({1e3 * item['step_s']:.1f} ms)"
             for item in n["decode"]
         )
-        name = _options(row)
         yield f"a step over max(link, device) ({name})", ratios, "-"
         if n["prefill"]["sweep_bound_s"]:
             figure = f"{1e3 * n['prefill']['seconds']:.0f} : {1e3 * n['prefill']['sweep_bound_s']:.0f} ms"
@@ -236,8 +230,8 @@ def _gpu() -> Iterator[tuple[str, str, str]]:
         )
 
 
-def _options(row: Row) -> str:
-    return str(row["command"].split("gpu.py ")[1])
+def _speeds(row: Row) -> Row:
+    return {item["kernel"]: item for item in row["numbers"]["kernels"]}
 
 
 def _routing() -> Iterator[tuple[str, str, str]]:

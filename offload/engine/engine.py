@@ -27,7 +27,7 @@ from offload.engine.request import GenerationStep, resolve_sampling
 from offload.engine.summary import RunSummary, Snapshot
 from offload.engine.tokenizer import end_of_sequence_ids, load_tokenizer, need_tokenizer, read_generation_config
 from offload.errors import UsageError
-from offload.kernels import select
+from offload.kernels import Kernels, select
 from offload.model.blocks import blocks
 from offload.model.kv_cache import KVCache
 from offload.model.transformer import DeepseekV3
@@ -97,7 +97,7 @@ class Engine:
         self._loaded: Backend | None = backend
         self._described = self._describe(backend)
         self._counters = backend.executor.counters()
-        self.kernels, self.plan, self.vram_plans = backend.kernels, backend.plan, backend.vram
+        self.plan, self.vram_plans = backend.plan, backend.vram
         self.generation_config = read_generation_config(self.store.path)
         self.eos_ids = end_of_sequence_ids(self.store.path, self.tokenizer)
         self._summary: RunSummary | None = None
@@ -170,6 +170,11 @@ class Engine:
         return need_tokenizer(self.tokenizer, self.store.path).encode_chat(messages, **options)
 
     # -- about the engine --------------------------------------------------------------------
+
+    @property
+    def kernels(self) -> Kernels:
+        """What computes. It knows the weights it has met, so it is the engine's only as long as they are."""
+        return self._backend.kernels
 
     @property
     def name(self) -> str:

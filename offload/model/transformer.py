@@ -102,7 +102,6 @@ class DeepseekV3:
         if self._fused is not None:
             blocks_of = [self._moe.get(index) for index in range(len(weights.layers))]
             self._token = self._fused.one_token(self._attention, blocks_of)
-            self._table = self.rotary[self.places[0].device]
 
     @property
     def routed(self) -> RoutedExperts:
@@ -198,8 +197,8 @@ class DeepseekV3:
     ) -> Tensor:
         """The rest of `forward` for one token, on the processor: the same values over memory that stays."""
         kernels, weights, eps = self.kernels, self.weights, self.config.rms_norm_eps
-        row = weights.embed.rows_of(torch.tensor(token_ids))
-        token.begin(row, *self._table.at(cache.length, 1), cache.layers, cache.length)
+        row, table = weights.embed.rows_of(torch.tensor(token_ids)), self.rotary[self.places[0].device]
+        token.begin(row, *table.at(cache.length, 1), cache.layers, cache.length)
         ahead = at_hand.lookahead()
         for index, layer in enumerate(weights.layers):
             token.attention(index)

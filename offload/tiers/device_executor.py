@@ -154,19 +154,17 @@ class DeviceExecutor:
         for tier in self.tiers:
             with tier.device.guard():
                 tier.settle()
-        resident = all(tier.complete and not tier.lends(len(tokens)) for tier in self.tiers)
-        resident = resident and not self._recording
-        if resident:  # nothing is decided, so there is nothing to learn
-            if not self._resident:
+        before, resident = self._resident, all(tier.complete and not tier.lends(len(tokens)) for tier in self.tiers)
+        self._resident = resident and not self._recording
+        if self._resident:  # nothing is decided, so there is nothing to learn
+            if not before:
                 for tier in self.tiers:
                     tier.hide()
-            self._resident = True
             return
-        if self._resident:  # while everything is there nothing holds its slot
+        if before:  # while everything was there nothing held its slot
             for tier in self.tiers:
                 with tier.device.guard():
                     tier.device.compute.record().wait()
-        self._resident = False
         changed = self.ram.begin_step(tokens, upcoming)
         for tier in self.tiers:
             with tier.device.guard():

@@ -6,7 +6,6 @@ Must not know when the bytes of an expert are in its slot.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -108,13 +107,11 @@ class SlotTable:
     """On the device, for every layer: the slot of every expert, -1 for those whose bytes are not there."""
 
     def __init__(self, device: Device, layers: int, experts: int) -> None:
-        self._stream = device.compute
-        self._device = device.empty((layers, experts), torch.int32)
-        device.call(lambda: self._device.fill_(-1))
-        self._rows = self._device.unbind()
+        table = device.empty((layers, experts), torch.int32)
+        device.call(lambda: table.fill_(-1))
+        self._rows = table.unbind()
+        self._send = [device.sender(row) for row in self._rows]
         self._sent: list[NDArray[np.int32] | None] = [None] * layers
-        host = device.pinned((BUFFERS, experts), torch.int32)
-        self._staging: deque[tuple[Tensor, Event | None]] = deque((row, None) for row in host)
 
     def row(self, layer: int) -> Tensor:
         """int32 [experts] on the device: what was shown last by the time that work queued there runs."""
@@ -125,18 +122,12 @@ class SlotTable:
         sent = self._sent[layer]
         if sent is not None and np.array_equal(sent, slots):
             return
-        row, used = self._staging.popleft()
-        if used is not None:
-            used.wait()
-        row.numpy()[:] = slots
-        self._stream.copy(self._rows[layer], row)
-        self._staging.append((row, self._stream.record()))
+        self._send[layer](torch.from_numpy(slots))
         self._sent[layer] = slots
 
     def abandon(self) -> None:
         """A step broke off, and the device has been waited for; rows under way may not have arrived."""
         self._sent = [None] * len(self._sent)
-        self._staging = deque((row, None) for row, _ in self._staging)
 
 
 class GroupTables:

@@ -280,12 +280,14 @@ def test_a_run_is_compared_with_the_plan_where_there_is_a_machine_file(store: Pa
 def test_a_closed_engine_gives_its_memory_back_and_keeps_its_numbers(store: Path) -> None:
     with offload.load(store, context=128) as engine:
         list(engine.generate(PROMPT, max_tokens=3, temperature=0.0, ignore_eos=True))
-        parts = engine._backend, engine._executor.ram.pool, engine._model, engine._cache
+        weights = engine._model.weights
+        parts = engine._backend, engine._executor.ram.pool, engine._model, engine._cache, weights.head, weights.norm
+        parts += weights.layers[0].attention.o, weights.layers[-1].moe.router
         held = [weakref.ref(part) for part in parts]
-        del parts
+        del parts, weights
         described, counted = engine.describe(), engine.counters()
     gc.collect()
-    assert [part() for part in held] == [None] * 4
+    assert [part() for part in held] == [None] * 8
     assert engine.describe() == described and engine.counters() == counted
     assert engine.summary().response.completion_tokens == 3
     with pytest.raises(UsageError, match="has been closed; load the store again"):

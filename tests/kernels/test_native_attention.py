@@ -30,17 +30,17 @@ def weight(codec: str, rows: int, cols: int, seed: int) -> QuantizedTensor:
     return QuantizedTensor(get_codec(codec), rows, cols, parts)
 
 
-def make_layer(codec: str, kv_codec: str, low_rank: bool) -> AttentionLayer:
+def make_layer(codec: str, kv_codec: str, low_rank: bool, seed: int = 0) -> AttentionLayer:
     query = HEADS * (NOPE + ROPE)
     return AttentionLayer(
-        input_norm=random(HIDDEN, seed=1).abs(),
-        q_a=weight(codec, LOW, HIDDEN, 2) if low_rank else None,
-        q_a_norm=random(LOW, seed=3).abs() if low_rank else None,
-        q_b=weight(codec, query, LOW if low_rank else HIDDEN, 4),
-        kv_a=weight(kv_codec, LATENT + ROPE, HIDDEN, 5),
-        kv_a_norm=random(LATENT, seed=6).abs(),
-        kv_b=weight(kv_codec, HEADS * (NOPE + VALUE), LATENT, 7),
-        o=weight(codec, HIDDEN, HEADS * VALUE, 8),
+        input_norm=random(HIDDEN, seed=seed + 1).abs(),
+        q_a=weight(codec, LOW, HIDDEN, seed + 2) if low_rank else None,
+        q_a_norm=random(LOW, seed=seed + 3).abs() if low_rank else None,
+        q_b=weight(codec, query, LOW if low_rank else HIDDEN, seed + 4),
+        kv_a=weight(kv_codec, LATENT + ROPE, HIDDEN, seed + 5),
+        kv_a_norm=random(LATENT, seed=seed + 6).abs(),
+        kv_b=weight(kv_codec, HEADS * (NOPE + VALUE), LATENT, seed + 7),
+        o=weight(codec, HIDDEN, HEADS * VALUE, seed + 8),
         eps=1e-6,
         latent_eps=1e-6,
         scale=0.17,

@@ -6,49 +6,25 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from test_native_attention import HIDDEN, LATENT, ROPE, make_layer, random, weight
 from torch import Tensor
 
 from offload.errors import KernelError
 from offload.kernels import AttentionLayer, MoeLayer, OneToken, RouterShape, native_library
 from offload.kernels.native import NativeKernels
-from offload.quant import QuantizedTensor, get_codec
+from offload.quant import get_codec
 from offload.store.layout import ExpertLayout, ExpertWeights
 
 REASON = native_library.available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"native kernels: {REASON}")
 
-HIDDEN, INNER, EXPERTS, TOP, LAYERS = 96, 64, 8, 3, 3
-HEADS, NOPE, ROPE, VALUE, LATENT = 2, 16, 8, 16, 32
+INNER, EXPERTS, TOP, LAYERS = 64, 8, 3, 3
+CODEC = "int4-g32"
 ROWS = 6
 
 
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def weight(rows: int, cols: int, seed: int) -> QuantizedTensor:
-    codec = get_codec("int4-g32")
-    return QuantizedTensor(codec, rows, cols, codec.encode(random(rows, cols, seed=seed) / cols**0.5))
-
-
 def attention_layer(seed: int) -> AttentionLayer:
-    return AttentionLayer(
-        input_norm=random(HIDDEN, seed=seed).abs(),
-        q_a=None,
-        q_a_norm=None,
-        q_b=weight(HEADS * (NOPE + ROPE), HIDDEN, seed + 1),
-        kv_a=weight(LATENT + ROPE, HIDDEN, seed + 2),
-        kv_a_norm=random(LATENT, seed=seed + 3).abs(),
-        kv_b=weight(HEADS * (NOPE + VALUE), LATENT, seed + 4),
-        o=weight(HIDDEN, HEADS * VALUE, seed + 5),
-        eps=1e-6,
-        latent_eps=1e-6,
-        scale=0.2,
-        num_attention_heads=HEADS,
-        qk_nope_head_dim=NOPE,
-        qk_rope_head_dim=ROPE,
-        v_head_dim=VALUE,
-    )
+    return make_layer(CODEC, CODEC, False, seed)
 
 
 def moe_layer(seed: int) -> MoeLayer:
@@ -58,7 +34,11 @@ def moe_layer(seed: int) -> MoeLayer:
         router=random(EXPERTS, HIDDEN, seed=seed + 1),
         bias=random(EXPERTS, seed=seed + 2),
         shape=RouterShape(TOP, 4, 2, True, 2.5),
-        shared=(weight(INNER, HIDDEN, seed + 3), weight(INNER, HIDDEN, seed + 4), weight(HIDDEN, INNER, seed + 5)),
+        shared=(
+            weight(CODEC, INNER, HIDDEN, seed + 3),
+            weight(CODEC, INNER, HIDDEN, seed + 4),
+            weight(CODEC, HIDDEN, INNER, seed + 5),
+        ),
     )
 
 
@@ -71,12 +51,12 @@ class Model(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    layout = ExpertLayout(get_codec("int4-g32"), HIDDEN, INNER)
+    layout = ExpertLayout(get_codec(CODEC), HIDDEN, INNER)
 
     def expert(seed: int) -> ExpertWeights:
         found = layout.views(torch.zeros(layout.stride, dtype=torch.uint8))
         for at, (name, matrix) in enumerate(found.projections.items()):
-            for suffix, part in weight(*layout.shape(name), seed + at).parts.items():
+            for suffix, part in weight(CODEC, *layout.shape(name), seed + at).parts.items():
                 matrix.parts[suffix].copy_(part)
         return found
 
@@ -157,7 +137,7 @@ def test_refuses_what_does_not_fit(model: Model) -> None:
     with pytest.raises(KernelError, match="contiguous float32"):
         token.end(0, torch.zeros(2, HIDDEN))
     with pytest.raises(KernelError, match="do not fit a hidden state"):
-        token.finish(0, ExpertLayout(get_codec("int4-g32"), 2 * HIDDEN, INNER), [0] * TOP)
+        token.finish(0, ExpertLayout(get_codec(CODEC), 2 * HIDDEN, INNER), [0] * TOP)
     with pytest.raises(ValueError, match="same size"):
         token.finish(0, model.layout, [0] * (TOP - 1))
     token.finish(0, model.layout, [model.experts[0][expert].buffer.data_ptr() for expert in chosen])
