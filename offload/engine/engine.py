@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -287,16 +287,25 @@ class Engine:
                 assert progress is not None
                 progress((before + tokens * layers / self.config.num_hidden_layers) / len(token_ids))
 
-            try:
+            with self._whole():
                 hidden = self._model.forward(part, self._cache, layer_done if progress else None)
-            except BaseException:  # Ctrl-C may come anywhere
-                self._executor.abandon()
-                raise
             yield hidden
 
     def _step(self, token_ids: Sequence[int], progress: Progress | None) -> Any:
-        *_, hidden = self._chunks(token_ids, progress=progress if len(token_ids) > 1 else None)
+        if len(token_ids) == 1:
+            with self._whole():
+                return self._model.next_logits(token_ids[0], self._cache)[0].cpu().numpy()
+        *_, hidden = self._chunks(token_ids, progress=progress)
         return self._model.logits(hidden[-1:])[0].cpu().numpy()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A forward pass, or none: Ctrl-C may come anywhere in it."""
+        try:
+            yield
+        except BaseException:
+            self._executor.abandon()
+            raise
 
     def _steps(self, run: Generation) -> Generator[GenerationStep, None, None]:
         self._begin()

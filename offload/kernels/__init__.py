@@ -1,6 +1,15 @@
 """Compute kernels: one API, several backends, chosen once and explicitly."""
 
-from offload.kernels.api import AttentionLayer, FusedKernels, Kernels, MoeLayer, MoeStart, OneToken, RouterShape
+from offload.kernels.api import (
+    AttentionLayer,
+    FusedKernels,
+    Kernels,
+    ModelEnds,
+    MoeLayer,
+    MoeStart,
+    OneToken,
+    RouterShape,
+)
 from offload.kernels.device import DeviceKernels, ExpertSlab
 from offload.kernels.select import BACKENDS, DEVICE_BACKENDS, select, select_device
 
@@ -12,6 +21,7 @@ __all__ = [
     "ExpertSlab",
     "FusedKernels",
     "Kernels",
+    "ModelEnds",
     "MoeLayer",
     "MoeStart",
     "OneToken",

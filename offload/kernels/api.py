@@ -160,6 +160,19 @@ class MoeStart(NamedTuple):
     """The backend's mark of the shared expert under way."""
 
 
+@dataclass(frozen=True)
+class ModelEnds:
+    """What lies before and behind the layers."""
+
+    embed: QuantizedTensor
+    """[vocab, H]"""
+    norm: Tensor
+    """[H]"""
+    eps: float
+    head: QuantizedTensor
+    """[vocab, H]"""
+
+
 class OneToken(Protocol):
     """A token on its way through the layers of a model: the blocks of `FusedKernels` over tensors that stay, so that
     nothing is made, checked or looked up per call. All of them are overwritten by the next layer."""
@@ -174,8 +187,8 @@ class OneToken(Protocol):
     """The router's choice, int64 [1, K]."""
     weights: Tensor
 
-    def begin(self, row: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[Tensor], start: int) -> None:
-        """The token at position `start`, whose embedding is `row` [1, H]; `caches`: that of every layer."""
+    def begin(self, token_id: int, cos: Tensor, sin: Tensor, caches: Sequence[Tensor], start: int) -> None:
+        """`hidden` = the embedding of the token at position `start`; `caches`: that of every layer."""
         ...
 
     def attention(self, index: int) -> None:
@@ -197,6 +210,14 @@ class OneToken(Protocol):
 
     def end(self, index: int, routed: Tensor) -> None:
         """`hidden` = what `end_moe` gives for the routed experts' sum `routed` [1, H]."""
+        ...
+
+    def begin_head(self) -> None:
+        """The final norm of `hidden` and the head, which may go on behind the caller's back until `logits`."""
+        ...
+
+    def logits(self) -> Tensor:
+        """[1, vocab], of what `begin_head` has begun."""
         ...
 
 
@@ -221,6 +242,8 @@ class FusedKernels(Kernels, Protocol):
         """hidden + (routed + shared expert): [T, H], for the routed experts' sum `routed` [T, H]."""
         ...
 
-    def one_token(self, attention: Sequence[AttentionLayer], moe: Sequence[MoeLayer | None]) -> OneToken:
-        """The layers of a model for one token at a time; per layer its MoE block, None for a dense one."""
+    def one_token(
+        self, attention: Sequence[AttentionLayer], moe: Sequence[MoeLayer | None], ends: ModelEnds
+    ) -> OneToken:
+        """A model for one token at a time; per layer its MoE block, None for a dense one."""
         ...

@@ -1,10 +1,9 @@
 """The native CPU backend: kernels in C++ behind the kernels API.
 
-Owns checking arguments and which description goes with which weight. The GIL is released during every call. Must not
-know models, tiers or how the kernels work; the library itself is opened in `native_library`.
+Owns checking arguments. The GIL is released during every call. Must not know models, tiers or how the kernels work;
+the library itself is opened in `native_library`, and told of weights in `native_descriptions`.
 
-Weights are described once: a resident weight's description is kept until the weight is collected, an
-expert's comes from its layout and needs only the address of its bytes. Integer formats (int8 and int4 in any
+Integer formats (int8 and int4 in any
 group, int3 and int2 in groups of 32, nf4 in rows of whole blocks) quantise the activations to int8 per group; the
 others decode their weights. Accumulation is fp32 throughout.
 """
@@ -22,20 +21,11 @@ from torch import Tensor
 
 from offload.errors import KernelError
 from offload.kernels import native_library
-from offload.kernels.api import AttentionLayer, Expert, MoeLayer, MoeStart, RouterShape, Wave
-from offload.kernels.native_library import (
-    F32,
-    ISAS,
-    Attention,
-    Moe,
-    Weight,
-    describe,
-    describe_router,
-    supported_isas,
-)
+from offload.kernels.api import AttentionLayer, Expert, ModelEnds, MoeLayer, MoeStart, RouterShape, Wave
+from offload.kernels.native_descriptions import Descriptions, check_rows
+from offload.kernels.native_library import ISAS, Weight, describe_router, supported_isas
 from offload.kernels.native_token import NativeToken, not_finite
 from offload.quant import QuantizedTensor
-from offload.types import PROJECTIONS
 
 
 def usable_cpus() -> int:
@@ -74,23 +64,20 @@ class NativeKernels:
         # At exit the process ends with its threads; joining them then could hang after a fork.
         weakref.finalize(self, library.ep_destroy, self._context).atexit = False
         self.isa: str = library.ep_isa(self._context).decode()
-        self._weights: dict[int, tuple[weakref.ref[QuantizedTensor], Any, Weight]] = {}
-        self._layouts: dict[int, tuple[Any, Any]] = {}
+        self._described = Descriptions()
         self._every: dict[int, Tensor] = {}  # positions 0..n-1 by n
         # Results are made as `tensor.new_empty(sizes)`: with code and data out of the processor's caches, as between
         # two weights, that takes half the time of `torch.empty` with a type.
         self._no_ids = torch.empty(0, dtype=torch.int64)
         self._routers: dict[tuple[RouterShape, int], Any] = {}
-        self._attentions: dict[int, tuple[AttentionLayer, Any]] = {}
-        self._moes: dict[int, tuple[MoeLayer, Moe]] = {}
 
     def reserve(self, nbytes: int) -> int:
         """Grow the scratch memory to at least `nbytes` now; returns its size in bytes."""
         return int(self._library.ep_reserve(self._context, nbytes))
 
     def linear(self, x: Tensor, weight: QuantizedTensor) -> Tensor:
-        pointer, described = self._describe(weight)
-        tokens = _rows(x, described.cols)
+        pointer, described = self._described.weight(weight)
+        tokens = check_rows(x, described.cols)
         out = x.new_empty(tokens, described.rows)
         bad = self._library.ep_linear(self._context, pointer, x.data_ptr(), tokens, out.data_ptr())
         if bad:
@@ -103,8 +90,8 @@ class NativeKernels:
             h = torch.empty_like(g)
             self._library.ep_silu_mul(self._context, g.data_ptr(), u.data_ptr(), g.numel(), h.data_ptr())
             return self.linear(h, down)
-        layout = (Weight * 3)(*(self._describe(w)[1] for w in (gate, up, down)))
-        tokens = _rows(x, gate.cols)
+        layout = (Weight * 3)(*(self._described.weight(w)[1] for w in (gate, up, down)))
+        tokens = check_rows(x, gate.cols)
         out = x.new_empty(tokens, down.rows)
         positions = self._every.get(tokens)
         if positions is None:
@@ -115,10 +102,10 @@ class NativeKernels:
     def experts(self, x: Tensor, wave: Wave, k: int, partial: Tensor) -> None:
         if not wave:
             return
-        layout = self._expert_layout(wave[0][0])
+        layout = self._described.of_expert(wave[0][0])
         if layout is None:  # matrices that are not views into one buffer
             for expert, positions in wave:
-                alone = (Weight * 3)(*(self._describe(w)[1] for w in _matrices(expert)))
+                alone = (Weight * 3)(*(self._described.weight(w)[1] for w in _matrices(expert)))
                 self._run_experts(alone, [0], [positions], x, k, partial)
             return
         bases = [expert.buffer.data_ptr() for expert, _ in wave]
@@ -127,8 +114,8 @@ class NativeKernels:
     def combine(self, partial: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         tokens, k = ids.shape
         hidden = partial.shape[1]
-        _rows(partial, hidden, tokens * k)
-        _rows(weights, k, tokens)
+        check_rows(partial, hidden, tokens * k)
+        check_rows(weights, k, tokens)
         out = partial.new_empty(tokens, hidden)
         pointers = partial.data_ptr(), _int64(ids).data_ptr(), weights.data_ptr()
         self._library.ep_combine(self._context, *pointers, tokens, k, hidden, out.data_ptr())
@@ -136,8 +123,8 @@ class NativeKernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         hidden = x.shape[-1]
-        tokens = _rows(x, hidden)
-        _rows(weight, hidden, 1)
+        tokens = check_rows(x, hidden)
+        check_rows(weight, hidden, 1)
         out = torch.empty_like(x)
         pointers = x.data_ptr(), weight.data_ptr()
         self._library.ep_rms_norm(self._context, *pointers, eps, tokens, hidden, out.data_ptr())
@@ -145,9 +132,9 @@ class NativeKernels:
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tokens, heads, dim = x.shape
-        _rows(x, dim)
-        _rows(cos, dim // 2, tokens)
-        _rows(sin, dim // 2, tokens)
+        check_rows(x, dim)
+        check_rows(cos, dim // 2, tokens)
+        check_rows(sin, dim // 2, tokens)
         out = torch.empty_like(x)
         pointers = x.data_ptr(), cos.data_ptr(), sin.data_ptr()
         self._library.ep_rope(self._context, *pointers, tokens, heads, dim, out.data_ptr())
@@ -155,9 +142,9 @@ class NativeKernels:
 
     def router(self, x: Tensor, weight: Tensor, bias: Tensor, shape: RouterShape) -> tuple[Tensor, Tensor]:
         experts, hidden = weight.shape
-        tokens = _rows(x, hidden)
-        _rows(weight, hidden, experts)
-        _rows(bias, experts, 1)
+        tokens = check_rows(x, hidden)
+        check_rows(weight, hidden, experts)
+        check_rows(bias, experts, 1)
         config = self._routers.get((shape, experts))
         if config is None:
             config = self._routers[shape, experts] = describe_router(shape, experts)
@@ -171,8 +158,8 @@ class NativeKernels:
 
     def absorb_query(self, q_nope: Tensor, kv_b: QuantizedTensor) -> Tensor:
         tokens, heads, nope = q_nope.shape
-        _rows(q_nope, nope)
-        pointer, described = self._describe(kv_b)
+        check_rows(q_nope, nope)
+        pointer, described = self._described.weight(kv_b)
         value = described.rows // heads - nope
         out = q_nope.new_empty(tokens, heads, described.cols)
         shape = tokens, heads, nope, value
@@ -183,8 +170,8 @@ class NativeKernels:
 
     def expand_value(self, latent: Tensor, kv_b: QuantizedTensor, v_head_dim: int) -> Tensor:
         tokens, heads, _ = latent.shape
-        pointer, described = self._describe(kv_b)
-        _rows(latent, described.cols)
+        pointer, described = self._described.weight(kv_b)
+        check_rows(latent, described.cols)
         out = latent.new_empty(tokens, heads, v_head_dim)
         shape = tokens, heads, v_head_dim
         bad = self._library.ep_expand_value(self._context, pointer, latent.data_ptr(), *shape, out.data_ptr())
@@ -195,8 +182,8 @@ class NativeKernels:
     def mla_absorbed(self, q_latent: Tensor, q_rope: Tensor, cache: Tensor, start: int, scale: float) -> Tensor:
         tokens, heads, latent = q_latent.shape
         rope = q_rope.shape[2]
-        _rows(q_latent, latent)
-        _rows(q_rope, rope, tokens * heads)
+        check_rows(q_latent, latent)
+        check_rows(q_rope, rope, tokens * heads)
         bf16 = cache.dtype == torch.bfloat16
         if not (bf16 or cache.dtype == torch.float32) or not cache.is_contiguous():
             raise KernelError(f"the latent cache must be contiguous float32 or bfloat16, not {cache.dtype}")
@@ -214,9 +201,9 @@ class NativeKernels:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor:
         tokens, heads, key_dim = q.shape
         value_dim = v.shape[2]
-        _rows(q, key_dim)
-        _rows(k, key_dim, (start + tokens) * heads)
-        _rows(v, value_dim, (start + tokens) * heads)
+        check_rows(q, key_dim)
+        check_rows(k, key_dim, (start + tokens) * heads)
+        check_rows(v, value_dim, (start + tokens) * heads)
         out = q.new_empty(tokens, heads, value_dim)
         pointers = q.data_ptr(), k.data_ptr(), v.data_ptr()
         shape = tokens, heads, key_dim, value_dim, start
@@ -229,46 +216,50 @@ class NativeKernels:
         self, layer: AttentionLayer, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, start: int
     ) -> Tensor:
         tokens, width = hidden.shape[0], layer.kv_b.cols + layer.qk_rope_head_dim
-        _rows(hidden, layer.kv_a.cols)
-        _rows(cos, layer.qk_rope_head_dim // 2, tokens)
-        _rows(sin, layer.qk_rope_head_dim // 2, tokens)
-        if _rows(cache, width) < start + tokens:
+        check_rows(hidden, layer.kv_a.cols)
+        check_rows(cos, layer.qk_rope_head_dim // 2, tokens)
+        check_rows(sin, layer.qk_rope_head_dim // 2, tokens)
+        if check_rows(cache, width) < start + tokens:
             raise KernelError(f"the latent cache has {cache.shape[0]} rows, this call needs {start + tokens}")
         out = torch.empty_like(hidden)
         pointers = hidden.data_ptr(), cos.data_ptr(), sin.data_ptr()
         bad = self._library.ep_attention(
-            self._context, self._attention(layer), *pointers, tokens, start, cache.data_ptr(), out.data_ptr()
+            self._context, self._described.attention(layer), *pointers, tokens, start, cache.data_ptr(), out.data_ptr()
         )
         if bad:
             raise not_finite(bad)
         return out
 
     def begin_moe(self, layer: MoeLayer, hidden: Tensor) -> MoeStart:
-        tokens, k = _rows(hidden, layer.router.shape[1]), layer.shape.num_experts_per_tok
+        tokens, k = check_rows(hidden, layer.router.shape[1]), layer.shape.num_experts_per_tok
         x = torch.empty_like(hidden)
         ids = self._no_ids.new_empty(tokens, k)
         weights = hidden.new_empty(tokens, k)
         token = c_uint64()
         results = x.data_ptr(), ids.data_ptr(), weights.data_ptr(), byref(token)
-        bad = self._library.ep_moe_begin(self._context, byref(self._moe(layer)), hidden.data_ptr(), tokens, *results)
+        described = byref(self._described.moe(layer))
+        bad = self._library.ep_moe_begin(self._context, described, hidden.data_ptr(), tokens, *results)
         if bad:
             raise not_finite(bad)
         return MoeStart(x, ids, weights, token.value)
 
     def end_moe(self, layer: MoeLayer, hidden: Tensor, start: MoeStart, routed: Tensor) -> Tensor:
-        tokens = _rows(hidden, layer.router.shape[1])
-        _rows(routed, hidden.shape[1], tokens)
+        tokens = check_rows(hidden, layer.router.shape[1])
+        check_rows(routed, hidden.shape[1], tokens)
         out = torch.empty_like(hidden)
         pointers = hidden.data_ptr(), start.x.data_ptr(), routed.data_ptr()
-        described = byref(self._moe(layer))
+        described = byref(self._described.moe(layer))
         bad = self._library.ep_moe_end(self._context, described, *pointers, tokens, start.token, out.data_ptr())
         if bad:
             raise not_finite(bad)
         return out
 
-    def one_token(self, attention: Sequence[AttentionLayer], moe: Sequence[MoeLayer | None]) -> NativeToken:
+    def one_token(
+        self, attention: Sequence[AttentionLayer], moe: Sequence[MoeLayer | None], ends: ModelEnds
+    ) -> NativeToken:
         first = attention[0]
         widths = {block.router.shape[1] for block in moe if block} | {layer.kv_a.cols for layer in attention}
+        widths |= {ends.embed.cols, ends.head.cols}
         latents = {layer.kv_b.cols + layer.qk_rope_head_dim for layer in attention}
         counts = {block.shape.num_experts_per_tok for block in moe if block}
         if len(widths) != 1 or len(latents) != 1 or len(counts) > 1:
@@ -276,10 +267,11 @@ class NativeKernels:
         return NativeToken(
             self._library,
             self._context,
-            [self._attention(layer) for layer in attention],
-            [None if block is None else self._moe(block) for block in moe],
+            [self._described.attention(layer) for layer in attention],
+            [None if block is None else self._described.moe(block) for block in moe],
+            self._described.ends(ends),
             (widths.pop(), latents.pop(), first.qk_rope_head_dim // 2, counts.pop() if counts else 1),
-            self._layout,
+            self._described.layout,
         )
 
     def read(self, data: Tensor) -> int:
@@ -289,8 +281,8 @@ class NativeKernels:
     def _run_experts(
         self, layout: Any, bases: list[int], positions: list[Tensor], x: Tensor, k: int, out: Tensor
     ) -> None:
-        tokens = _rows(x, layout[0].cols)
-        _rows(out, layout[2].rows, tokens * k)
+        tokens = check_rows(x, layout[0].cols)
+        check_rows(out, layout[2].rows, tokens * k)
         n = len(bases)
         positions = [_int64(p) for p in positions]
         addresses = (c_uint64 * n)(*bases)
@@ -304,115 +296,9 @@ class NativeKernels:
         if bad:
             raise not_finite(bad)
 
-    def _expert_layout(self, expert: Expert) -> Any:
-        """gate, up and down of the experts of a store, with offsets in place of addresses."""
-        layout = getattr(expert, "layout", None)
-        return None if layout is None else self._layout(layout)
-
-    def _layout(self, layout: Any) -> Any:
-        known = self._layouts.get(id(layout))
-        if known is None:
-            offsets = {(f.projection, f.suffix): f.offset for f in layout.fields}
-            described = (Weight * 3)()
-            for index, projection in enumerate(PROJECTIONS):
-                parts = {suffix: at for (owner, suffix), at in offsets.items() if owner == projection}
-                described[index] = describe(layout.codec, layout.shape(projection), parts)
-            known = self._layouts[id(layout)] = (layout, described)  # holding it keeps its id taken
-        return known[1]
-
-    def _attention(self, layer: AttentionLayer) -> Any:
-        """A pointer to the description of `layer`."""
-        known = self._attentions.get(id(layer))
-        if known is None:  # holding the layer keeps its id taken
-            known = self._attentions[id(layer)] = (layer, byref(self._describe_attention(layer)))
-        return known[1]
-
-    def _moe(self, layer: MoeLayer) -> Moe:
-        """The description of `layer`."""
-        known = self._moes.get(id(layer))
-        if known is None:
-            known = self._moes[id(layer)] = (layer, self._describe_moe(layer))
-        return known[1]
-
-    def _describe_attention(self, layer: AttentionLayer) -> Attention:
-        heads, value = layer.num_attention_heads, layer.v_head_dim
-        query = layer.qk_nope_head_dim + layer.qk_rope_head_dim
-        hidden, low = layer.kv_a.cols, layer.kv_a.cols if layer.q_a is None else layer.q_a.rows
-        latent = layer.kv_b.cols
-        expected = {
-            "q_b": (layer.q_b, heads * query, low),
-            "kv_a": (layer.kv_a, latent + layer.qk_rope_head_dim, hidden),
-            "kv_b": (layer.kv_b, heads * (layer.qk_nope_head_dim + value), latent),
-            "o": (layer.o, hidden, heads * value),
-        }
-        if layer.q_a is not None:
-            expected["q_a"] = (layer.q_a, low, hidden)
-        described = Attention(
-            eps=layer.eps,
-            latent_eps=layer.latent_eps,
-            scale=layer.scale,
-            heads=heads,
-            nope=layer.qk_nope_head_dim,
-            rope=layer.qk_rope_head_dim,
-            value=value,
-        )
-        for name, (weight, rows, cols) in expected.items():
-            if (weight.rows, weight.cols) != (rows, cols):
-                raise KernelError(f"{name} of an attention layer is {weight.rows} x {weight.cols}, not {rows} x {cols}")
-            setattr(described, name, self._describe(weight)[1])
-        norms = {"input_norm": (layer.input_norm, hidden), "kv_a_norm": (layer.kv_a_norm, latent)}
-        if layer.q_a_norm is not None:
-            norms["q_a_norm"] = (layer.q_a_norm, low)
-        for name, (norm, width) in norms.items():
-            _rows(norm, width, 1)
-            setattr(described, name, norm.data_ptr())
-        return described
-
-    def _describe_moe(self, layer: MoeLayer) -> Moe:
-        experts, hidden = layer.router.shape
-        _rows(layer.router, hidden, experts)
-        _rows(layer.bias, experts, 1)
-        _rows(layer.norm, hidden, 1)
-        return Moe(
-            router=Weight(F32, 0, 0, 0, experts, hidden, layer.router.data_ptr(), 0),
-            shared=(Weight * 3)(*(self._describe(weight)[1] for weight in layer.shared or ())),
-            norm=layer.norm.data_ptr(),
-            bias=layer.bias.data_ptr(),
-            config=describe_router(layer.shape, experts),
-            eps=layer.eps,
-            has_shared=int(layer.shared is not None),
-        )
-
-    def _describe(self, weight: QuantizedTensor) -> tuple[Any, Weight]:
-        key = id(weight)
-        known = self._weights.get(key)
-        if known is None:
-            for suffix, part in weight.parts.items():
-                if not part.is_contiguous():
-                    raise KernelError(f"{suffix} of a {weight.codec.name} weight is not contiguous")
-            addresses = {suffix: part.data_ptr() for suffix, part in weight.parts.items()}
-            described = describe(weight.codec, (weight.rows, weight.cols), addresses)
-            weights = self._weights
-
-            def forget(_: object) -> None:
-                weights.pop(key, None)
-
-            known = weights[key] = (weakref.ref(weight, forget), byref(described), described)
-        return known[1], known[2]
-
 
 def _matrices(expert: Expert) -> tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]:
     return expert.gate_proj, expert.up_proj, expert.down_proj
-
-
-def _rows(x: Tensor, cols: int, rows: int | None = None) -> int:
-    """Number of rows of a contiguous float32 tensor whose last dimension is `cols`."""
-    if x.dtype is not torch.float32 or not x.is_contiguous() or x.shape[-1] != cols:
-        raise KernelError(f"expected contiguous float32 [.., {cols}], not {x.dtype} {tuple(x.shape)}")
-    found = x.numel() // cols
-    if rows is not None and found != rows:
-        raise KernelError(f"expected {rows} rows of {cols}, not {found}")
-    return found
 
 
 def _int64(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from offload.quant.nf4 import Nf4Codec
 ISAS = ("avx512", "avxvnni", "avx2", "portable")
 """Instruction sets of the library, fastest first."""
 
-_ABI = 3
+_ABI = 4
 F32, _BF16, _FP8, _INT4, _INT8, _NF4, _INT3, _INT2 = range(8)
 _INTEGERS = {8: _INT8, 4: _INT4, 3: _INT3, 2: _INT2}
 
@@ -96,6 +96,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ep_moe_begin": (_N, (_P, _P, _P, _N, _P, _P, _P, _P)),
     "ep_moe_end": (_N, (_P, _P, _P, _P, _P, _N, c_uint64, _P)),
     "ep_moe_finish": (_N, (_P, _P, _P, _P, _P, _P, _N, _P, _P, c_uint64, _P)),
+    "ep_embed": (None, (_P, _P, _N, _P)),
+    "ep_head_begin": (_N, (_P, _P, _P, _F, _P, _P)),
+    "ep_head_end": (None, (_P, _P)),
     "ep_read": (c_uint64, (_P, _P, _N)),
 }
 

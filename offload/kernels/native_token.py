@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_int64, c_uint64
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,18 @@ from offload.errors import KernelError
 from offload.kernels.native_library import Moe
 
 Describe = Callable[[Any], Any]
+
+
+class Ends(NamedTuple):
+    """Pointers to the descriptions of embedding and head, and what is between head and layers."""
+
+    embed: Any
+    head: Any
+    norm: int
+    """Address of its weight."""
+    eps: float
+    vocab: int
+    """Rows of embedding and head."""
 
 
 class NativeToken:
@@ -30,6 +42,7 @@ class NativeToken:
         context: Any,
         attention: Sequence[Any],
         moe: Sequence[Moe | None],
+        ends: Ends,
         sizes: tuple[int, int, int, int],
         describe: Describe,
     ) -> None:
@@ -40,7 +53,11 @@ class NativeToken:
         self._library, self._context = library, context
         self._describe = describe
         self._attention, self._moe = attention, [None if block is None else byref(block) for block in moe]
-        self.hidden, self.attended, self.x = (torch.zeros(1, width) for _ in range(3))
+        self.hidden, self.attended, self.x, self._final = (torch.zeros(1, width) for _ in range(4))
+        self._vocab = ends.vocab
+        self._embed = partial(library.ep_embed, context, ends.embed)
+        rows = self.hidden.data_ptr(), self._final.data_ptr()
+        self._head = partial(library.ep_head_begin, context, ends.head, ends.norm, ends.eps, *rows)
         self.weights = torch.zeros(1, k)
         self._angles = torch.zeros(1, half), torch.zeros(1, half)
         self._chosen = (c_int64 * k)()
@@ -61,12 +78,14 @@ class NativeToken:
         self._capacity = 0
         self._layout: Any = None
 
-    def begin(self, row: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[Tensor], start: int) -> None:
+    def begin(self, token_id: int, cos: Tensor, sin: Tensor, caches: Sequence[Tensor], start: int) -> None:
+        if not 0 <= token_id < self._vocab:
+            raise KernelError(f"token {token_id} is none of the {self._vocab} of the embedding")
         if caches is not self._caches:
             self._bind(caches)
         if start >= self._capacity:
             raise KernelError(f"the latent cache has {self._capacity} rows, this call needs {start + 1}")
-        self.hidden.copy_(row)
+        self._embed(token_id, self.hidden.data_ptr())
         self._angles[0].copy_(cos)
         self._angles[1].copy_(sin)
         self._start.value = start
@@ -99,6 +118,16 @@ class NativeToken:
         )
         if bad:
             raise not_finite(bad)
+
+    def begin_head(self) -> None:
+        bad = self._head()
+        if bad:
+            raise not_finite(bad)
+
+    def logits(self) -> Tensor:
+        out = self.hidden.new_empty(1, self._vocab)
+        self._library.ep_head_end(self._context, out.data_ptr())
+        return out
 
     def early(self, index: int) -> list[int]:
         norm, router = self._norms[index], self._routers[index]

@@ -58,6 +58,10 @@ class ExpertsAtHand(RoutedExperts, Protocol):
         ids."""
         ...
 
+    def end_step(self) -> None:
+        """The last layer has run: time for what can be done while the head is computed."""
+        ...
+
 
 @runtime_checkable
 class DeviceExperts(RoutedExperts, Protocol):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from offload.config import ModelConfig
-from offload.kernels import FusedKernels, Kernels, OneToken
+from offload.kernels import FusedKernels, Kernels, ModelEnds, OneToken
 from offload.model.attention import EXPAND_FROM, AttentionWeights, attention_layer, mla
 from offload.model.blocks import blocks
 from offload.model.kv_cache import KVCache
@@ -101,7 +101,8 @@ class DeepseekV3:
         self._token: OneToken | None = None
         if self._fused is not None:
             blocks_of = [self._moe.get(index) for index in range(len(weights.layers))]
-            self._token = self._fused.one_token(self._attention, blocks_of)
+            ends = ModelEnds(weights.embed, weights.norm, config.rms_norm_eps, weights.head)
+            self._token = self._fused.one_token(self._attention, blocks_of, ends)
 
     @property
     def routed(self) -> RoutedExperts:
@@ -125,7 +126,8 @@ class DeepseekV3:
             return self.single(token_ids[0])
         self.routed.begin_step(token_ids)
         if self._token is not None and self._at_hand is not None and len(token_ids) == 1:
-            return self._one_token(token_ids, cache, self._token, self._at_hand, progress)
+            self._one_token(token_ids[0], cache, self._token, self._at_hand, progress)
+            return self.kernels.rms_norm(self._token.hidden, self.weights.norm, self.config.rms_norm_eps)
         parts = {device: _parts(table, cache.length, len(token_ids)) for device, table in self.rotary.items()}
         hidden = self.weights.embed.rows_of(torch.tensor(token_ids))  # [T, H], bf16 on its way to a device
         ahead = self.routed.lookahead() if len(token_ids) == 1 else 0
@@ -144,6 +146,19 @@ class DeepseekV3:
         cache.advance(len(token_ids))
         with self.places[-1].scope():
             return self.kernels.rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
+
+    def next_logits(self, token_id: int, cache: KVCache) -> Tensor:
+        """Logits [1, vocab] behind one token: `logits` of what `forward` gives for it, in fewer calls where the backend
+        has them."""
+        token, at_hand = self._token, self._at_hand
+        if token is None or at_hand is None:
+            return self.logits(self.forward([token_id], cache))
+        cache.require(1)
+        at_hand.begin_step([token_id])
+        self._one_token(token_id, cache, token, at_hand)
+        token.begin_head()
+        at_hand.end_step()
+        return token.logits()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, vocab] of final hidden states [T, H]."""
@@ -189,16 +204,16 @@ class DeepseekV3:
 
     def _one_token(
         self,
-        token_ids: list[int],
+        token_id: int,
         cache: KVCache,
         token: OneToken,
         at_hand: ExpertsAtHand,
-        progress: Callable[[int], None] | None,
-    ) -> Tensor:
-        """The rest of `forward` for one token, on the processor: the same values over memory that stays."""
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """All layers for one token, on the processor: the values of `forward` over memory that stays."""
         kernels, weights, eps = self.kernels, self.weights, self.config.rms_norm_eps
-        row, table = weights.embed.rows_of(torch.tensor(token_ids)), self.rotary[self.places[0].device]
-        token.begin(row, *table.at(cache.length, 1), cache.layers, cache.length)
+        table = self.rotary[self.places[0].device]
+        token.begin(token_id, *table.at(cache.length, 1), cache.layers, cache.length)
         ahead = at_hand.lookahead()
         for index, layer in enumerate(weights.layers):
             token.attention(index)
@@ -212,7 +227,6 @@ class DeepseekV3:
             if progress is not None:
                 progress(index + 1)
         cache.advance(1)
-        return kernels.rms_norm(token.hidden, weights.norm, eps)
 
     def _foresee(self, index: int, ahead: int, early: Callable[[int], list[int]]) -> None:
         """Tell what the next `ahead` routers would choose for the state after layer `index`: `early` of each.

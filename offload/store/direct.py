@@ -19,6 +19,11 @@ from numpy.typing import NDArray
 
 from offload.types import align_up
 
+_ALLOCATION = 32 << 20
+"""Bytes of an allocation of HugePages: what is left of a huge page at its ends is a small part."""
+
+_LINE = 64
+
 
 def open_direct(path: Path, flags: int) -> int | None:
     """A descriptor for direct I/O, or None where the file system has none. Raises OSError for everything else.
@@ -45,6 +50,28 @@ def page_buffer(nbytes: int) -> memoryview:
         with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)
+
+
+class HugePages:
+    """Memory for many tensors that stay, side by side in large allocations, so that all of it can lie in huge pages.
+
+    Every small page costs an address translation, and the processor's prefetchers stop at its end. An allocation goes
+    when the last buffer in it has gone. Not thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._free = memoryview(b"")
+
+    def take(self, nbytes: int) -> memoryview:
+        """`nbytes` bytes, at least one, zeroed; they begin with a cache line."""
+        nbytes = max(nbytes, 1)
+        if nbytes > _ALLOCATION // 2:
+            return page_buffer(nbytes)[:nbytes]
+        if nbytes > len(self._free):
+            self._free = page_buffer(_ALLOCATION)
+        taken = self._free[:nbytes]
+        self._free = self._free[align_up(nbytes, _LINE) :]
+        return taken
 
 
 class PageArrays:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +21,12 @@ from torch import Tensor
 from offload.config import ModelConfig
 from offload.errors import StoreError
 from offload.quant import Codec, QuantizedTensor, get_codec
-from offload.store.direct import page_buffer
+from offload.store.direct import HugePages
 from offload.store.hf_config import scale_suffix
 from offload.store.layout import ExpertLayout, LayerFile, disk_suffix, resident_file_name
 from offload.store.manifest import MANIFEST_NAME, Manifest, checksum
 from offload.store.safetensors import Header, TensorEntry, read_header
 from offload.types import ExpertId, Extent
-
-HUGE_PAGE = 2 << 20
-"""Bytes from which a tensor can fill a huge page."""
 
 CONFIG_NAME = "config.json"
 
@@ -87,7 +84,7 @@ class Store:
         parts = {}
         for spec in codec.parts(rows, cols):
             name = f"{module}.{disk_suffix(spec.suffix, self._scale_suffix)}"
-            tensor = self.tensor(name)
+            tensor = self._read(name, self._memory.take)
             if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
                 raise StoreError(
                     f"{self.path}: {name} is {tensor.dtype} {list(tensor.shape)}, "
@@ -101,12 +98,20 @@ class Store:
         return self.manifest.resident_codecs.get(module, "bf16")
 
     def tensor(self, name: str) -> Tensor:
-        """The resident tensor `name` exactly as stored, read into memory."""
+        """The resident tensor `name` exactly as stored, read into memory of its own."""
+        return self._read(name, bytearray)
+
+    def _read(self, name: str, allocate: Callable[[int], bytearray | memoryview]) -> Tensor:
         found = self._resident_entries.get(name)
         if found is None:
             raise StoreError(f"{self.path}: tensor {name} is missing; convert the store again")
         file, entry = found
-        return read_tensor(file, entry)
+        return read_tensor(file, entry, allocate(max(entry.nbytes, 1)))
+
+    @cached_property
+    def _memory(self) -> HugePages:
+        """Where matrices lie, which every token streams."""
+        return HugePages()
 
     @cached_property
     def resident_nbytes(self) -> int:
@@ -176,10 +181,8 @@ class Store:
         }
 
 
-def read_tensor(path: Path, entry: TensorEntry) -> Tensor:
-    """The tensor at `entry` of the file `path`, in memory of its own. A short read is an error."""
-    # Matrices in huge pages: every token streams them, and small pages cost address translations.
-    buffer = page_buffer(entry.nbytes) if entry.nbytes >= HUGE_PAGE else bytearray(max(entry.nbytes, 1))
+def read_tensor(path: Path, entry: TensorEntry, buffer: bytearray | memoryview) -> Tensor:
+    """The tensor at `entry` of the file `path`, read into `buffer`. A short read is an error."""
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(entry.offset)

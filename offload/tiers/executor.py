@@ -99,6 +99,10 @@ class Executor:
         self._begin(index, token.ids, routing, wanted)
         token.end(layer, self(layer, token.x, token.ids, token.weights))
 
+    def end_step(self) -> None:
+        """The last layer has run: what waits for the end of the step is done while the head is computed."""
+        self.ram.end_step()
+
     def lookahead(self) -> int:
         """For how many layers ahead routers applied early are of use in this step."""
         return self.ram.lookahead()

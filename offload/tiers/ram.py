@@ -205,6 +205,10 @@ class RamTier:
         if self._ahead:
             self._ahead.begin(self._next_layer)
 
+    def end_step(self) -> None:
+        """The last layer has run; may be left out. What the policy learns later is learned now."""
+        self._learn()
+
     def lookahead(self) -> int:
         """For how many layers ahead `expect` is of use now: not where nothing is missing, nor in a prefill."""
         if self._ahead is None or self.residency.slots >= self.shape.keys:

@@ -10,7 +10,7 @@ from test_native_attention import HIDDEN, LATENT, ROPE, make_layer, random, weig
 from torch import Tensor
 
 from offload.errors import KernelError
-from offload.kernels import AttentionLayer, MoeLayer, OneToken, RouterShape, native_library
+from offload.kernels import AttentionLayer, ModelEnds, MoeLayer, OneToken, RouterShape, native_library
 from offload.kernels.native import NativeKernels
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout, ExpertWeights
@@ -18,7 +18,7 @@ from offload.store.layout import ExpertLayout, ExpertWeights
 REASON = native_library.available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"native kernels: {REASON}")
 
-INNER, EXPERTS, TOP, LAYERS = 64, 8, 3, 3
+INNER, EXPERTS, TOP, LAYERS, VOCAB = 64, 8, 3, 3, 272
 CODEC = "int4-g32"
 ROWS = 6
 
@@ -47,6 +47,15 @@ class Model(NamedTuple):
     moe: list[MoeLayer]
     layout: ExpertLayout
     experts: list[list[ExpertWeights]]
+    ends: ModelEnds
+
+    def token(self, kernels: NativeKernels) -> OneToken:
+        return kernels.one_token(self.attention, self.moe, self.ends)
+
+
+def ends(codec: str) -> ModelEnds:
+    embed, head = weight(codec, VOCAB, HIDDEN, 7), weight(codec, VOCAB, HIDDEN, 8)
+    return ModelEnds(embed, random(HIDDEN, seed=9), 1e-6, head)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +74,7 @@ def model() -> Model:
         [moe_layer(100 * n + 50) for n in range(LAYERS)],
         layout,
         [[expert(10_000 + 100 * n + 3 * e) for e in range(EXPERTS)] for n in range(LAYERS)],
+        ends("bf16"),
     )
 
 
@@ -82,7 +92,8 @@ def composed(kernels: NativeKernels, model: Model, row: Tensor, caches: list[Ten
 
 def one_by_one(token: OneToken, kernels: NativeKernels, model: Model, row: Tensor, caches: list[Tensor], start: int):
     angle = random(1, ROPE // 2, seed=start)
-    token.begin(row, angle.cos(), angle.sin(), caches, start)
+    token.begin(start, angle.cos(), angle.sin(), caches, start)
+    token.hidden.copy_(row)
     for index, experts in enumerate(model.experts):
         token.attention(index)
         chosen = token.route(index)
@@ -108,7 +119,7 @@ def new_caches() -> list[Tensor]:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_bits_of_the_blocks_in_turn(model: Model, threads: int) -> None:
     kernels = NativeKernels(threads=threads)
-    token, caches, expected_caches = kernels.one_token(model.attention, model.moe), new_caches(), new_caches()
+    token, caches, expected_caches = model.token(kernels), new_caches(), new_caches()
     other, expected_other = new_caches(), new_caches()
     for start in range(ROWS):
         row = random(1, HIDDEN, seed=1000 + start)
@@ -123,15 +134,17 @@ def test_bits_of_the_blocks_in_turn(model: Model, threads: int) -> None:
 
 def test_refuses_what_does_not_fit(model: Model) -> None:
     kernels = NativeKernels(threads=1)
-    token, angle = kernels.one_token(model.attention, model.moe), random(1, ROPE // 2, seed=1)
-    row = random(1, HIDDEN, seed=2)
+    token, angle = model.token(kernels), random(1, ROPE // 2, seed=1)
     with pytest.raises(KernelError, match=f"has {ROWS} rows, this call needs {ROWS + 1}"):
-        token.begin(row, angle, angle, new_caches(), ROWS)
+        token.begin(0, angle, angle, new_caches(), ROWS)
+    for none in (-1, VOCAB):
+        with pytest.raises(KernelError, match=f"token {none} is none of the {VOCAB} of the embedding"):
+            token.begin(none, angle, angle, new_caches(), 0)
     with pytest.raises(KernelError, match="contiguous float32"):
-        token.begin(row, angle, angle, [cache.bfloat16() for cache in new_caches()], 0)
+        token.begin(0, angle, angle, [cache.bfloat16() for cache in new_caches()], 0)
     with pytest.raises(KernelError, match="contiguous float32"):
-        token.begin(row, angle, angle, [cache[:, 1:] for cache in new_caches()], 0)
-    token.begin(row, angle, angle, new_caches(), 0)
+        token.begin(0, angle, angle, [cache[:, 1:] for cache in new_caches()], 0)
+    token.begin(0, angle, angle, new_caches(), 0)
     token.attention(0)
     chosen = token.route(0)
     with pytest.raises(KernelError, match="contiguous float32"):
@@ -145,10 +158,44 @@ def test_refuses_what_does_not_fit(model: Model) -> None:
 
 def test_refuses_bad_activations(model: Model) -> None:
     kernels = NativeKernels(threads=1)
-    token, angle = kernels.one_token(model.attention, model.moe), random(1, ROPE // 2, seed=1)
-    token.begin(torch.full((1, HIDDEN), float("nan")), angle, angle, new_caches(), 0)
+    token, angle = model.token(kernels), random(1, ROPE // 2, seed=1)
+    token.begin(0, angle, angle, new_caches(), 0)
+    token.hidden.fill_(float("nan"))
+    with pytest.raises(KernelError, match="row 0 hold NaN"):
+        token.begin_head()
     with pytest.raises(KernelError, match="row 0 hold NaN"):
         token.attention(0)
     token.attended.fill_(float("nan"))
     with pytest.raises(KernelError, match="row 0 hold NaN"):
         token.route(0)
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8-g128", "int4-g32", "int4-g128", "fp8", "nf4-b64"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_ends_of_a_model(model: Model, codec: str, threads: int) -> None:
+    kernels, found = NativeKernels(threads=threads), ends(codec)
+    token, angle = kernels.one_token(model.attention, model.moe, found), random(1, ROPE // 2, seed=1)
+    for token_id in (0, 1, VOCAB - 1):
+        token.begin(token_id, angle, angle, new_caches(), 0)
+        assert torch.equal(token.hidden, found.embed.rows_of(torch.tensor([token_id])).float())
+        expected = kernels.linear(kernels.rms_norm(token.hidden, found.norm, found.eps), found.head)
+        token.begin_head()
+        assert torch.equal(token.logits(), expected)
+        # Whatever is computed in between ends the head first and leaves its results alone.
+        token.begin_head()
+        kernels.linear(random(40, HIDDEN, seed=3), found.head)
+        token.attention(0)
+        token.route(0)
+        assert torch.equal(token.logits(), expected)
+
+
+def test_a_head_that_nobody_waits_for(model: Model) -> None:
+    kernels, angle = NativeKernels(threads=3), random(1, ROPE // 2, seed=1)
+    token = model.token(kernels)
+    for token_id in range(20):
+        token.begin(token_id, angle, angle, new_caches(), 0)
+        token.begin_head()
+    expected = kernels.linear(kernels.rms_norm(token.hidden, model.ends.norm, model.ends.eps), model.ends.head)
+    assert torch.equal(token.logits(), expected)
+    token.begin_head()
+    del token, kernels  # workers may be at it: they end with the context

@@ -14,7 +14,7 @@ import torch
 from convert.checksums import RangeReader
 from convert.source import LocalSource
 from offload.quant import get_codec
-from offload.store.direct import PageArrays, page_buffer
+from offload.store.direct import HugePages, PageArrays, page_buffer
 from offload.store.layout import ExpertLayout, LayerFile
 from offload.store.manifest import checksum
 from offload.store.writer import LayerFileWriter
@@ -125,3 +125,18 @@ def test_memory_of_another_size_is_not_taken() -> None:
     small, large = arrays.take(PAGE), arrays.take(9 * PAGE)
     assert address not in (small.ctypes.data, large.ctypes.data)
     assert arrays.take(5 * PAGE).ctypes.data == address and arrays.take(5 * PAGE).nbytes == 5 * PAGE
+
+
+def test_tensors_side_by_side_in_large_allocations():
+    memory = HugePages()
+    sizes = [1, 64, 65, 0, 3 << 20, 17 << 20, 30 << 20, 7, 40 << 20, 5]
+    buffers = [np.frombuffer(memory.take(size), dtype=np.uint8) for size in sizes]
+    assert [len(buffer) for buffer in buffers] == [max(size, 1) for size in sizes]
+    for number, buffer in enumerate(buffers):
+        assert buffer.ctypes.data % 64 == 0 and not buffer.any()
+        buffer[:] = number
+    for number, buffer in enumerate(buffers):
+        assert (buffer == number).all()
+    # What fits lies in one allocation; what would fill most of one has its own.
+    small = [buffer.ctypes.data for buffer, size in zip(buffers, sizes, strict=True) if size < 16 << 20]
+    assert small == sorted(small) and small[-1] - small[0] < 32 << 20

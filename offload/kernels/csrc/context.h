@@ -15,6 +15,7 @@
 
 namespace ep {
 
+class Head;
 class SharedExpert;
 
 // What an ep_context is.
@@ -25,7 +26,8 @@ struct Library {
   Library& operator=(const Library&) = delete;
 
   std::mutex mutex;
-  std::shared_ptr<SharedExpert> shared;  // outlives the workers
+  std::shared_ptr<SharedExpert> shared;  // they outlive the workers
+  std::shared_ptr<Head> head;
   Pool pool;
   const Isa* isa;
   uint8_t* scratch = nullptr;

@@ -111,5 +111,12 @@ EP_API int64_t ep_moe_end(ep_context* context, const ep_moe_layer* layer, const 
 EP_API int64_t ep_moe_finish(ep_context* context, const ep_moe_layer* layer, const ep_weight* layout, const uint64_t* bases,
                              const int64_t* ids, const float* weights, int64_t k, const float* hidden, const float* x,
                              uint64_t generation, float* out);
+// A row of an embedding, each element rounded to bf16 as it is on its way to a device.
+EP_API void ep_embed(ep_context* context, const ep_weight* weight, int64_t row, float* out);
+// The end of a token: x [H] is the norm of hidden, and the workers begin with its product with `weight`, the head.
+EP_API int64_t ep_head_begin(ep_context* context, const ep_weight* weight, const float* norm, float eps, const float* hidden,
+                             float* x);
+// Waits for the product that was begun last: logits [weight.rows].
+EP_API void ep_head_end(ep_context* context, float* logits);
 // Reads `bytes` from `p` on all threads: the memory bandwidth that the kernels are measured against.
 EP_API uint64_t ep_read(ep_context* context, const void* p, int64_t bytes);

@@ -53,32 +53,44 @@ inline void place_codes(const int8_t* codes, int64_t n, uint8_t* out) {
 template <class Format>
 inline void quantize_record(const float* x, int32_t offset, uint8_t* rec, F& poison) {
   constexpr int G = Format::kGroup, kColumns = Format::kGroups * G;
+  static_assert(Format::kGroups % 4 == 0, "sums are taken four groups at a time");
   int8_t codes[kColumns];
   float* scales = reinterpret_cast<float*>(rec + Format::kCodeBytes);
   int32_t* corrections = reinterpret_cast<int32_t*>(rec + Format::kCodeBytes + Format::kGroups * 4);
-  for (int g = 0; g < Format::kGroups; ++g) {
-    F most = f_zero();
-    for (int i = 0; i < G; i += 16) {
-      const F v = f_load(x + g * G + i);
-      poison = f_fma(v, f_zero(), poison);
-      most = f_max(f_abs(v), most);
+  for (int first = 0; first < Format::kGroups; first += 4) {
+    F most[4], total[4];
+    float amax[4], inverse[4], scale[4], sums[4];
+    for (int g = 0; g < 4; ++g) {
+      most[g] = f_zero();
+      for (int i = 0; i < G; i += 16) {
+        const F v = f_load(x + (first + g) * G + i);
+        poison = f_fma(v, f_zero(), poison);
+        most[g] = f_max(f_abs(v), most[g]);
+      }
     }
-    const float amax = f_amax(most);
-    const bool zero = !(amax >= kSmallestAmax) || !is_finite(amax);
-    const F inverse = f_set1(zero ? 0.0f : 127.0f / amax);
-    F total = f_zero();
-    for (int i = 0; i < G; i += 16) {
-      const F q = f_min(f_rint(f_mul(f_load(x + g * G + i), inverse)), f_set1(127.0f));  // NaN: 127
-      total = f_add(total, q);  // exact: integers below 2^14
-      f_store_i8(codes + g * G + i, q);
+    f_amax4(most[0], most[1], most[2], most[3], amax);
+    for (int g = 0; g < 4; ++g) inverse[g] = 127.0f / amax[g];
+    for (int g = 0; g < 4; ++g) scale[g] = amax[g] / 127.0f * Format::kUnit;
+    for (int g = 0; g < 4; ++g) {
+      if (!(amax[g] >= kSmallestAmax) || !is_finite(amax[g])) inverse[g] = scale[g] = 0.0f;
+      const F factor = f_set1(inverse[g]);
+      total[g] = f_zero();
+      for (int i = 0; i < G; i += 16) {
+        const int at = (first + g) * G + i;
+        const F q = f_min(f_rint(f_mul(f_load(x + at), factor)), f_set1(127.0f));  // NaN: 127
+        total[g] = f_add(total[g], q);  // exact: integers below 2^14
+        f_store_i8(codes + at, q);
+      }
+      scales[Format::lane_of_group(first + g)] = scale[g];
     }
-    const int lane = Format::lane_of_group(g);
-    scales[lane] = zero ? 0.0f : amax / 127.0f * Format::kUnit;
-    int32_t sum = static_cast<int32_t>(f_sum(total));
-    if constexpr (Format::kBits == 8 && kInt8Deinterleave) {
-      for (int i = 1; i < G; i += 2) sum -= codes[g * G + i];
+    f_sum4(total[0], total[1], total[2], total[3], sums);
+    for (int g = 0; g < 4; ++g) {
+      int32_t sum = static_cast<int32_t>(sums[g]);
+      if constexpr (Format::kBits == 8 && kInt8Deinterleave) {
+        for (int i = 1; i < G; i += 2) sum -= codes[(first + g) * G + i];
+      }
+      corrections[Format::lane_of_group(first + g)] = -offset * sum;
     }
-    corrections[lane] = -offset * sum;
   }
   place_codes<Format>(codes, kColumns, rec);
 }

@@ -3,6 +3,7 @@
 #include "context.h"
 #include "cut.h"
 #include "experts.h"
+#include "head.h"
 
 #include <system_error>
 
@@ -62,7 +63,10 @@ const Isa* find_isa(const char* name) {
 
 namespace ep {
 
-Library::Library(const Isa* which, int threads) : shared(std::make_shared<SharedExpert>()), isa(which) { pool.resize(threads); }
+Library::Library(const Isa* which, int threads)
+    : shared(std::make_shared<SharedExpert>()), head(std::make_shared<Head>()), isa(which) {
+  pool.resize(threads);
+}
 
 int64_t row_bytes(const ep_weight& w) {
   constexpr int64_t kBits[] = {32, 16, 8, 4, 8, 4, 3, 2};  // by ep_kind
@@ -117,7 +121,7 @@ int64_t linear(Library& lib, const ep_weight& w, const float* x, int64_t tokens,
 using ep::ceil_div;
 using ep::Library;
 
-EP_API int32_t ep_abi(void) { return 3; }
+EP_API int32_t ep_abi(void) { return 4; }
 
 EP_API int32_t ep_supports(const char* isa) { return find_isa(isa) != nullptr ? 1 : 0; }
 

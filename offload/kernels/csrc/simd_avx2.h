@@ -115,11 +115,10 @@ inline void f_store_i8(int8_t* p, F x) {
 inline float f_sum(F x) { return sum8(_mm256_add_ps(x.a, x.b)); }
 inline __m256 halves(F x) { return _mm256_add_ps(x.a, x.b); }
 inline void f_sum4(F x, F y, F z, F w, float* out) { _mm_storeu_ps(out, sums8(halves(x), halves(y), halves(z), halves(w))); }
-inline float f_amax(F x) {  // lanes are not negative
-  const __m256 m = _mm256_max_ps(x.a, x.b);
-  __m128 q = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
-  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
-  return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+// Lanes are not negative.
+inline __m256 most_halves(F x) { return _mm256_max_ps(x.a, x.b); }
+inline void f_amax4(F x, F y, F z, F w, float* out) {
+  _mm_storeu_ps(out, most8(most_halves(x), most_halves(y), most_halves(z), most_halves(w)));
 }
 
 using Acc = __m256;

@@ -96,11 +96,10 @@ inline __m256 high_half(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
 inline float f_sum(F x) { return sum8(_mm256_add_ps(low_half(x), high_half(x))); }
 inline __m256 halves(F x) { return _mm256_add_ps(low_half(x), high_half(x)); }
 inline void f_sum4(F x, F y, F z, F w, float* out) { _mm_storeu_ps(out, sums8(halves(x), halves(y), halves(z), halves(w))); }
-inline float f_amax(F x) {  // lanes are not negative
-  const __m256 m = _mm256_max_ps(low_half(x), high_half(x));
-  __m128 q = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
-  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
-  return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+// Lanes are not negative.
+inline __m256 most_halves(F x) { return _mm256_max_ps(low_half(x), high_half(x)); }
+inline void f_amax4(F x, F y, F z, F w, float* out) {
+  _mm_storeu_ps(out, most8(most_halves(x), most_halves(y), most_halves(z), most_halves(w)));
 }
 
 inline __m512i pair32(__m512i x, __m512i y) {

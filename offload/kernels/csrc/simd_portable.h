@@ -75,10 +75,13 @@ inline void f_sum4(F x, F y, F z, F w, float* out) {
   out[2] = f_sum(z);
   out[3] = f_sum(w);
 }
-inline float f_amax(F a) {
-  float m = 0.0f;
-  for (int i = 0; i < 16; ++i) m = a.v[i] > m ? a.v[i] : m;
-  return m;
+// The largest lanes of four at once, none of which is negative.
+inline void f_amax4(F x, F y, F z, F w, float* out) {
+  const F* const each[] = {&x, &y, &z, &w};
+  for (int k = 0; k < 4; ++k) {
+    out[k] = 0.0f;
+    for (const float lane : each[k]->v) out[k] = lane > out[k] ? lane : out[k];
+  }
 }
 
 // Eight lanes: the accumulator of the integer formats, lane = group index modulo 8.

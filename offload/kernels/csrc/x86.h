@@ -26,6 +26,16 @@ inline __m128 sums8(__m256 x, __m256 y, __m256 z, __m256 w) {
   const __m128 cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
   return _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xDD));
 }
+// The largest lanes of four.
+inline __m128 most8(__m256 x, __m256 y, __m256 z, __m256 w) {
+  const __m128 a = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 b = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  const __m128 c = _mm_max_ps(_mm256_castps256_ps128(z), _mm256_extractf128_ps(z, 1));
+  const __m128 d = _mm_max_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));
+  const __m128 ab = _mm_max_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+  const __m128 cd = _mm_max_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+  return _mm_max_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xDD));
+}
 inline __m256i pair32(__m256i x, __m256i y) {
   return _mm256_add_epi32(_mm256_unpacklo_epi32(x, y), _mm256_unpackhi_epi32(x, y));
 }
