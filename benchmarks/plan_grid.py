@@ -7,9 +7,11 @@ SCRATCH takes the 10B checkpoint of bench_model.py and its stores; with --store 
 instance the embedded model's (`expertpager demo --keep FOLDER`). For every store the routing of other prompts than the
 benchmark's is recorded, as a user would before asking `plan`. For every cell `expertpager bench` runs in a process of
 its own between two probes of the machine, which does not stay the same for long where others use it, too; the
-prediction is that of the mean of both and of the trace. A row per cell holds predicted and measured speed of warm
-decoding and of a cold prompt, and their ratios, means of `--repeats`; the last row, the spread. A minute for every run
-on two cores, besides a recording for every store.
+prediction is that of the mean of both and of the trace. Where the forecasts of the two differ, the machine was another
+one during a part of the run, which then says nothing of either: the run is repeated, until `--repeats` of a cell were
+steady or after `--tries`. A row per cell holds predicted and measured speed of warm decoding and of a cold prompt, and
+their ratios, means of the steady runs (of all, where none was), and says how many were; the last row, the spread. A
+minute for every run on two cores, besides a recording for every store.
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ FORMATS, RESIDENT_FORMATS = ("int4-g32", "int8-g128", "bf16"), ("int8-g128",)
 TARGET = 0.15
 """Gap between predicted and measured speed that is aimed at."""
 
+STEADY = 0.1
+"""Most by which the forecasts of the two probes around a run may differ, for the machine to count as the same."""
+
 OTHER_PROMPTS = (
     "The lighthouse keeper counted the waves, as he had every evening since",
     "for row in table:\n    print(row.name, row.total)\n\nclass Account:",
@@ -65,7 +70,8 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=["ema+tokens", "lru"])
     parser.add_argument("--experts", nargs="+", default=["int4-g32", "int8-g128"])
     parser.add_argument("--cells", type=int, help="Only so many cells, spread over the grid.")
-    parser.add_argument("--repeats", type=int, default=2, help="Runs of every cell, each between two probes.")
+    parser.add_argument("--repeats", type=int, default=2, help="Steady runs of every cell, each between two probes.")
+    parser.add_argument("--tries", type=int, default=5, help="Most runs of a cell.")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=20)
     parser.add_argument("--context", type=int, default=512)
@@ -80,14 +86,16 @@ def main() -> None:
         traces = {store: recorded(store, Path(folder) / f"{store.name}.npz", arguments) for store in used}
         before = probed(cells[0][0], Path(folder))
         for store, share, policy in cells:
-            found = []
-            for _ in range(arguments.repeats):
+            found, steady = [], []
+            while len(found) < arguments.tries and len(steady) < arguments.repeats:
                 report = measured(store, share, policy, arguments)
                 after = probed(store, Path(folder))
-                found.append(cell(store, policy, report, mean([before, after]), traces[store], arguments))
+                found.append(cell(store, policy, report, (before, after), traces[store], arguments))
+                if found[-1]["forecasts of both probes differ by"] <= STEADY:
+                    steady.append(found[-1])
                 print(json.dumps(found[-1]), file=sys.stderr, flush=True)
                 before = after
-            rows.append(middle(found))
+            rows.append(middle(steady or found) | {"steady runs": f"{len(steady)} of {len(found)}"})
             append("plan_grid", f"python benchmarks/plan_grid.py {options(arguments)}", rows[-1])
             print(json.dumps(rows[-1]), flush=True)
     numbers = spread(rows)
@@ -142,16 +150,26 @@ def measured(store: Path, share: float, policy: str, arguments: argparse.Namespa
 
 
 def cell(
-    store: Path, policy: str, report: dict[str, Any], machine: MachineSpec, trace: Path, arguments: argparse.Namespace
+    store: Path,
+    policy: str,
+    report: dict[str, Any],
+    probes: tuple[MachineSpec, MachineSpec],
+    trace: Path,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """A run beside its prediction."""
+    """A run beside its prediction from the probes before and after."""
     opened = Store.open(store)
     curve = hit_curve(str(trace), opened.config, policy)
     cold, warm_samples = ([sample(item) for item in report[kind]] for kind in ("cold", "warm"))
     expected = curve.demand(report["share"])
-    compared = predictions(model_cost(opened), machine, cold, warm_samples, expected, report["chunk"], curve.alike)
+    compared, *alone = (
+        predictions(model_cost(opened), machine, cold, warm_samples, expected, report["chunk"], curve.alike)
+        for machine in (mean(probes), *probes)
+    )
     row: dict[str, Any] = {"store": store.name, "share": round(report["share"], 3), "policy": policy}
     row["ram"] = report["ram"]
+    pairs = [(first.predicted_s, second.predicted_s) for first, second in zip(*alone, strict=True)]
+    row["forecasts of both probes differ by"] = round(max(max(pair) / min(pair) for pair in pairs) - 1, 3)
     for item in compared:
         name, tokens = ("decode", 1) if item.what.startswith("warm decode") else ("prefill", arguments.prompt_tokens)
         row |= {
@@ -212,7 +230,7 @@ def options(arguments: argparse.Namespace) -> str:
             yield f"--{name} " + " ".join(map(str, getattr(arguments, name)))
         if arguments.cells:
             yield f"--cells {arguments.cells}"
-        yield f"--repeats {arguments.repeats}"
+        yield f"--repeats {arguments.repeats} --tries {arguments.tries}"
         yield f"--prompt-tokens {arguments.prompt_tokens} --max-tokens {arguments.max_tokens}"
 
     return " ".join(texts())
