@@ -42,6 +42,8 @@ class Retry:
     """
 
     attempts: int = 8
+    unreached: int = 3
+    """Attempts while the hub has not answered at all: mostly there is no network, and somebody waits to be told."""
     first_delay: float = 0.5
     longest_delay: float = 60.0
     timeout: float = 30.0
@@ -57,6 +59,10 @@ class _Fault(Exception):
     def __init__(self, reason: str, delay: float | None = None) -> None:
         super().__init__(reason)
         self.delay = delay
+
+
+class _UnreachedError(_Fault):
+    """The hub, asked for the first time, did not answer."""
 
 
 def is_repo_id(text: str) -> bool:
@@ -100,7 +106,8 @@ class HubSource(Source):
             try:
                 return act()
             except _Fault as fault:
-                if attempt == self.retry.attempts:
+                most = self.retry.unreached if isinstance(fault, _UnreachedError) else self.retry.attempts
+                if attempt >= most:
                     raise CheckpointError(
                         f"cannot read {what}: {fault} ({attempt} attempts); run the same command again later, "
                         "finished work is kept"
@@ -108,7 +115,7 @@ class HubSource(Source):
                 # Jitter keeps several connections from coming back all at once.
                 wanted = delay * random.uniform(0.5, 1.0) if fault.delay is None else fault.delay
                 if attempt == _TOLD_ATTEMPT:
-                    log.warning("cannot read %s: %s; asking again, up to %d times", what, fault, self.retry.attempts)
+                    log.warning("cannot read %s: %s; asking again, up to %d times", what, fault, most)
                 if self._cancelled.wait(min(wanted, self.retry.longest_delay)):
                     raise CheckpointError(f"reading {what} was given up") from None
                 delay *= 2
@@ -221,7 +228,9 @@ def _repo_info(repo_id: str, revision: str | None, retry: Retry) -> Any:
     except HfHubHTTPError as fault:
         _check_status(fault.response, where)
         raise _Fault(_line(fault)) from None
-    except (HTTPError, OSError, ValueError) as fault:
+    except (HTTPError, OSError) as fault:
+        raise _UnreachedError(f"{type(fault).__name__}: {_line(fault)}") from None
+    except ValueError as fault:
         raise _Fault(f"{type(fault).__name__}: {_line(fault)}") from None
     if not info.sha:
         raise _Fault("the server does not say which commit it serves")

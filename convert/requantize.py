@@ -19,6 +19,9 @@ from offload.quant import Codec
 from offload.quant.fp8 import Fp8Codec
 from offload.quant.grouped import GroupedIntCodec
 
+SAFE_SCALE = torch.finfo(torch.float32).max / 448
+"""Times the largest code of any source, that of FP8, it is still a number."""
+
 ENCODING = 1
 """Raised when the same recipe begins to give other bytes: a journal of the old ones is not continued."""
 
@@ -39,7 +42,7 @@ def requantize(
         return _from_packed(linear, linear.codec, tensors, codec, method, encoder)
     if scale is not None and isinstance(codec, Fp8Codec) and codec.block == block:
         _require_numbers(linear, weight)
-        return Encoded({"weight": weight, "weight_scale": scale}, 0.0)
+        return _passed_on(linear, codec, {"weight": weight, "weight_scale": scale})
     if weight.dtype == torch.bfloat16 and codec.name == "bf16":
         _require_numbers(linear, weight)
         return Encoded({"weight": weight}, 0.0)
@@ -59,12 +62,22 @@ def _from_packed(
         raise CheckpointError(f"{linear.shape.name} says {found}; config.json implies {[linear.rows, linear.cols]}")
     parts = {"weight_packed": tensors[linear.weight.name], "weight_scale": tensors[linear.scale.name]}
     if codec.name == source.name and parts["weight_scale"].dtype == torch.bfloat16:
-        return Encoded(parts, 0.0)
+        return _passed_on(linear, codec, parts)
     weight = source.decode(parts, linear.rows, linear.cols, torch.float32)
     try:
         return encoder.encode(weight, None, (1, 1), codec, method)
     except CodecError as fault:
         raise CheckpointError(f"{linear.weight.name}: {fault}") from None
+
+
+def _passed_on(linear: Linear, codec: Codec, parts: dict[str, Tensor]) -> Encoded:
+    """The source's own bytes, whose codes and scales are numbers; so must be what they stand for."""
+    if float(parts["weight_scale"].abs().max()) > SAFE_SCALE:
+        weight = codec.decode(parts, linear.rows, linear.cols, torch.float32)
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            raise CheckpointError(f"{linear.weight.name}: {bad} of {weight.numel()} weights are infinite")
+    return Encoded(parts, 0.0)
 
 
 def _require_numbers(linear: Linear, weight: Tensor) -> None:

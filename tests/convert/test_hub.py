@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from convert.pipeline import convert
 from convert.verify import verify
 from offload.errors import CheckpointError, OffloadError
 
-QUICK = Retry(attempts=12, first_delay=0.001, longest_delay=0.01, timeout=0.3, slowest=10_000)
+QUICK = Retry(attempts=12, unreached=12, first_delay=0.001, longest_delay=0.01, timeout=0.3, slowest=10_000)
 
 
 @pytest.fixture
@@ -110,6 +111,15 @@ def test_a_server_that_stays_broken(server: Hub, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(hub, "RETRY", Retry(attempts=3, first_delay=0.001, timeout=0.3, slowest=10_000))
     server.kinds = ("slow drip",)
     fails("less than 10000 bytes per second.*3 attempts", tmp_path / "s")
+
+
+def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a network the first question is asked three times, not eight."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setattr(hub, "RETRY", Retry(first_delay=0.001))
+        fails("file list of .*ConnectError.*3 attempts", tmp_path / "s")
 
 
 def test_a_fault_in_the_middle_keeps_what_is_done(server: Hub, tmp_path: Path, local: dict[str, str]) -> None:

@@ -59,6 +59,18 @@ def test_powers_of_two_in_any_dtype(tmp_path: Path, dtype: torch.dtype, experts:
     assert written.get("scale_fmt") == ("ue8m0" if experts == "fp8" else None)
 
 
+@pytest.mark.parametrize("experts", ["fp8", "int4-g32"])
+def test_weights_beyond_the_largest_number_are_named(tmp_path: Path, experts: str) -> None:
+    tensors = v31(tmp_path / "c", torch.float32)
+    tensors[f"{MODULE}.weight_scale_inv"][0, 0] = 3e38
+    save_file(tensors, next((tmp_path / "c").glob("*.safetensors")))
+    with pytest.raises(CheckpointError, match=f"{MODULE}.weight: .* infinite"):
+        convert(tmp_path / "c", tmp_path / "s", experts=experts)
+    tensors[f"{MODULE}.weight"].view(torch.uint8)[:128, :128] = 0  # nothing is multiplied by it
+    save_file(tensors, next((tmp_path / "c").glob("*.safetensors")))
+    convert(tmp_path / "c", tmp_path / "s", experts=experts)
+
+
 def test_a_scale_that_is_no_number_is_named(tmp_path: Path) -> None:
     tensors = v31(tmp_path / "c", torch.float8_e8m0fnu)
     tensors[f"{MODULE}.weight_scale_inv"].view(torch.uint8)[0, 0] = 255
