@@ -7,11 +7,10 @@ SCRATCH takes the 10B checkpoint of bench_model.py and its stores; with --store 
 instance the embedded model's (`expertpager demo --keep FOLDER`). For every store the routing of other prompts than the
 benchmark's is recorded, as a user would before asking `plan`. For every cell `expertpager bench` runs in a process of
 its own between two probes of the machine, which does not stay the same for long where others use it, too; the
-prediction is that of the mean of both and of the trace. Where the forecasts of the two differ, the machine was another
-one during a part of the run, which then says nothing of either: the run is repeated, until `--repeats` of a cell were
-steady or after `--tries`. A row per cell holds predicted and measured speed of warm decoding and of a cold prompt, and
-their ratios, means of the steady runs (of all, where none was), and says how many were; the last row, the spread. A
-minute for every run on two cores, besides a recording for every store.
+prediction is that of the mean of both and of the trace. A row per cell holds predicted and measured speed of warm
+decoding and of a cold prompt, and their ratios, medians of `--repeats` runs, all of whose ratios are kept, and by how
+much the forecasts of the two probes differed; the last row, the spread. A minute for every run on two cores, besides a
+recording for every store.
 """
 
 from __future__ import annotations
@@ -49,9 +48,6 @@ FORMATS, RESIDENT_FORMATS = ("int4-g32", "int8-g128", "bf16"), ("int8-g128",)
 TARGET = 0.15
 """Gap between predicted and measured speed that is aimed at."""
 
-STEADY = 0.1
-"""Most by which the forecasts of the two probes around a run may differ, for the machine to count as the same."""
-
 OTHER_PROMPTS = (
     "The lighthouse keeper counted the waves, as he had every evening since",
     "for row in table:\n    print(row.name, row.total)\n\nclass Account:",
@@ -70,8 +66,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=["ema+tokens", "lru"])
     parser.add_argument("--experts", nargs="+", default=["int4-g32", "int8-g128"])
     parser.add_argument("--cells", type=int, help="Only so many cells, spread over the grid.")
-    parser.add_argument("--repeats", type=int, default=2, help="Steady runs of every cell, each between two probes.")
-    parser.add_argument("--tries", type=int, default=5, help="Most runs of a cell.")
+    parser.add_argument("--repeats", type=int, default=3, help="Runs of every cell, each between two probes.")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=20)
     parser.add_argument("--context", type=int, default=512)
@@ -86,16 +81,14 @@ def main() -> None:
         traces = {store: recorded(store, Path(folder) / f"{store.name}.npz", arguments) for store in used}
         before = probed(cells[0][0], Path(folder))
         for store, share, policy in cells:
-            found, steady = [], []
-            while len(found) < arguments.tries and len(steady) < arguments.repeats:
+            found = []
+            for _ in range(arguments.repeats):
                 report = measured(store, share, policy, arguments)
                 after = probed(store, Path(folder))
                 found.append(cell(store, policy, report, (before, after), traces[store], arguments))
-                if found[-1]["forecasts of both probes differ by"] <= STEADY:
-                    steady.append(found[-1])
                 print(json.dumps(found[-1]), file=sys.stderr, flush=True)
                 before = after
-            rows.append(middle(steady or found) | {"steady runs": f"{len(steady)} of {len(found)}"})
+            rows.append(middle(found))
             append("plan_grid", f"python benchmarks/plan_grid.py {options(arguments)}", rows[-1])
             print(json.dumps(rows[-1]), flush=True)
     numbers = spread(rows)
@@ -190,15 +183,16 @@ def cell(
 
 
 def middle(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The means of every figure of a cell's repetitions, whose ratios are kept."""
+    """The medians of every figure of a cell's repetitions, whose ratios are kept: a run may meet another machine than
+    the probes on both sides of it."""
     row: dict[str, Any] = {key: value for key, value in found[0].items() if isinstance(value, str)}
     row |= {
-        key: round(statistics.fmean(each[key] for each in found), 4)
+        key: round(statistics.median(each[key] for each in found), 4)
         for key, value in found[0].items()
         if isinstance(value, (int, float))
     }
     for key in [key for key in found[0] if key.endswith("gap by")]:
-        row[key] = {part: round(statistics.fmean(each[key][part] for each in found), 4) for part in found[0][key]}
+        row[key] = {part: round(statistics.median(each[key][part] for each in found), 4) for part in found[0][key]}
     ratios = [key for key in found[0] if key.endswith("predicted / measured")]
     return row | {f"{key}, repetitions": [each[key] for each in found] for key in ratios}
 
@@ -230,7 +224,7 @@ def options(arguments: argparse.Namespace) -> str:
             yield f"--{name} " + " ".join(map(str, getattr(arguments, name)))
         if arguments.cells:
             yield f"--cells {arguments.cells}"
-        yield f"--repeats {arguments.repeats} --tries {arguments.tries}"
+        yield f"--repeats {arguments.repeats}"
         yield f"--prompt-tokens {arguments.prompt_tokens} --max-tokens {arguments.max_tokens}"
 
     return " ".join(texts())
