@@ -45,6 +45,9 @@ from offload.tune.timing import mean_time
 from offload.types import Extent, align_up, format_size
 
 FORMATS = ("int4-g32", "int4-g128", "int8-g128", "nf4-b64", "int3-g32", "int2-g32", "fp8", "bf16")
+LAYER_NBYTES = 32 << 20
+"""Bytes of weights that pass through the caches between the decisions of two layers, at the least."""
+
 RESIDENT_FORMATS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "bf16")
 
 
@@ -215,7 +218,8 @@ def _measured(kernels: Kernels, threads: int, drive: _Drive, effort: Effort, tel
             formats[codec] = replace(formats[codec], attention=found)
     past = measure_past(kernels, effort.attention, **spent)
     tell("overhead")
-    overhead = measure_overhead(kernels, effort.seconds)
+    weights = SlotPool(1, min(LAYER_NBYTES, effort.buffer_nbytes)).bytes
+    overhead = measure_overhead(kernels, effort.seconds, lambda: read_once(weights, kernels))
     memory = psutil.virtual_memory()
     return MachineSpec(
         name=f"this machine, {_processor()}",
@@ -266,6 +270,14 @@ def ram_rate(data: torch.Tensor, threads: int, seconds: float) -> float:
     parts = np.array_split(data.numpy().view(np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:
         return data.nbytes / mean_time(lambda: list(pool.map(np.sum, parts)), seconds)
+
+
+def read_once(data: torch.Tensor, kernels: Kernels) -> None:
+    """Read `data`, uint8, as weights are read."""
+    if isinstance(kernels, NativeKernels):
+        kernels.read(data)
+    else:
+        data.view(torch.int64).sum()
 
 
 def measure_format(kernels: Kernels, codec: str, effort: Effort) -> FormatRate:

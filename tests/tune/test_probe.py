@@ -134,9 +134,17 @@ def test_sample_experts_are_finite(codec: str) -> None:
 
 
 def test_overheads_are_fractions_of_a_second() -> None:
-    kernels = select("reference")
-    found = measure_overhead(kernels, 0.01)
+    streamed: list[int] = []
+    found = measure_overhead(select("reference"), 0.01, lambda: streamed.append(1))
     assert 0 < found.layer_s < 5 and 0 <= found.miss_s < 5 and 0 <= found.foresee_s < 5
+    assert len(streamed) >= 8 * 3 * 9, "between the layers of three settings, in at least eight rounds"
+
+
+def test_what_passes_through_the_caches_is_no_overhead() -> None:
+    with _decoding(select("reference"), 1.0, False) as step:
+        step(None)
+        quick, slow = step(None), step(lambda: time.sleep(0.05))
+    assert slow.busy_s < quick.busy_s + 9 * 0.05 / 2
 
 
 def test_settings_of_the_overheads_differ_in_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +156,7 @@ def test_settings_of_the_overheads_differ_in_what_they_read(monkeypatch: pytest.
     for share, prefetch in ((1.0, False), (0.4, False), (0.4, True)):
         applied.clear()
         with _decoding(kernels, share, prefetch) as step:
-            found = [step() for _ in range(12)]
+            found = [step(None) for _ in range(12)]
         assert all(one.busy_s > 0 for one in found)
         reads.append(sum(one.reads for one in found))
         routers.append(len(applied))
