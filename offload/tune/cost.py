@@ -293,11 +293,12 @@ def chunk_cost(
     resident = layers * (with_reads - shared)
     resident += rows_seconds(own, model.resident_read_nbytes, model.resident_parameters, tokens)
     resident += config.num_hidden_layers * _attention_flops(config, tokens, start) / (machine.past_gflops * 1e9)
+    miss_s = machine.miss_s if machine.prompt_miss_s is None else machine.prompt_miss_s
     return Cost(
         experts_s=layers * compute,
         resident_s=resident,
         stall_s=layers * stall,
-        overhead_s=config.num_hidden_layers * machine.layer_s + layers * missing * machine.miss_s,
+        overhead_s=config.num_hidden_layers * machine.layer_s + layers * missing * miss_s,
         read_nbytes=layers * missing * model.expert_nbytes,
         tokens=tokens,
     )

@@ -81,6 +81,8 @@ class MachineSpec:
     """Time per layer and forward pass that is not matrix products: small kernels, routing, Python."""
     miss_s: float = 0.0
     """Time of the processor for every expert that is read."""
+    prompt_miss_s: float | None = None
+    """The same in a prompt, which asks for many at once; `miss_s` if unknown."""
     foresee_s: float = 0.0
     """Time of the processor for a router that is applied early, besides its product."""
     warnings: tuple[str, ...] = ()
@@ -154,5 +156,6 @@ def mean(machines: Sequence[MachineSpec]) -> MachineSpec:
         kernels_beside=average("kernels_beside"),
         layer_s=average("layer_s"),
         miss_s=average("miss_s"),
+        prompt_miss_s=None if first.prompt_miss_s is None else average("prompt_miss_s"),
         foresee_s=average("foresee_s"),
     )

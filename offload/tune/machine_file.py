@@ -99,6 +99,7 @@ def to_toml(machine: MachineSpec) -> str:
             {
                 "layer_us": 1e6 * machine.layer_s or None,
                 "miss_us": 1e6 * machine.miss_s or None,
+                "prompt_miss_us": None if machine.prompt_miss_s is None else 1e6 * machine.prompt_miss_s,
                 "foresee_us": 1e6 * machine.foresee_s or None,
             },
         ),
@@ -177,7 +178,7 @@ _KEYS: dict[str, dict[str, Parser]] = {
         **dict.fromkeys(("free", "h2d_pageable", "h2d_with_reads", "ram_with_copies", "kernels"), _size),
     },
     "network": {"download": _size},
-    "engine": {"layer_us": _number, "miss_us": _number, "foresee_us": _number},
+    "engine": {"layer_us": _number, "miss_us": _number, "prompt_miss_us": _number, "foresee_us": _number},
 }
 _TABLES = {"ram": ("threads",), "drive": ("depths",), "cpu": ("formats",)}
 """Tables whose keys are counts or formats."""
@@ -201,6 +202,7 @@ class _Reader:
         available = ram.get("available", max(ram["total"] - SYSTEM_NBYTES, ram["total"] // 2))
         if available > ram["total"]:
             raise self._fault("ram", "available", "exceeds ram.total")
+        prompt_miss = found.get("engine", {}).get("prompt_miss_us")
         return MachineSpec(
             name=found[""]["name"],
             warnings=found[""].get("warnings", ()),
@@ -223,6 +225,7 @@ class _Reader:
             download=found.get("network", {}).get("download"),
             layer_s=found.get("engine", {}).get("layer_us", 0.0) / 1e6,
             miss_s=found.get("engine", {}).get("miss_us", 0.0) / 1e6,
+            prompt_miss_s=None if prompt_miss is None else prompt_miss / 1e6,
             foresee_s=found.get("engine", {}).get("foresee_us", 0.0) / 1e6,
         )
 

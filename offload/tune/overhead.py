@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -55,6 +56,9 @@ _CONFIG = ModelConfig.from_hf(
         "norm_topk_prob": True,
     }
 )
+
+
+_PROMPT = [token % _CONFIG.vocab_size for token in range(_CONTEXT // 2)]
 
 
 class _Weights:
@@ -114,6 +118,8 @@ class Overhead:
     """Seconds per layer whose experts are resident."""
     miss_s: float
     """Seconds that the processor spends on every expert that is not."""
+    prompt_miss_s: float
+    """The same for an expert that a prompt reads: one of many that are asked for at once."""
     foresee_s: float
     """Seconds for a router that is applied early, and for choosing what to read ahead."""
 
@@ -141,7 +147,19 @@ def measure_overhead(kernels: Kernels, seconds: float, stream: Stream) -> Overhe
     missing = median(paged.busy_s - resident.busy_s for resident, paged, _ in rounds)
     miss_s = max(0.0, missing / reads[1]) if reads[1] else 0.0
     foreseeing = median(ahead.busy_s - paged.busy_s for _, paged, ahead in rounds) - (reads[2] - reads[1]) * miss_s
-    return Overhead(median(step.busy_s for step in warm) / layers, miss_s, max(0.0, foreseeing / routers))
+    layer_s = median(step.busy_s for step in warm) / layers
+    return Overhead(layer_s, miss_s, _prompt_miss_s(kernels), max(0.0, foreseeing / routers))
+
+
+def _prompt_miss_s(kernels: Kernels) -> float:
+    """A prompt with slots for everything, of which nothing is there, beside the same prompt once more."""
+    with _model(kernels, 1.0, False) as (model, cache, executor):
+        found = []
+        for tokens in (_PROMPT[:1], _PROMPT, _PROMPT):  # the first makes what is made once
+            cache.truncate(0)
+            found.append(_timed(executor, partial(model.forward, tokens, cache)))
+    _, absent, present = found
+    return max(1e-9, (absent.busy_s - present.busy_s) / absent.reads)
 
 
 @dataclass(frozen=True)
@@ -152,43 +170,53 @@ class _Step:
     reads: int
 
 
+def _timed(executor: Executor, act: Callable[[], object]) -> _Step:
+    before, begun = replace(executor.counters().ram), time.perf_counter()
+    act()
+    took = time.perf_counter() - begun
+    spent = replace(executor.counters().ram).minus(before)
+    return _Step(took - spent.stall_s, spent.reads)
+
+
 @contextmanager
 def _decoding(kernels: Kernels, share: float, prefetch: bool) -> Iterator[Callable[[Stream | None], _Step]]:
     """Decodes one more token at every call, with slots for `share` of the experts, and calls what it is given after
     every layer."""
+    with _model(kernels, share, prefetch) as (model, cache, executor):
+        model.forward(_PROMPT, cache)  # brings in what these tokens use
+        filled, number = cache.length, count()
+
+        def step(stream: Stream | None) -> _Step:
+            streaming = 0.0
+
+            def after_layer(_: int) -> None:
+                nonlocal streaming
+                if stream is not None:
+                    begun = time.perf_counter()
+                    stream()
+                    streaming += time.perf_counter() - begun
+
+            if cache.length == _CONTEXT:
+                cache.truncate(filled)
+            token = [next(number) % _CONFIG.vocab_size]
+            found = _timed(executor, partial(model.forward, token, cache, after_layer))
+            return replace(found, busy_s=found.busy_s - streaming)
+
+        yield step
+
+
+@contextmanager
+def _model(kernels: Kernels, share: float, prefetch: bool) -> Iterator[tuple[DeepseekV3, KVCache, Executor]]:
+    """The model with slots for `share` of its experts."""
     config = _CONFIG
     slots = round(share * len(config.moe_layers) * config.n_routed_experts)
     with tempfile.TemporaryDirectory(prefix="expertpager-probe-") as folder:
         store = _Store(Path(folder) / "experts")
-        executor = Executor(
-            store, kernels, slots=slots, max_tokens=_CONTEXT // 2, policy="ema+tokens", prefetch=prefetch
-        )
+        settings = {"policy": "ema+tokens", "prefetch": prefetch}
+        executor = Executor(store, kernels, slots=slots, max_tokens=len(_PROMPT), **settings)
         try:
             model = DeepseekV3(config, load_weights(_Weights(_shapes(config)), config), kernels, executor, _CONTEXT)
-            cache = KVCache(config, _CONTEXT)
-            tokens = [token % config.vocab_size for token in range(_CONTEXT // 2)]
-            model.forward(tokens, cache)  # brings in what these tokens use
-            filled, number = cache.length, count()
-
-            def step(stream: Stream | None) -> _Step:
-                streaming = 0.0
-
-                def after_layer(_: int) -> None:
-                    nonlocal streaming
-                    if stream is not None:
-                        begun = time.perf_counter()
-                        stream()
-                        streaming += time.perf_counter() - begun
-
-                if cache.length == _CONTEXT:
-                    cache.truncate(filled)
-                before, begun = replace(executor.counters().ram), time.perf_counter()
-                model.forward([next(number) % config.vocab_size], cache, after_layer)
-                took = time.perf_counter() - begun
-                spent = replace(executor.counters().ram).minus(before)
-                return _Step(took - streaming - spent.stall_s, spent.reads)
-
-            yield step
+            yield model, KVCache(config, _CONTEXT), executor
         finally:
             executor.close()
 

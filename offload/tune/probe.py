@@ -100,6 +100,7 @@ class ProbeReport:
             yield from _gpu_lines(machine.gpu)
         spent = f"layer  {1e6 * machine.layer_s:.0f} us besides matrix products"
         spent += f", {1e6 * machine.miss_s:.0f} us for every expert that is read"
+        spent += f" ({1e6 * (machine.prompt_miss_s or 0):.0f} in a prompt)"
         yield f"{spent}, {1e6 * machine.foresee_s:.0f} us for a router applied early"
         for text in machine.warnings:
             yield f"warning: {text}"
@@ -122,6 +123,7 @@ class ProbeReport:
             "attention_gflops": machine.attention_gflops,
             "layer_s": machine.layer_s,
             "miss_s": machine.miss_s,
+            "prompt_miss_s": machine.prompt_miss_s,
             "foresee_s": machine.foresee_s,
             "gpu": vars(machine.gpu) if machine.gpu else None,
             "warnings": list(machine.warnings),
@@ -239,6 +241,7 @@ def _measured(kernels: Kernels, threads: int, drive: _Drive, effort: Effort, tel
         kernels_beside=together.kernels,
         layer_s=overhead.layer_s,
         miss_s=overhead.miss_s,
+        prompt_miss_s=overhead.prompt_miss_s,
         foresee_s=overhead.foresee_s,
     )
 

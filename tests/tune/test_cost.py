@@ -235,6 +235,16 @@ def test_reads_slow_the_shared_expert_of_a_chunk(v3: dict[str, Footprint]) -> No
     assert chunk_cost(model, fast, 512, 0, 1.0).resident_s == free.resident_s
 
 
+def test_a_prompt_pays_for_its_own_misses(v3: dict[str, Footprint]) -> None:
+    model = ModelCost.of(v3["int4"])
+    unknown, known = replace(MACHINE, miss_s=2e-4), replace(MACHINE, miss_s=2e-4, prompt_miss_s=5e-5)
+    spent = [chunk_cost(model, machine, 512, 0, 0.0).overhead_s for machine in (MACHINE, unknown, known)]
+    experts = 58 * distinct_experts(model.config, 512)
+    assert spent[1] - spent[0] == pytest.approx(experts * 2e-4)
+    assert spent[2] - spent[0] == pytest.approx(experts * 5e-5)
+    assert decode_cost(model, known, Demand(0.25)) == decode_cost(model, unknown, Demand(0.25))
+
+
 def test_prefill_computes_what_the_tokens_need(v3: dict[str, Footprint]) -> None:
     model = ModelCost.of(v3["int4"])
     cost = prefill_cost(model, MACHINE, 512, 512, share=1.0)

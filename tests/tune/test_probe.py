@@ -137,6 +137,7 @@ def test_overheads_are_fractions_of_a_second() -> None:
     streamed: list[int] = []
     found = measure_overhead(select("reference"), 0.01, lambda: streamed.append(1))
     assert 0 < found.layer_s < 5 and 0 <= found.miss_s < 5 and 0 <= found.foresee_s < 5
+    assert 0 <= found.prompt_miss_s < 5
     assert len(streamed) >= 8 * 3 * 9, "between the layers of three settings, in at least eight rounds"
 
 
@@ -181,6 +182,7 @@ def test_a_machine_file_is_read_back_equal() -> None:
         download=10**8,
         layer_s=2.5e-4,
         miss_s=5e-5,
+        prompt_miss_s=2.5e-5,
         drive_beside=0.875,
         kernels_beside=0.75,
         warnings=("one", "two = 2"),
@@ -188,7 +190,7 @@ def test_a_machine_file_is_read_back_equal() -> None:
         ram_threads={"1": 2e10},
     )
     again = parse_machine(to_toml(machine), "f")
-    assert replace(again, drive_latency_s=8.5e-5, layer_s=2.5e-4, miss_s=5e-5) == machine
+    assert replace(again, drive_latency_s=8.5e-5, layer_s=2.5e-4, miss_s=5e-5, prompt_miss_s=2.5e-5) == machine
     assert again.drive_latency_s == pytest.approx(8.5e-5) and again.layer_s == pytest.approx(2.5e-4)
     assert again.miss_s == pytest.approx(5e-5)
 
