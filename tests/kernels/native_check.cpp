@@ -99,6 +99,25 @@ void compare(const char* what, const std::string& isa, const std::vector<float>&
 
 using Outputs = std::vector<std::vector<float>>;
 
+// A row of an embedding, and a head that is waited for and one that is not.
+void ends(ep_context* c, const ep_weight& w, Outputs& out) {
+  std::vector<float> row(static_cast<size_t>(w.cols)), normed(row.size()), logits(static_cast<size_t>(w.rows));
+  const std::vector<float> hidden = floats(w.cols), norm = floats(w.cols);
+  for (const int64_t at : {int64_t{0}, w.rows - 1}) {
+    ep_embed(c, &w, at, row.data());
+    out.push_back(row);
+    if (ep_head_begin(c, &w, norm.data(), 1e-6f, hidden.data(), normed.data()) != 0) ++failures;
+    if (ep_head_begin(c, &w, norm.data(), 1e-6f, hidden.data(), normed.data()) != 0) ++failures;
+    ep_head_end(c, logits.data());
+    out.push_back(normed);
+    out.push_back(logits);
+    if (ep_head_begin(c, &w, norm.data(), 1e-6f, hidden.data(), normed.data()) != 0) ++failures;
+  }
+  std::vector<float> bad = hidden;
+  bad[0] = 1.0f / 0.0f;
+  if (ep_head_begin(c, &w, norm.data(), 1e-6f, bad.data(), normed.data()) != 1) ++failures;
+}
+
 void linears(ep_context* c, Outputs& out) {
   const struct {
     int kind, group;
@@ -114,6 +133,7 @@ void linears(ep_context* c, Outputs& out) {
         if (ep_linear(c, &w.weight, x.data(), tokens, y.data()) != 0) ++failures;
         out.push_back(y);
       }
+      ends(c, w.weight, out);
     }
   }
 }
