@@ -32,7 +32,7 @@ from offload.store import Store
 
 MARGINS = (None, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 CONTEXT = 512
-ATTEMPTS = 8
+ATTEMPTS = 32
 
 
 @dataclass(frozen=True)

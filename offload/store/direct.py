@@ -22,6 +22,9 @@ from offload.types import align_up
 _ALLOCATION = 32 << 20
 """Bytes of an allocation of HugePages: what is left of a huge page at its ends is a small part."""
 
+_SMALL = 256 << 10
+"""Bytes below which huge pages gain nothing: a model of small tensors would take more memory than it needs."""
+
 _LINE = 64
 
 
@@ -62,9 +65,11 @@ class HugePages:
     def __init__(self) -> None:
         self._free = memoryview(b"")
 
-    def take(self, nbytes: int) -> memoryview:
-        """`nbytes` bytes, at least one, zeroed; they begin with a cache line."""
+    def take(self, nbytes: int) -> bytearray | memoryview:
+        """`nbytes` bytes, at least one, zeroed. What is small has memory of its own, the rest begins with a line."""
         nbytes = max(nbytes, 1)
+        if nbytes < _SMALL:
+            return bytearray(nbytes)
         if nbytes > _ALLOCATION // 2:
             return page_buffer(nbytes)[:nbytes]
         if nbytes > len(self._free):

@@ -66,6 +66,7 @@ def test_explanations_and_their_trace_are_of_exact_routing(store: Path, tmp_path
 
 
 def test_the_command_announces_it(store: Path) -> None:
+    offload.load(store, context=64).close()  # what is made once counts to the process
     ram = str(ram_for_share(store, 0.4, context=64))
     command = ["generate", str(store), "--prompt-ids", "0,5,7", "-n", "8", "--context", "64", "--ram", ram, "--json"]
     command += ["--ignore-eos", "--usage", "off"]

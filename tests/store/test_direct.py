@@ -129,14 +129,15 @@ def test_memory_of_another_size_is_not_taken() -> None:
 
 def test_tensors_side_by_side_in_large_allocations():
     memory = HugePages()
-    sizes = [1, 64, 65, 0, 3 << 20, 17 << 20, 30 << 20, 7, 40 << 20, 5]
+    sizes = [1, 300_001, 300_000, 0, 3 << 20, 17 << 20, 30 << 20, 7, 40 << 20, 1 << 20]
     buffers = [np.frombuffer(memory.take(size), dtype=np.uint8) for size in sizes]
     assert [len(buffer) for buffer in buffers] == [max(size, 1) for size in sizes]
     for number, buffer in enumerate(buffers):
-        assert buffer.ctypes.data % 64 == 0 and not buffer.any()
+        assert not buffer.any()
         buffer[:] = number
     for number, buffer in enumerate(buffers):
         assert (buffer == number).all()
-    # What fits lies in one allocation; what would fill most of one has its own.
-    small = [buffer.ctypes.data for buffer, size in zip(buffers, sizes, strict=True) if size < 16 << 20]
-    assert small == sorted(small) and small[-1] - small[0] < 32 << 20
+    # Tensors that are neither small nor would fill most of it share one allocation.
+    shared = [buffer.ctypes.data for buffer, size in zip(buffers, sizes, strict=True) if 300_000 <= size < 16 << 20]
+    assert len(shared) == 4 and all(address % 64 == 0 for address in shared)
+    assert shared == sorted(shared) and shared[-1] - shared[0] < 32 << 20
