@@ -66,10 +66,10 @@ def test_explanations_and_their_trace_are_of_exact_routing(store: Path, tmp_path
 
 
 def test_the_command_announces_it(store: Path) -> None:
-    offload.load(store, context=64).close()  # what is made once counts to the process
-    ram = str(ram_for_share(store, 0.4, context=64))
-    command = ["generate", str(store), "--prompt-ids", "0,5,7", "-n", "8", "--context", "64", "--ram", ram, "--json"]
-    command += ["--ignore-eos", "--usage", "off"]
+    base = ["generate", str(store), "--prompt-ids", "0,5,7", "-n", "8", "--context", "64", "--json"]
+    base += ["--ignore-eos", "--usage", "off"]
+    CliRunner().invoke(cli.cli, base, catch_exceptions=False)  # what is made once counts to the process
+    command = [*base, "--ram", str(ram_for_share(store, 0.4, context=64) + (512 << 10))]
     done = CliRunner().invoke(cli.cli, [*command, "--prefer-resident", "1.5"], catch_exceptions=False)
     assert done.exit_code == 0
     assert "prefer-resident 1.5" in done.stderr and "not that of exact routing" in done.stderr
