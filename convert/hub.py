@@ -106,7 +106,8 @@ class HubSource(Source):
             try:
                 return act()
             except _Fault as fault:
-                most = self.retry.unreached if isinstance(fault, _UnreachedError) else self.retry.attempts
+                unreached = isinstance(fault, _UnreachedError)
+                most = min(self.retry.attempts, self.retry.unreached) if unreached else self.retry.attempts
                 if attempt >= most:
                     raise CheckpointError(
                         f"cannot read {what}: {fault} ({attempt} attempts); run the same command again later, "

@@ -3,9 +3,8 @@
 Owns checking arguments. The GIL is released during every call. Must not know models, tiers or how the kernels work;
 the library itself is opened in `native_library`, and told of weights in `native_descriptions`.
 
-Integer formats (int8 and int4 in any
-group, int3 and int2 in groups of 32, nf4 in rows of whole blocks) quantise the activations to int8 per group; the
-others decode their weights. Accumulation is fp32 throughout.
+Integer formats (int8 and int4 in any group, int3 and int2 in groups of 32, nf4 in rows of whole blocks) quantise the
+activations to int8 per group; the others decode their weights. Accumulation is fp32 throughout.
 """
 
 from __future__ import annotations

@@ -63,7 +63,9 @@ class HugePages:
     """
 
     def __init__(self) -> None:
-        self._free = memoryview(b"")
+        # Held by its tensors alone: whoever takes them from it may live longer than they do.
+        self._memory: weakref.ref[NDArray[np.uint8]] | None = None
+        self._used = 0
 
     def take(self, nbytes: int) -> bytearray | memoryview:
         """`nbytes` bytes, at least one, zeroed. What is small has memory of its own, the rest begins with a line."""
@@ -72,11 +74,12 @@ class HugePages:
             return bytearray(nbytes)
         if nbytes > _ALLOCATION // 2:
             return page_buffer(nbytes)[:nbytes]
-        if nbytes > len(self._free):
-            self._free = page_buffer(_ALLOCATION)
-        taken = self._free[:nbytes]
-        self._free = self._free[align_up(nbytes, _LINE) :]
-        return taken
+        memory = None if self._memory is None else self._memory()
+        if memory is None or self._used + nbytes > _ALLOCATION:
+            memory = np.frombuffer(page_buffer(_ALLOCATION), dtype=np.uint8)
+            self._memory, self._used = weakref.ref(memory), 0
+        first, self._used = self._used, self._used + align_up(nbytes, _LINE)
+        return memory.data[first : first + nbytes]
 
 
 class PageArrays:

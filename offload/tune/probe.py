@@ -45,10 +45,10 @@ from offload.tune.timing import mean_time
 from offload.types import Extent, align_up, format_size
 
 FORMATS = ("int4-g32", "int4-g128", "int8-g128", "nf4-b64", "int3-g32", "int2-g32", "fp8", "bf16")
+RESIDENT_FORMATS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "bf16")
+
 LAYER_NBYTES = 32 << 20
 """Bytes of weights that pass through the caches between the decisions of two layers, at the least."""
-
-RESIDENT_FORMATS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "bf16")
 
 
 @dataclass(frozen=True)

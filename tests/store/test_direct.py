@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,14 @@ def test_tensors_side_by_side_in_large_allocations():
     shared = [buffer.ctypes.data for buffer, size in zip(buffers, sizes, strict=True) if 300_000 <= size < 16 << 20]
     assert len(shared) == 4 and all(address % 64 == 0 for address in shared)
     assert shared == sorted(shared) and shared[-1] - shared[0] < 32 << 20
+
+
+def test_an_allocation_goes_with_its_last_tensor():
+    memory = HugePages()
+    first, second = (np.frombuffer(memory.take(1 << 20), dtype=np.uint8) for _ in range(2))
+    gone = weakref.ref(memory._memory())
+    del first
+    assert gone() is not None and not second.any()
+    del second
+    assert gone() is None
+    assert not np.frombuffer(memory.take(1 << 20), dtype=np.uint8).any()

@@ -57,6 +57,12 @@ class Scratch {
   }
   int64_t bytes() const { return total_; }
   void place(Library& lib) { place(lib.reserve(total_)); }
+  // In memory that the caller keeps.
+  void place(std::vector<uint8_t>& memory) {
+    memory.resize(static_cast<size_t>(total_) + 64);
+    uint8_t* base = memory.data();
+    place(base + (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64);
+  }
   void place(uint8_t* base) {
     for (const Piece& piece : pieces_) *piece.where = base + piece.offset;
   }

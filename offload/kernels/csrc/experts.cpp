@@ -33,13 +33,6 @@ void gate_up(const Library& lib, const Expert& e, int64_t first, int64_t last) {
   }
 }
 
-// Cuts memory into 64-byte aligned pieces of its own.
-void place_in(Scratch& scratch, std::vector<uint8_t>& memory) {
-  memory.resize(static_cast<size_t>(scratch.bytes()) + 64);
-  uint8_t* base = memory.data();
-  scratch.place(base + (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64);
-}
-
 }  // namespace
 
 void SharedExpert::begin(Library& lib, const ep_weight* mlp, const float* x, int64_t tokens) {
@@ -61,7 +54,7 @@ void SharedExpert::begin(Library& lib, const ep_weight* mlp, const float* x, int
   scratch.add(&block_.h, tokens);
   scratch.add(&block_.h_float, tokens);
   scratch.add(&block_.out, tokens);
-  place_in(scratch, memory_);
+  scratch.place(memory_);
   for (int64_t t = 0; t < tokens; ++t) {
     block_.x[t] = x_act + t * x_stride;
     block_.h[t] = h_act + t * h_stride;

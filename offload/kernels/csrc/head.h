@@ -16,10 +16,9 @@ class Head {
  private:
   ep_weight weight_{};
   Cut cut_{1, 1};
-  std::vector<uint8_t> act_;
-  std::vector<float> out_;
-  const uint8_t* act_row_ = nullptr;
-  float* out_row_ = nullptr;
+  std::vector<uint8_t> memory_;
+  uint8_t* act_ = nullptr;
+  float* out_ = nullptr;
   const Library* lib_ = nullptr;
 };
 

@@ -1,4 +1,5 @@
 // Entry points for the two ends of a model: a row of its embedding, and its head.
+#include "common.h"
 #include "head.h"
 
 namespace ep {
@@ -7,12 +8,11 @@ bool Head::begin(Library& lib, const ep_weight& w, const float* x) {
   lib.pool.finish();  // the memory may be in use
   lib_ = &lib;
   weight_ = w;
-  act_.resize(static_cast<size_t>(lib.isa->act_bytes(w)) + 64);
-  uint8_t* act = act_.data() + (64 - reinterpret_cast<uintptr_t>(act_.data()) % 64) % 64;
-  act_row_ = act;
-  out_.resize(static_cast<size_t>(w.rows));
-  out_row_ = out_.data();
-  if (!lib.isa->prepare(w, x, act)) return false;
+  Scratch scratch;
+  scratch.add(&act_, lib.isa->act_bytes(w));
+  scratch.add(&out_, w.rows);
+  scratch.place(memory_);
+  if (!lib.isa->prepare(w, x, act_)) return false;
   cut_ = Cut(lib.pool.threads(), 1);
   cut_.add(w.rows, row_bytes(w));
   cut_.finish();
@@ -20,8 +20,10 @@ bool Head::begin(Library& lib, const ep_weight& w, const float* x) {
       cut_.pieces(),
       [](void* self, int64_t piece) {
         const auto* head = static_cast<const Head*>(self);
+        const uint8_t* act = head->act_;
+        float* out = head->out_;
         head->cut_.each(piece, [&](size_t, int64_t first, int64_t last) {
-          head->lib_->isa->rows({&head->weight_, first, last, &head->act_row_, &head->out_row_, 0, 1});
+          head->lib_->isa->rows({&head->weight_, first, last, &act, &out, 0, 1});
         });
       },
       this);
@@ -30,18 +32,15 @@ bool Head::begin(Library& lib, const ep_weight& w, const float* x) {
 
 void Head::end(Library& lib, float* out) {
   lib.pool.finish();
-  std::memcpy(out, out_.data(), out_.size() * 4);
+  std::memcpy(out, out_, static_cast<size_t>(weight_.rows) * 4);
 }
 
 namespace {
 
 float rounded_to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const uint32_t bits = float_to_bits(x);
   if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return x;  // NaN
-  bits = (bits + 0x7FFFu + (bits >> 16 & 1u)) & 0xFFFF0000u;
-  std::memcpy(&x, &bits, 4);
-  return x;
+  return bits_to_float((bits + 0x7FFFu + (bits >> 16 & 1u)) & 0xFFFF0000u);
 }
 
 }  // namespace
@@ -55,7 +54,7 @@ EP_API void ep_embed(ep_context* context, const ep_weight* weight, int64_t row, 
   const ep_weight& w = *weight;
   float* decoded;
   ep::Scratch scratch;
-  scratch.add(&decoded, (w.cols + 15) / 16 * 16);
+  scratch.add(&decoded, ep::lanes_up(w.cols));
   scratch.place(lib);
   lib.isa->decode(w, row, 0, w.cols, decoded);
   for (int64_t c = 0; c < w.cols; ++c) out[c] = ep::rounded_to_bf16(decoded[c]);
