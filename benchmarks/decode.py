@@ -37,8 +37,9 @@ def run(tokens, more):
     list(engine.generate(ids(tokens), max_tokens=more, temperature=0.0, ignore_eos=True))
     return engine.summary().to_dict()
 with offload.load(store, threads=threads, kernels="native", context=prompt + decode, usage="off") as engine:
-    for _ in range(2):  # brings every expert into RAM
-        run(prompt, 1)
+    for _ in range(64):  # brings every expert into RAM, rarely chosen ones too
+        if run(prompt, 1)["misses"]["ram"] == 0:
+            break
     print("ready", flush=True)
     for line in sys.stdin:
         what = line.strip()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import inf
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,9 @@ class Residency:
         self.floor = max(0, min(floor, int(policy.floor_share * slots) // shape.layers))
         self.width = min(max(width, 1), max(shape.top_k, slots // 8))
         self.events = CacheEvents()
+        self.there = np.full((shape.layers, shape.experts), -1, np.int32)
+        """[layers, E]: the slot of every expert whose bytes are there, -1 for the others. Always up to date."""
+        self._there: Any = self.there.reshape(-1).data  # by key: single items without numpy's overhead
         self._slot_of = [-1] * shape.keys
         self._key_of = [-1] * slots
         self._free = list(range(slots - 1, -1, -1))
@@ -100,22 +104,17 @@ class Residency:
         self.policy.observe(layer, ids)
         return chosen(ids)
 
-    def take(self, layer: int, experts: Sequence[int]) -> list[int] | None:
-        """The slots of `experts`, each named once, if all are resident; None, with nothing changed, if not.
+    def used(self, layer: int, experts: Sequence[int]) -> None:
+        """`experts`, each named once and all of them resident, have been computed from.
 
         What `open`, `complete` and `release` would do: such a layer needs no decision and no pins, if its slots
         are computed from before the next one is made.
         """
-        base, slot_of = layer * self.shape.experts, self._slot_of
-        slots = [slot_of[base + expert] for expert in experts]
-        if min(slots) < 0 or (self._loading and not self._loading.keys().isdisjoint(slots)):
-            return None
-        self.events.hits += len(slots)
-        if self._prefetched and not self._prefetched.isdisjoint(slots):
-            self.events.prefetch_useful += len(self._prefetched.intersection(slots))
-            self._prefetched.difference_update(slots)
+        self.events.hits += len(experts)
+        if self._prefetched:
+            base = layer * self.shape.experts
+            self._count_prefetched([(expert, self._slot_of[base + expert]) for expert in experts])
         self._victims.changed.add(layer)
-        return slots
 
     def open(self, layer: int, wanted: list[int], start: Callable[[Decision], None]) -> Service:
         """The first half of `serve`: decide the first wave of `wanted` (ascending) and begin its reads."""
@@ -237,6 +236,7 @@ class Residency:
 
     def loaded(self, slot: int) -> None:
         """The bytes of a load have arrived."""
+        self._there[self._key_of[slot]] = slot
         del self._loading[slot]
         if slot not in self._held:
             self._victims.open(self._key_of[slot])
@@ -258,7 +258,7 @@ class Residency:
         if load.victim < 0 or self._slot_of[load.victim] >= 0:
             self._free.append(slot)
         else:
-            self._slot_of[load.victim] = slot
+            self._slot_of[load.victim] = self._there[load.victim] = slot
             self._key_of[slot] = load.victim
             self._victims.count(load.victim // self.shape.experts, 1)
             self._victims.open(load.victim)
@@ -276,8 +276,9 @@ class Residency:
         resident = {s: key for s, key in enumerate(key_of) if key >= 0 and slot_of[key] == s and s not in loading}
         slot_of[:] = [-1] * len(slot_of)
         key_of[:] = [-1] * len(key_of)
+        self.there.fill(-1)
         for slot, key in resident.items():
-            slot_of[key], key_of[slot] = slot, key
+            slot_of[key], key_of[slot], self._there[key] = slot, key, slot
         taken = resident.keys() | self._lent
         self._free[:] = [slot for slot in range(self.slots - 1, -1, -1) if slot not in taken]
         self._prefetched &= resident.keys()
@@ -366,16 +367,6 @@ class Residency:
         """Number of slots that hold or await an expert."""
         return self.slots - len(self._free) - len(self._lent)
 
-    def filled(self, layer: int) -> NDArray[np.int32]:
-        """Slot of every expert of a layer whose bytes are there, [E]; -1 for the others."""
-        base = layer * self.shape.experts
-        slots = np.asarray(self._slot_of[base : base + self.shape.experts], np.int32)
-        for slot in self._loading:
-            key = self._key_of[slot] - base
-            if 0 <= key < len(slots):
-                slots[key] = -1
-        return slots
-
     def best_absent(self, layer: int) -> int | None:
         """The expert of `layer` of highest value that has no slot; None if all have one."""
         absent = ~self.at_hand(layer)
@@ -402,6 +393,9 @@ class Residency:
         closed = self._held.keys() | self._loading.keys()
         self._victims.check({key for slot, key in used.items() if slot not in closed})
         assert set(self._loading) <= used.keys(), "a loading slot belongs to nobody"
+        there = {slot: key for slot, key in used.items() if slot not in self._loading}
+        shown = {int(slot): key for key, slot in enumerate(self.there.reshape(-1)) if slot >= 0}
+        assert shown == there, "what is there is not what is shown"
         assert self._prefetched <= used.keys(), "a prefetched slot holds nothing"
 
     # -- slots -------------------------------------------------------------------------------
@@ -424,11 +418,11 @@ class Residency:
 
     def _evict(self, layer: int, count: int) -> list[tuple[int, int]]:
         """Take the slots of up to `count` evictable experts of lowest value: (slot, key), the lowest first."""
-        slot_of = self._slot_of
+        slot_of, there = self._slot_of, self._there
         taken = []
         for key in self._victims.take(layer, count):
             taken.append((slot_of[key], key))
-            slot_of[key] = -1
+            slot_of[key] = there[key] = -1
         self.events.evictions += len(taken)
         if self._prefetched:
             wasted = self._prefetched.intersection([slot for slot, _ in taken])
@@ -438,6 +432,6 @@ class Residency:
 
     def _vacate(self, slot: int) -> None:
         key = self._key_of[slot]
-        self._slot_of[key] = -1
+        self._slot_of[key] = self._there[key] = -1
         self._key_of[slot] = -1
         self._victims.count(key // self.shape.experts, -1)

@@ -2,12 +2,15 @@
 
 from offload.kernels.api import (
     AttentionLayer,
+    Block,
+    DenseLayer,
     FusedKernels,
     Kernels,
     ModelEnds,
     MoeLayer,
     MoeStart,
     OneToken,
+    Residents,
     RouterShape,
 )
 from offload.kernels.device import DeviceKernels, ExpertSlab
@@ -17,6 +20,8 @@ __all__ = [
     "BACKENDS",
     "DEVICE_BACKENDS",
     "AttentionLayer",
+    "Block",
+    "DenseLayer",
     "DeviceKernels",
     "ExpertSlab",
     "FusedKernels",
@@ -25,6 +30,7 @@ __all__ = [
     "MoeLayer",
     "MoeStart",
     "OneToken",
+    "Residents",
     "RouterShape",
     "select",
     "select_device",

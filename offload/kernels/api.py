@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.quant import QuantizedTensor
@@ -149,6 +151,34 @@ class MoeLayer:
     """gate, up, down"""
 
 
+@dataclass(frozen=True, eq=False)
+class DenseLayer:
+    """The block of a layer without routed experts: its norm (float32) and its MLP."""
+
+    norm: Tensor
+    eps: float
+    mlp: tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]
+    """gate, up, down"""
+
+
+Block = MoeLayer | DenseLayer
+"""What follows attention in a layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Residents:
+    """Where routed experts are in memory. The tables are those of whoever keeps the experts, and change."""
+
+    layout: Any
+    """Of an expert's bytes: an ExpertLayout of a store."""
+    first: int
+    """The layer of the first row of `slots`."""
+    slots: NDArray[np.int32]
+    """[MoE layers, E]: the slot of each expert, -1 for one whose bytes are not there."""
+    addresses: NDArray[np.uint64]
+    """[slots]: where the expert in each slot begins."""
+
+
 class MoeStart(NamedTuple):
     """An MoE block whose routed experts are still to be computed."""
 
@@ -175,7 +205,7 @@ class ModelEnds:
 
 class OneToken(Protocol):
     """A token on its way through the layers of a model: the blocks of `FusedKernels` over tensors that stay, so that
-    nothing is made, checked or looked up per call. All of them are overwritten by the next layer."""
+    nothing is made, checked or looked up per call. All of them but `ids` are overwritten by the next layer."""
 
     hidden: Tensor
     """What goes into a layer, and what comes out of it [1, H]."""
@@ -183,33 +213,35 @@ class OneToken(Protocol):
     """What lies between attention and the other block [1, H]."""
     x: Tensor
     """The normed input [1, H] of the experts."""
-    ids: Tensor
-    """The router's choice, int64 [1, K]."""
     weights: Tensor
+    """Of the router's choice [1, K]."""
 
     def begin(self, token_id: int, cos: Tensor, sin: Tensor, caches: Sequence[Tensor], start: int) -> None:
         """`hidden` = the embedding of the token at position `start`; `caches`: that of every layer."""
         ...
 
-    def attention(self, index: int) -> None:
-        """`attended` = `hidden` plus the attention of layer `index`."""
+    def run(self, first: int, last: int, residents: Residents | None, routed: bool = False) -> int:
+        """The layers first .. last, as far as `residents` have every expert that the routers choose.
+
+        Returns `last`, or the MoE layer where an expert is missing: it goes as far as `begin_moe`, and `end` is the
+        rest of it. `routed`: that is where the token stands with `first`, and its experts are looked up once more.
+        """
         ...
 
-    def route(self, index: int) -> list[int]:
-        """`begin_moe` for `attended`; returns what the router chose, best first."""
+    def ids(self, index: int) -> Tensor:
+        """The router's choice in layer `index`, int64 [1, K], which may be overwritten before its experts run."""
         ...
 
-    def finish(self, index: int, layout: Any, addresses: list[int]) -> None:
-        """`hidden` = what `experts`, `combine` and `end_moe` give. The expert ids[0, j] is at `addresses[j]`, its
-        bytes as `layout` of a store says."""
-        ...
-
-    def early(self, index: int) -> list[int]:
-        """What the router of layer `index` would choose for `hidden` as it is, best first."""
+    def chosen(self, index: int) -> list[int]:
+        """The same as a list."""
         ...
 
     def end(self, index: int, routed: Tensor) -> None:
         """`hidden` = what `end_moe` gives for the routed experts' sum `routed` [1, H]."""
+        ...
+
+    def early(self, index: int) -> list[int]:
+        """What the router of layer `index` would choose for `hidden` as it is, best first."""
         ...
 
     def begin_head(self) -> None:
@@ -242,8 +274,6 @@ class FusedKernels(Kernels, Protocol):
         """hidden + (routed + shared expert): [T, H], for the routed experts' sum `routed` [T, H]."""
         ...
 
-    def one_token(
-        self, attention: Sequence[AttentionLayer], moe: Sequence[MoeLayer | None], ends: ModelEnds
-    ) -> OneToken:
-        """A model for one token at a time; per layer its MoE block, None for a dense one."""
+    def one_token(self, attention: Sequence[AttentionLayer], blocks: Sequence[Block], ends: ModelEnds) -> OneToken:
+        """A model for one token at a time, from both blocks of every layer."""
         ...

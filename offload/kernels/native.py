@@ -20,7 +20,7 @@ from torch import Tensor
 
 from offload.errors import KernelError
 from offload.kernels import native_library
-from offload.kernels.api import AttentionLayer, Expert, ModelEnds, MoeLayer, MoeStart, RouterShape, Wave
+from offload.kernels.api import AttentionLayer, Block, Expert, ModelEnds, MoeLayer, MoeStart, RouterShape, Wave
 from offload.kernels.native_descriptions import Descriptions, check_rows
 from offload.kernels.native_library import ISAS, Weight, describe_router, supported_isas
 from offload.kernels.native_token import NativeToken, not_finite
@@ -222,8 +222,9 @@ class NativeKernels:
             raise KernelError(f"the latent cache has {cache.shape[0]} rows, this call needs {start + tokens}")
         out = torch.empty_like(hidden)
         pointers = hidden.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        described = byref(self._described.attention(layer))
         bad = self._library.ep_attention(
-            self._context, self._described.attention(layer), *pointers, tokens, start, cache.data_ptr(), out.data_ptr()
+            self._context, described, *pointers, tokens, start, cache.data_ptr(), out.data_ptr()
         )
         if bad:
             raise not_finite(bad)
@@ -236,7 +237,7 @@ class NativeKernels:
         weights = hidden.new_empty(tokens, k)
         token = c_uint64()
         results = x.data_ptr(), ids.data_ptr(), weights.data_ptr(), byref(token)
-        described = byref(self._described.moe(layer))
+        described = byref(self._described.block(layer))
         bad = self._library.ep_moe_begin(self._context, described, hidden.data_ptr(), tokens, *results)
         if bad:
             raise not_finite(bad)
@@ -247,27 +248,27 @@ class NativeKernels:
         check_rows(routed, hidden.shape[1], tokens)
         out = torch.empty_like(hidden)
         pointers = hidden.data_ptr(), start.x.data_ptr(), routed.data_ptr()
-        described = byref(self._described.moe(layer))
+        described = byref(self._described.block(layer))
         bad = self._library.ep_moe_end(self._context, described, *pointers, tokens, start.token, out.data_ptr())
         if bad:
             raise not_finite(bad)
         return out
 
-    def one_token(
-        self, attention: Sequence[AttentionLayer], moe: Sequence[MoeLayer | None], ends: ModelEnds
-    ) -> NativeToken:
+    def one_token(self, attention: Sequence[AttentionLayer], blocks: Sequence[Block], ends: ModelEnds) -> NativeToken:
         first = attention[0]
-        widths = {block.router.shape[1] for block in moe if block} | {layer.kv_a.cols for layer in attention}
+        moe = [block for block in blocks if isinstance(block, MoeLayer)]
+        described = [self._described.block(block) for block in blocks]
+        widths = {block.router.cols for block in described} | {layer.kv_a.cols for layer in attention}
         widths |= {ends.embed.cols, ends.head.cols}
         latents = {layer.kv_b.cols + layer.qk_rope_head_dim for layer in attention}
-        counts = {block.shape.num_experts_per_tok for block in moe if block}
+        counts = {block.shape.num_experts_per_tok for block in moe}
         if len(widths) != 1 or len(latents) != 1 or len(counts) > 1:
             raise KernelError(f"layers of one model differ: {widths} wide, latents of {latents}, top {counts}")
         return NativeToken(
             self._library,
             self._context,
             [self._described.attention(layer) for layer in attention],
-            [None if block is None else self._described.moe(block) for block in moe],
+            described,
             self._described.ends(ends),
             (widths.pop(), latents.pop(), first.qk_rope_head_dim // 2, counts.pop() if counts else 1),
             self._described.layout,

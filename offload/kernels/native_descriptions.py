@@ -8,6 +8,7 @@ not know tensors that are computed with.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from ctypes import byref
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from offload.errors import KernelError
-from offload.kernels.api import AttentionLayer, Expert, ModelEnds, MoeLayer
+from offload.kernels.api import AttentionLayer, Block, DenseLayer, Expert, ModelEnds, MoeLayer
 from offload.kernels.native_library import F32, Attention, Moe, Weight, describe, describe_router
 from offload.kernels.native_token import Ends
 from offload.quant import QuantizedTensor
@@ -28,8 +29,8 @@ class Descriptions:
     def __init__(self) -> None:
         self._weights: dict[int, tuple[weakref.ref[QuantizedTensor], Any, Weight]] = {}
         self._layouts: dict[int, tuple[Any, Any]] = {}
-        self._attentions: dict[int, tuple[AttentionLayer, Any]] = {}
-        self._moes: dict[int, tuple[MoeLayer, Moe]] = {}
+        self._attentions: dict[int, tuple[AttentionLayer, Attention]] = {}
+        self._blocks: dict[int, tuple[Block, Moe]] = {}
         self._ends: list[ModelEnds] = []
 
     def weight(self, weight: QuantizedTensor) -> tuple[Any, Weight]:
@@ -68,18 +69,19 @@ class Descriptions:
             known = self._layouts[id(layout)] = (layout, described)  # holding it keeps its id taken
         return known[1]
 
-    def attention(self, layer: AttentionLayer) -> Any:
-        """A pointer to the description of `layer`."""
+    def attention(self, layer: AttentionLayer) -> Attention:
+        """The description of `layer`."""
         known = self._attentions.get(id(layer))
         if known is None:  # holding the layer keeps its id taken
-            known = self._attentions[id(layer)] = (layer, byref(self._describe_attention(layer)))
+            known = self._attentions[id(layer)] = (layer, self._describe_attention(layer))
         return known[1]
 
-    def moe(self, layer: MoeLayer) -> Moe:
+    def block(self, layer: Block) -> Moe:
         """The description of `layer`."""
-        known = self._moes.get(id(layer))
+        known = self._blocks.get(id(layer))
         if known is None:
-            known = self._moes[id(layer)] = (layer, self._describe_moe(layer))
+            described = self._describe_dense(layer) if isinstance(layer, DenseLayer) else self._describe_moe(layer)
+            known = self._blocks[id(layer)] = (layer, described)
         return known[1]
 
     def ends(self, ends: ModelEnds) -> Ends:
@@ -133,13 +135,25 @@ class Descriptions:
         check_rows(layer.norm, hidden, 1)
         return Moe(
             router=Weight(F32, 0, 0, 0, experts, hidden, layer.router.data_ptr(), 0),
-            shared=(Weight * 3)(*(self.weight(weight)[1] for weight in layer.shared or ())),
+            shared=self._describe_mlp(layer.shared or ()),
             norm=layer.norm.data_ptr(),
             bias=layer.bias.data_ptr(),
             config=describe_router(layer.shape, experts),
             eps=layer.eps,
             has_shared=int(layer.shared is not None),
         )
+
+    def _describe_dense(self, layer: DenseLayer) -> Moe:
+        hidden = layer.mlp[0].cols
+        check_rows(layer.norm, hidden, 1)
+        router = Weight(F32, 0, 0, 0, 0, hidden, 0, 0)
+        return Moe(router, self._describe_mlp(layer.mlp), layer.norm.data_ptr(), eps=layer.eps, has_shared=1)
+
+    def _describe_mlp(self, mlp: Sequence[QuantizedTensor]) -> Any:
+        """gate, up and down, if there are any."""
+        if mlp and mlp[0].codec.name != mlp[1].codec.name:
+            raise KernelError(f"gate is {mlp[0].codec.name} and up {mlp[1].codec.name}: one block takes one codec")
+        return (Weight * 3)(*(self.weight(weight)[1] for weight in mlp))
 
 
 def check_rows(x: Tensor, cols: int, rows: int | None = None) -> int:

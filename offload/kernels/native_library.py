@@ -23,7 +23,7 @@ from offload.quant.nf4 import Nf4Codec
 ISAS = ("avx512", "avxvnni", "avx2", "portable")
 """Instruction sets of the library, fastest first."""
 
-_ABI = 4
+_ABI = 5
 F32, _BF16, _FP8, _INT4, _INT8, _NF4, _INT3, _INT2 = range(8)
 _INTEGERS = {8: _INT8, 4: _INT4, 3: _INT3, 2: _INT2}
 
@@ -73,6 +73,24 @@ class Moe(Structure):
     )
 
 
+class Layer(Structure):
+    _fields_ = (("attention", c_void_p), ("block", c_void_p), ("cache", c_void_p))
+
+
+class Where(Structure):
+    """ep_residents"""
+
+    _fields_ = (("layout", c_void_p), ("slots", c_void_p), ("addresses", c_void_p), ("first", c_int64))
+
+
+class Token(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("layers", "cos", "sin", "hidden", "attended", "x", "weights", "ids")),
+        ("start", c_int64),
+        ("mark", c_uint64),
+    )
+
+
 _P, _N, _F = c_void_p, c_int64, c_float
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ep_abi": (c_int32, ()),
@@ -95,7 +113,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ep_attention": (_N, (_P, _P, _P, _P, _P, _N, _N, _P, _P)),
     "ep_moe_begin": (_N, (_P, _P, _P, _N, _P, _P, _P, _P)),
     "ep_moe_end": (_N, (_P, _P, _P, _P, _P, _N, c_uint64, _P)),
-    "ep_moe_finish": (_N, (_P, _P, _P, _P, _P, _P, _N, _P, _P, c_uint64, _P)),
+    "ep_layers": (_N, (_P, _P, _P, _N, _N, c_int32, _P)),
     "ep_embed": (None, (_P, _P, _N, _P)),
     "ep_head_begin": (_N, (_P, _P, _P, _F, _P, _P)),
     "ep_head_end": (None, (_P, _P)),

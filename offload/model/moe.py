@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offload.config import ModelConfig
-from offload.kernels import FusedKernels, Kernels, MoeLayer, OneToken, RouterShape
+from offload.kernels import DenseLayer, FusedKernels, Kernels, MoeLayer, OneToken, Residents, RouterShape
 from offload.model.blocks import blocks
 from offload.model.preference import reroute
 from offload.quant import QuantizedTensor
@@ -51,14 +51,21 @@ class RoutedExperts(Protocol):
 
 @runtime_checkable
 class ExpertsAtHand(RoutedExperts, Protocol):
-    """Routed experts that a fused backend may compute together with the rest of their block."""
+    """Routed experts in the memory of a fused backend, which computes what is there without asking."""
 
-    def finish(self, layer: int, token: OneToken, chosen: list[int]) -> None:
-        """`hint`, the call and the end of the block in one, for `token` with the experts `chosen`, which are its
-        ids."""
+    def residents(self) -> Residents | None:
+        """Where experts are in the step under way; None where the routing has to be asked about in every layer."""
         ...
 
-    def end_step(self) -> None:
+    def ran(self, token: OneToken, before: int) -> None:
+        """The layers before `before` of which nothing was heard yet have run for `token`, with experts at hand."""
+        ...
+
+    def finish(self, layer: int, token: OneToken) -> None:
+        """`layer`, where `token` has stopped: everything from the router's choice on."""
+        ...
+
+    def end_step(self, token: OneToken) -> None:
         """The last layer has run: time for what can be done while the head is computed."""
         ...
 
@@ -176,6 +183,11 @@ def moe_layer(weights: MoeWeights, norm: Tensor, config: ModelConfig) -> MoeLaye
     )
 
 
+def dense_layer(weights: MlpWeights, norm: Tensor, config: ModelConfig) -> DenseLayer:
+    """The other kind of block as such backends take it."""
+    return DenseLayer(norm, config.rms_norm_eps, (weights.gate, weights.up, weights.down))
+
+
 def fused_moe(
     hidden: Tensor,
     block: MoeLayer,
@@ -193,13 +205,11 @@ def fused_moe(
     return kernels.end_moe(block, hidden, start, routed(layer, start.x, ids, scores))
 
 
-def one_token_moe(token: OneToken, block: MoeLayer, layer: int, at_hand: ExpertsAtHand, kernels: Kernels) -> None:
-    """`fused_moe` for the token under way."""
-    chosen = token.route(layer)
-    preference = at_hand.preference(layer, token.ids)
+def stopped_layer(layer: int, token: OneToken, block: MoeLayer, at_hand: ExpertsAtHand, kernels: Kernels) -> None:
+    """What is left of the MoE layer at whose experts `token` has stopped."""
+    preference = at_hand.preference(layer, token.ids(layer))
     if preference is not None:
         ids, scores = reroute(kernels, token.x, block.router, block.bias, block.shape, preference)
-        token.ids.copy_(ids)
+        token.ids(layer).copy_(ids)
         token.weights.copy_(scores)
-        chosen = ids[0].tolist()
-    at_hand.finish(layer, token, chosen)
+    at_hand.finish(layer, token)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from offload.config import ModelConfig
-from offload.kernels import FusedKernels, Kernels, ModelEnds, OneToken
+from offload.kernels import Block, FusedKernels, Kernels, ModelEnds, OneToken
 from offload.model.attention import EXPAND_FROM, AttentionWeights, attention_layer, mla
 from offload.model.blocks import blocks
 from offload.model.kv_cache import KVCache
@@ -24,12 +24,13 @@ from offload.model.moe import (
     MlpWeights,
     MoeWeights,
     RoutedExperts,
+    dense_layer,
     fused_moe,
     mlp,
     moe,
     moe_layer,
-    one_token_moe,
     router_shape,
+    stopped_layer,
 )
 from offload.model.place import Place
 from offload.model.rope import RotaryTable
@@ -100,9 +101,8 @@ class DeepseekV3:
         }
         self._token: OneToken | None = None
         if self._fused is not None:
-            blocks_of = [self._moe.get(index) for index in range(len(weights.layers))]
             ends = ModelEnds(weights.embed, weights.norm, config.rms_norm_eps, weights.head)
-            self._token = self._fused.one_token(self._attention, blocks_of, ends)
+            self._token = self._fused.one_token(self._attention, self._blocks(), ends)
 
     @property
     def routed(self) -> RoutedExperts:
@@ -127,6 +127,7 @@ class DeepseekV3:
         self.routed.begin_step(token_ids)
         if self._token is not None and self._at_hand is not None and len(token_ids) == 1:
             self._one_token(token_ids[0], cache, self._token, self._at_hand, progress)
+            self._at_hand.end_step(self._token)
             return self.kernels.rms_norm(self._token.hidden, self.weights.norm, self.config.rms_norm_eps)
         parts = {device: _parts(table, cache.length, len(token_ids)) for device, table in self.rotary.items()}
         hidden = self.weights.embed.rows_of(torch.tensor(token_ids))  # [T, H], bf16 on its way to a device
@@ -157,7 +158,7 @@ class DeepseekV3:
         at_hand.begin_step([token_id])
         self._one_token(token_id, cache, token, at_hand)
         token.begin_head()
-        at_hand.end_step()
+        at_hand.end_step(token)
         return token.logits()
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -211,22 +212,32 @@ class DeepseekV3:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         """All layers for one token, on the processor: the values of `forward` over memory that stays."""
-        kernels, weights, eps = self.kernels, self.weights, self.config.rms_norm_eps
-        table = self.rotary[self.places[0].device]
-        token.begin(token_id, *table.at(cache.length, 1), cache.layers, cache.length)
-        ahead = at_hand.lookahead()
-        for index, layer in enumerate(weights.layers):
-            token.attention(index)
-            if layer.mlp is None:
-                one_token_moe(token, self._moe[index], index, at_hand, kernels)
-            else:
-                x = kernels.rms_norm(token.attended, layer.post_attention_norm, eps)
-                torch.add(token.attended, mlp(x, layer.mlp, kernels), out=token.hidden)
+        count, done = len(self.weights.layers), 0
+        token.begin(token_id, *self.rotary[self.places[0].device].at(cache.length, 1), cache.layers, cache.length)
+        ahead, residents = at_hand.lookahead(), at_hand.residents()
+        one_by_one = ahead > 0 or progress is not None
+        while done < count:
+            last = done + 1 if one_by_one else count
+            done = token.run(done, last, residents)
+            if done < last:
+                stopped_layer(done, token, self._moe[done], at_hand, self.kernels)
+                done += 1
             if ahead:
-                self._foresee(index, ahead, token.early)
+                at_hand.ran(token, done)
+                self._foresee(done - 1, ahead, token.early)
             if progress is not None:
-                progress(index + 1)
+                progress(done)
         cache.advance(1)
+
+    def _blocks(self) -> list[Block]:
+        """What follows attention in each layer, as fused backends take it."""
+        blocks: list[Block] = []
+        for index, layer in enumerate(self.weights.layers):
+            if layer.mlp is None:
+                blocks.append(self._moe[index])
+            else:
+                blocks.append(dense_layer(layer.mlp, layer.post_attention_norm, self.config))
+        return blocks
 
     def _foresee(self, index: int, ahead: int, early: Callable[[int], list[int]]) -> None:
         """Tell what the next `ahead` routers would choose for the state after layer `index`: `early` of each.

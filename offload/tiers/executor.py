@@ -16,7 +16,7 @@ from torch import Tensor
 from offload.cache.decisions import Service
 from offload.cache.policy import Routing
 from offload.cache.trace import Trace
-from offload.kernels import Kernels, OneToken
+from offload.kernels import Kernels, OneToken, Residents
 from offload.telemetry import Telemetry
 from offload.tiers.ram import RamTier
 from offload.tiers.slot_reads import ExpertStore
@@ -33,7 +33,8 @@ class Executor:
         """`max_tokens`: the largest forward pass for which memory is set aside. `tier`: options of RamTier."""
         self.ram = RamTier(store, followed=False, **tier)
         self._kernels = kernels
-        self._first, self._layout = self.ram.layers[0], store.layout
+        self._first = self.ram.layers[0]
+        self._residents = self.ram.residents()
         top_k = self.ram.shape.top_k
         self._partial = torch.zeros(max_tokens * top_k, store.config.hidden_size)
         self._single = list(torch.arange(top_k).view(-1, 1))
@@ -84,23 +85,32 @@ class Executor:
         self.ram.end_layer()
         return self._kernels.combine(job.partial, ids, weights)
 
-    def finish(self, layer: int, token: OneToken, chosen: list[int]) -> None:
-        """A whole MoE block of one token from the router's choice on.
+    def residents(self) -> Residents | None:
+        """Where experts are that need no read; None where a preference for them changes the routing."""
+        return None if self.ram.preference else self._residents
 
-        Where all experts are resident, nothing needs to be decided and the backend does it in one go.
-        """
-        ram, index, routing = self.ram, layer - self._first, [chosen]
-        wanted = ram.begin_layer(index, routing)
-        addresses = ram.at_hand(index, chosen)
-        if addresses is not None:
-            token.finish(layer, self._layout, addresses)
-            ram.end_layer()
+    def ran(self, token: OneToken, before: int) -> None:
+        """The layers before `before` that were not reported have run for `token` without a call."""
+        for index in range(self.ram.next_layer, before - self._first):
+            self.ram.ran(index, [token.chosen(index + self._first)])
+
+    def finish(self, layer: int, token: OneToken) -> None:
+        """A whole MoE block of one token from the router's choice on."""
+        self.ran(token, layer)
+        index, routing = layer - self._first, [token.chosen(layer)]
+        wanted = self.ram.begin_layer(index, routing)
+        # Reads ahead have been settled; and where residents are preferred, nothing has been looked up yet.
+        if token.run(layer, layer + 1, self._residents, routed=True) > layer:
+            self.ram.residency.used(index, wanted)
+            self.ram.end_layer()
             return
-        self._begin(index, token.ids, routing, wanted)
-        token.end(layer, self(layer, token.x, token.ids, token.weights))
+        ids = token.ids(layer)
+        self._begin(index, ids, routing, wanted)
+        token.end(layer, self(layer, token.x, ids, token.weights))
 
-    def end_step(self) -> None:
+    def end_step(self, token: OneToken) -> None:
         """The last layer has run: what waits for the end of the step is done while the head is computed."""
+        self.ran(token, self._first + self.ram.shape.layers)
         self.ram.end_step()
 
     def lookahead(self) -> int:

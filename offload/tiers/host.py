@@ -5,6 +5,7 @@ Owns the memory. Must not know which expert is in which slot.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class SlotWeights:
         self._views: list[ExpertWeights | None] = [None] * pool.slots
         self._skips = [0] * pool.slots
         first = pool.bytes.data_ptr()
-        self.addresses = [first + slot * pool.stride for slot in range(pool.slots)]
+        self.addresses = np.arange(pool.slots, dtype=np.uint64) * np.uint64(pool.stride) + np.uint64(first)
         """Of the first byte of the expert in each slot."""
         self._alignment = max(field.dtype.itemsize for field in layout.fields)
         self._fields_aligned = all(field.offset % field.dtype.itemsize == 0 for field in layout.fields)
@@ -67,7 +68,7 @@ class SlotWeights:
         # A view of misaligned elements would be a copy, which goes stale when the slot is filled.
         if skip != self._skips[slot] or skip % self._alignment or not self._fields_aligned:
             self._views[slot] = None
-            self.addresses[slot] += skip - self._skips[slot]
+            self.addresses[slot] = self._pool.tensor(slot).data_ptr() + skip
             self._skips[slot] = skip
 
     def __getitem__(self, slot: int) -> ExpertWeights:

@@ -22,6 +22,7 @@ from offload.cache.residency import Residency, chosen
 from offload.cache.trace import Trace, TraceRecorder
 from offload.cache.usage import load_usage, save_usage
 from offload.errors import BudgetError, UsageError
+from offload.kernels import Residents
 from offload.store.layout import ExpertWeights
 from offload.telemetry import Telemetry
 from offload.tiers.disk import READERS, DiskReader
@@ -170,16 +171,9 @@ class RamTier:
             return chosen(routing)
         return self.residency.observe(layer, routing)
 
-    def at_hand(self, layer: int, experts: Sequence[int]) -> list[int] | None:
-        """Addresses of `experts`, if the bytes of all of them are there: a demand that is complete at once.
-
-        Their slots are the caller's until the next call. None, with nothing changed, if anything must be read.
-        """
-        slots = self.residency.take(layer, experts)
-        if slots is None:
-            return None
-        address = self._weights.addresses
-        return [address[slot] for slot in slots]
+    def ran(self, layer: int, routing: Routing) -> None:
+        """`layer` has run with `routing`, all of whose experts were resident: in place of everything a layer takes."""
+        self.residency.used(layer, self.begin_layer(layer, routing))
 
     def open(self, layer: int, wanted: list[int]) -> Service:
         """Decide about `wanted` (ascending, each once) and begin the reads of the first wave."""
@@ -209,6 +203,11 @@ class RamTier:
         """The last layer has run; may be left out. What the policy learns later is learned now."""
         self._learn()
 
+    @property
+    def next_layer(self) -> int:
+        """The layer that `begin_layer` is to be called with."""
+        return self._next_layer
+
     def lookahead(self) -> int:
         """For how many layers ahead `expect` is of use now: not where nothing is missing, nor in a prefill."""
         if self._ahead is None or self.residency.slots >= self.shape.keys:
@@ -220,6 +219,10 @@ class RamTier:
         if self._ahead:
             self._ahead.lookahead.expect(layer, experts)
             self._ahead.begin(self._next_layer)
+
+    def residents(self) -> Residents:
+        """Where experts are, always up to date. They stay there until the tier is called again."""
+        return Residents(self._store.layout, self.layers[0], self.residency.there, self._weights.addresses)
 
     def on_stuck(self, let_go: Callable[[], bool]) -> None:
         """`let_go` is asked to give one held slot back when all are taken; False if it holds none."""

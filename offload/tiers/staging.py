@@ -122,8 +122,8 @@ class SlotTable:
         sent = self._sent[layer]
         if sent is not None and np.array_equal(sent, slots):
             return
-        self._send[layer](torch.from_numpy(slots))
-        self._sent[layer] = slots
+        sent = self._sent[layer] = slots.copy()
+        self._send[layer](torch.from_numpy(sent))
 
     def abandon(self) -> None:
         """A step broke off, and the device has been waited for; rows under way may not have arrived."""

@@ -192,7 +192,7 @@ class VramTier:
         From now until the ids of that layer are known, none of them may lose its slot.
         """
         if layer not in self._shown:
-            self._table.show(layer, self.residency.filled(layer))
+            self._table.show(layer, self.residency.there[layer])
             self._shown.add(layer)
 
     def hide(self) -> None:

@@ -1,6 +1,7 @@
 // A driver for the sanitizers: every entry point of the native library on odd sizes, with every buffer
 // allocated at its exact size, on each instruction set this processor has and several threads.
 // Prints what differs from the portable code and returns 1, else 0. Built and run by sanitize.py.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -251,6 +252,27 @@ void blocks(ep_context* c, Outputs& out) {
     if (ep_moe_end(c, &moe, hidden.data(), x.data(), routed.data(), kTokens, generation, y.data()) != 0) ++failures;
     for (const auto& result : {x, y, partial}) out.push_back(result);
   }
+  // A dense layer and two MoE layers for one token; the second has an expert at a time until all are there.
+  ep_moe_layer dense = moe;
+  dense.router.rows = 0;
+  dense.config.top_k = 0;
+  std::vector<float> cache(2 * (kLatent + kRope)), angle = floats(kRope / 2), weights(kTop), last = floats(kHidden);
+  std::vector<float> attended(kHidden), x(kHidden);
+  const ep_layer layers[3] = {{&layer, &dense, cache.data()}, {&layer, &moe, cache.data()}, {&layer, &moe, cache.data()}};
+  std::vector<int32_t> slots(2 * kExperts, 0);
+  std::fill(slots.begin() + kExperts, slots.end(), -1);
+  const uint64_t addresses[1] = {0};
+  const ep_residents residents{experts, slots.data(), addresses, 1};
+  std::vector<int64_t> ids(3 * kTop);
+  ep_token token{layers, angle.data(), angle.data(), last.data(), attended.data(), x.data(), weights.data(), ids.data(), 1, 0};
+  int64_t stopped = -1;
+  if (ep_layers(c, &token, nullptr, 0, 3, 0, &stopped) != 0 || stopped != 1) ++failures;
+  if (ep_layers(c, &token, &residents, 1, 3, 1, &stopped) != 0 || stopped != 2) ++failures;
+  for (int64_t tries = 0; stopped == 2 && tries <= kTop; ++tries) {
+    for (int64_t j = 0; j < tries; ++j) slots[static_cast<size_t>(kExperts + ids[static_cast<size_t>(2 * kTop + j)])] = 0;
+    if (ep_layers(c, &token, &residents, 2, 3, 1, &stopped) != 0 || (stopped == 3) != (tries == kTop)) ++failures;
+  }
+  for (const auto& result : {last, attended, weights, cache}) out.push_back(result);
 }
 
 Outputs everything(ep_context* c) {

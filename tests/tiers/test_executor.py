@@ -282,13 +282,16 @@ def test_with_a_slot_for_every_expert_learning_waits_for_the_end_of_the_step(sto
         for number, step in enumerate(steps):
             tier.begin_step([number % 5] * len(step[0]))
             for layer, routing in enumerate(step):
-                wanted = tier.begin_layer(layer, routing)
-                assert wanted == sorted({expert for row in routing for expert in row})
-                if number % 6 == 4 and layer == 1:
+                chosen = sorted({expert for row in routing for expert in row})
+                breaks_off = number % 6 == 4 and layer == 1
+                if all(tier.residents().slots[layer, chosen] >= 0) and not breaks_off:
+                    tier.ran(layer, routing)
+                    continue
+                assert tier.begin_layer(layer, routing) == chosen
+                if breaks_off:
                     tier.abandon()
                     break
-                if tier.at_hand(layer, wanted) is None:
-                    tier.complete(tier.open(layer, wanted), lambda pairs: None)
+                tier.complete(tier.open(layer, chosen), lambda pairs: None)
                 tier.end_layer()
             tier.residency.check()
         tier.close()

@@ -12,6 +12,8 @@ using ep::Library;
 using ep::Product;
 using ep::Scratch;
 
+constexpr int64_t kAheadBytes = 768 * 1024;  // of a weight: what second-level caches hold beside what is at work
+
 // Rows of one kind in working memory, and their prepared copies for a weight.
 struct Rows {
   float* x = nullptr;
@@ -55,11 +57,10 @@ void norm(const Library& lib, const Rows& rows, const float* from, int64_t strid
 
 }  // namespace
 
-EP_API int64_t ep_attention(ep_context* context, const ep_attention_layer* layer, const float* hidden, const float* cos,
-                            const float* sin, int64_t tokens, int64_t start, float* cache, float* out) {
-  Library& lib = *context;
-  std::lock_guard<std::mutex> lock(lib.mutex);
-  const ep_attention_layer& l = *layer;
+namespace ep {
+
+int64_t attention_block(Library& lib, const ep_attention_layer& l, const float* hidden, const float* cos, const float* sin,
+                        int64_t tokens, int64_t start, float* cache, float* out) {
   const bool has_q_a = l.q_a.rows > 0;
   const LatentShape shape{l.heads, l.nope, l.rope, l.value, l.kv_b.cols};
   const int64_t heads = shape.heads, latent = shape.latent, width = latent + shape.rope, half = shape.rope / 2;
@@ -121,8 +122,12 @@ EP_API int64_t ep_attention(ep_context* context, const ep_attention_layer* layer
   if (broken == 0) broken = ep::first_bad_row(cache + start * width, tokens, width);
   if (broken != 0) return broken;
 
+  // Products with W_UK take longer than their bytes: the output projection, which comes next, begins to come in.
+  const int64_t soon = std::min(kAheadBytes, row_bytes(l.o) * l.o.rows) / heads;
   const auto absorb = [&](int64_t h) {
-    ep::absorb_head(lib, l.kv_b, shape, h, q.x + h * query, heads * query, tokens, q_latent.x + h * latent, heads * latent);
+    const uint8_t* output = reinterpret_cast<const uint8_t*>(l.o.payload) + h * soon;
+    Ahead ahead{output, output + soon};
+    ep::absorb_head(lib, l.kv_b, shape, h, q.x + h * query, heads * query, tokens, q_latent.x + h * latent, heads * latent, ahead);
   };
   // Row `t * heads + h` of the mixed latents through the value rows of head h.
   const auto expand = [&](int64_t h) {
@@ -155,4 +160,13 @@ EP_API int64_t ep_attention(ep_context* context, const ep_attention_layer* layer
   ep::multiply(lib, &output, 1, tokens);
   for (int64_t i = 0; i < tokens * hidden_size; ++i) out[i] = hidden[i] + x.x[i];
   return bad.value();
+}
+
+}  // namespace ep
+
+EP_API int64_t ep_attention(ep_context* context, const ep_attention_layer* layer, const float* hidden, const float* cos,
+                            const float* sin, int64_t tokens, int64_t start, float* cache, float* out) {
+  Library& lib = *context;
+  std::lock_guard<std::mutex> lock(lib.mutex);
+  return ep::attention_block(lib, *layer, hidden, cos, sin, tokens, start, cache, out);
 }

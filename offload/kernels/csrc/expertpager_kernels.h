@@ -40,7 +40,8 @@ struct ep_attention_layer {
   int32_t heads, nope, rope, value;
 };
 
-// One MoE layer without its routed experts. `norm` and `bias` are addresses of floats, shared is gate, up, down.
+// One MoE layer without its routed experts. `norm` and `bias` are addresses of floats, shared is gate, up, down, of which
+// gate and up have one format. A dense layer's router has no rows, and its MLP takes the place of the shared expert.
 struct ep_moe_layer {
   ep_weight router;
   ep_weight shared[3];
@@ -48,6 +49,33 @@ struct ep_moe_layer {
   ep_router config;
   float eps;
   int32_t has_shared;
+};
+
+// A layer of a model, and the latents that its attention has cached: [.., latent + rope].
+struct ep_layer {
+  const ep_attention_layer* attention;
+  const ep_moe_layer* block;
+  float* cache;
+};
+
+// Where routed experts are: slots[(i - first) * experts + e] of layer i, -1 where the bytes are not there. The expert in
+// slot s begins at addresses[s]; `layout` holds gate, up, down relative to that.
+struct ep_residents {
+  const ep_weight* layout;
+  const int32_t* slots;
+  const uint64_t* addresses;
+  int64_t first;
+};
+
+// A token at position `start` on its way through the layers of a model, in memory that stays: cos and sin [rope / 2],
+// ids [layers, top_k], weights [top_k], the others [H]. `mark` is the shared expert under way.
+struct ep_token {
+  const ep_layer* layers;
+  const float *cos, *sin;
+  float *hidden, *attended, *x, *weights;
+  int64_t* ids;
+  int64_t start;
+  uint64_t mark;
 };
 
 struct ep_context;
@@ -106,11 +134,12 @@ EP_API int64_t ep_moe_begin(ep_context* context, const ep_moe_layer* layer, cons
 // The second half: out = hidden + (routed + shared expert of x), everything [T, H].
 EP_API int64_t ep_moe_end(ep_context* context, const ep_moe_layer* layer, const float* hidden, const float* x,
                           const float* routed, int64_t tokens, uint64_t generation, float* out);
-// Everything behind the first half for one token, whose k experts are all there: they are computed, summed and added.
-// `layout` is that of ep_experts, bases[j] the address of expert ids[j].
-EP_API int64_t ep_moe_finish(ep_context* context, const ep_moe_layer* layer, const ep_weight* layout, const uint64_t* bases,
-                             const int64_t* ids, const float* weights, int64_t k, const float* hidden, const float* x,
-                             uint64_t generation, float* out);
+// The layers first .. last of one token, hidden to hidden, as far as `residents` (or NULL: none) have every expert that the
+// routers choose; ids holds what they chose. *stopped is `last`, or the MoE layer whose experts are to be computed by
+// the caller and added by ep_moe_end, from attended, x, ids, weights and mark. `routed`: the way goes on from there,
+// behind the router of `first`, with the ids and weights that the token holds.
+EP_API int64_t ep_layers(ep_context* context, ep_token* token, const ep_residents* residents, int64_t first, int64_t last,
+                         int32_t routed, int64_t* stopped);
 // A row of an embedding, each element rounded to bf16 as it is on its way to a device.
 EP_API void ep_embed(ep_context* context, const ep_weight* weight, int64_t row, float* out);
 // The end of a token: x [H] is the norm of hidden, and the workers begin with its product with `weight`, the head.

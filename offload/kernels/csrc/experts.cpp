@@ -1,4 +1,4 @@
-// Entry points for experts: the routed ones, the sum of their results, and the two halves of an MoE block.
+// Experts: the routed ones, the sum of their results, the two halves of an MoE block, and their entry points.
 #include "experts.h"
 
 #include "router.h"
@@ -216,6 +216,49 @@ int64_t add_shared(Library& lib, const ep_moe_layer& l, const float* hidden, con
 }
 
 }  // namespace
+
+int64_t begin_moe(Library& lib, const ep_moe_layer& l, const float* hidden, int64_t tokens, float* x, int64_t* ids, float* weights) {
+  const int64_t width = l.router.cols, experts = l.router.rows, k = l.config.top_k;
+  for (int64_t t = 0; t < tokens; ++t) {
+    lib.isa->rms_norm(hidden + t * width, reinterpret_cast<const float*>(l.norm), l.eps, width, x + t * width);
+  }
+  std::vector<float> scores(static_cast<size_t>(tokens * experts));
+  const int64_t bad = router_scores(lib, l.router, x, tokens, scores.data());
+  if (bad != 0) return bad;
+  if (l.has_shared != 0) lib.shared->begin(lib, l.shared, x, tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    route(l.config, scores.data() + t * experts, reinterpret_cast<const float*>(l.bias), ids + t * k, weights + t * k);
+  }
+  return 0;
+}
+
+int64_t finish_moe(Library& lib, const ep_moe_layer& l, const ep_weight* layout, const uint64_t* bases, const int64_t* ids,
+                   const float* weights, const float* hidden, const float* x, uint64_t generation, float* out) {
+  const int64_t width = l.router.cols, k = l.config.top_k;
+  std::vector<int64_t> positions(static_cast<size_t>(k));
+  lib.partial.resize(static_cast<size_t>((k + 1) * width));
+  float *partial = lib.partial.data(), *routed = partial + k * width;
+  std::vector<Expert> list;
+  list.reserve(static_cast<size_t>(k));
+  for (int64_t j = 0; j < k; ++j) {
+    positions[static_cast<size_t>(j)] = j;
+    list.push_back(place_expert(layout, bases[j], &positions[static_cast<size_t>(j)], 1));
+  }
+  const int64_t bad = run_experts(lib, list, x, 1, k, partial);
+  if (bad != 0) return bad;
+  combine(lib, partial, ids, weights, k, width, routed);
+  return add_shared(lib, l, hidden, x, routed, 1, generation, out);
+}
+
+int64_t dense_block(Library& lib, const ep_moe_layer& l, const float* hidden, float* x, float* out) {
+  const int64_t width = l.router.cols;
+  lib.isa->rms_norm(hidden, reinterpret_cast<const float*>(l.norm), l.eps, width, x);
+  lib.shared->begin(lib, l.shared, x, 1);
+  const float* mlp = lib.shared->finish(lib);
+  for (int64_t i = 0; i < width; ++i) out[i] = hidden[i] + mlp[i];
+  return lib.shared->bad();
+}
+
 }  // namespace ep
 
 using ep::Expert;
@@ -247,21 +290,9 @@ EP_API int64_t ep_moe_begin(ep_context* context, const ep_moe_layer* layer, cons
                             int64_t* ids, float* weights, uint64_t* generation) {
   Library& lib = *context;
   std::lock_guard<std::mutex> lock(lib.mutex);
-  const ep_moe_layer& l = *layer;
-  const int64_t width = l.router.cols, experts = l.router.rows;
-  for (int64_t t = 0; t < tokens; ++t) {
-    lib.isa->rms_norm(hidden + t * width, reinterpret_cast<const float*>(l.norm), l.eps, width, x + t * width);
-  }
-  std::vector<float> scores(static_cast<size_t>(tokens * experts));
-  const int64_t bad = ep::router_scores(lib, l.router, x, tokens, scores.data());
-  if (bad != 0) return bad;
-  if (l.has_shared != 0) lib.shared->begin(lib, l.shared, x, tokens);
+  const int64_t bad = ep::begin_moe(lib, *layer, hidden, tokens, x, ids, weights);
   *generation = lib.shared->generation();
-  for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t k = l.config.top_k;
-    ep::route(l.config, scores.data() + t * experts, reinterpret_cast<const float*>(l.bias), ids + t * k, weights + t * k);
-  }
-  return 0;
+  return bad;
 }
 
 EP_API int64_t ep_moe_end(ep_context* context, const ep_moe_layer* layer, const float* hidden, const float* x,
@@ -269,25 +300,4 @@ EP_API int64_t ep_moe_end(ep_context* context, const ep_moe_layer* layer, const 
   Library& lib = *context;
   std::lock_guard<std::mutex> lock(lib.mutex);
   return ep::add_shared(lib, *layer, hidden, x, routed, tokens, generation, out);
-}
-
-EP_API int64_t ep_moe_finish(ep_context* context, const ep_moe_layer* layer, const ep_weight* layout, const uint64_t* bases,
-                             const int64_t* ids, const float* weights, int64_t k, const float* hidden, const float* x,
-                             uint64_t generation, float* out) {
-  Library& lib = *context;
-  std::lock_guard<std::mutex> lock(lib.mutex);
-  const int64_t width = layer->router.cols;
-  std::vector<int64_t> positions(static_cast<size_t>(k));
-  lib.partial.resize(static_cast<size_t>((k + 1) * width));
-  float *partial = lib.partial.data(), *routed = partial + k * width;
-  std::vector<Expert> list;
-  list.reserve(static_cast<size_t>(k));
-  for (int64_t j = 0; j < k; ++j) {
-    positions[static_cast<size_t>(j)] = j;
-    list.push_back(ep::place_expert(layout, bases[j], &positions[static_cast<size_t>(j)], 1));
-  }
-  const int64_t bad = ep::run_experts(lib, list, x, 1, k, partial);
-  if (bad != 0) return bad;
-  ep::combine(lib, partial, ids, weights, k, width, routed);
-  return ep::add_shared(lib, *layer, hidden, x, routed, 1, generation, out);
 }

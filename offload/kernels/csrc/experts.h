@@ -1,4 +1,4 @@
-// SwiGLU blocks: the routed experts of a call, and a shared expert that is computed beside them.
+// SwiGLU blocks: the routed experts of a call, a shared expert that is computed beside them, and what they are part of.
 #pragma once
 #include "context.h"
 #include "cut.h"
@@ -45,5 +45,15 @@ class SharedExpert {
   float* out_ = nullptr;
   const Library* lib_ = nullptr;
 };
+
+// The first half of an MoE block, as ep_moe_begin.
+int64_t begin_moe(Library& lib, const ep_moe_layer& layer, const float* hidden, int64_t tokens, float* x, int64_t* ids,
+                  float* weights);
+// The second half for one token whose experts are all there, ids[j] at bases[j]: they are computed, summed in ascending
+// order of ids and added, out = hidden + (routed + shared expert). `layout` is that of ep_experts.
+int64_t finish_moe(Library& lib, const ep_moe_layer& layer, const ep_weight* layout, const uint64_t* bases, const int64_t* ids,
+                   const float* weights, const float* hidden, const float* x, uint64_t generation, float* out);
+// The block of a dense layer for one token: x is the norm of hidden, out = hidden + its MLP.
+int64_t dense_block(Library& lib, const ep_moe_layer& layer, const float* hidden, float* x, float* out);
 
 }  // namespace ep

@@ -18,7 +18,7 @@ struct LatentShape {
 // q_nope(t) times the key rows of head `h`, for all tokens: row t of the query is q_nope + t * q_stride,
 // its result out + t * out_stride.
 void absorb_head(const Library& lib, const ep_weight& kv_b, const LatentShape& shape, int64_t h, const float* q_nope,
-                 int64_t q_stride, int64_t tokens, float* out, int64_t out_stride);
+                 int64_t q_stride, int64_t tokens, float* out, int64_t out_stride, Ahead& ahead);
 
 // Softmax attention of queries in latent space over the rows of a cache [.., latent + rope]. The keys are
 // taken in parts of fixed length whose sums are merged in ascending order, so that threads share the work
@@ -48,5 +48,9 @@ class LatentAttention {
   float scale_;
   float *sums_ = nullptr, *running_ = nullptr, *work_ = nullptr;
 };
+
+// A whole attention block in the absorbed form, as ep_attention.
+int64_t attention_block(Library& lib, const ep_attention_layer& layer, const float* hidden, const float* cos, const float* sin,
+                        int64_t tokens, int64_t start, float* cache, float* out);
 
 }  // namespace ep

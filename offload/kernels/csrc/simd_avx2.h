@@ -112,6 +112,12 @@ inline void f_store_i8(int8_t* p, F x) {
   const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
+inline float f_most(F x) {  // no lane is NaN
+  const __m256 eight = _mm256_max_ps(x.a, x.b);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 inline float f_sum(F x) { return sum8(_mm256_add_ps(x.a, x.b)); }
 inline __m256 halves(F x) { return _mm256_add_ps(x.a, x.b); }
 inline void f_sum4(F x, F y, F z, F w, float* out) { _mm_storeu_ps(out, sums8(halves(x), halves(y), halves(z), halves(w))); }

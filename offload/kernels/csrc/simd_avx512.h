@@ -93,6 +93,7 @@ inline void f_store_i8(int8_t* p, F x) {
 }
 inline __m256 low_half(__m512 x) { return _mm512_castps512_ps256(x); }
 inline __m256 high_half(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
+inline float f_most(F x) { return _mm512_reduce_max_ps(x); }  // no lane is NaN
 inline float f_sum(F x) { return sum8(_mm256_add_ps(low_half(x), high_half(x))); }
 inline __m256 halves(F x) { return _mm256_add_ps(low_half(x), high_half(x)); }
 inline void f_sum4(F x, F y, F z, F w, float* out) { _mm_storeu_ps(out, sums8(halves(x), halves(y), halves(z), halves(w))); }

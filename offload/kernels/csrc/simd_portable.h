@@ -62,6 +62,11 @@ inline void f_store_i8(int8_t* p, F x) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x.v[i]);
 }
 #undef EP_LANES
+inline float f_most(F x) {  // no lane is NaN
+  float most = x.v[0];
+  for (int i = 1; i < 16; ++i) most = x.v[i] > most ? x.v[i] : most;
+  return most;
+}
 inline float f_sum(F a) {
   float t[8];
   for (int i = 0; i < 8; ++i) t[i] = a.v[i] + a.v[i + 8];

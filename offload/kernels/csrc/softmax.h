@@ -72,17 +72,26 @@ inline bool whole_lanes(int64_t n) { return n % 16 == 0; }
 
 // Turns scores [kAttentionRows] into exponentials; returns the factor for what was summed before.
 inline float soften(float* scores, int64_t visible, float& top, float& total) {
-  float most = top;
-  for (int64_t s = 0; s < visible; ++s) most = scores[s] > most ? scores[s] : most;
+  for (int64_t s = visible; s < kAttentionRows; ++s) scores[s] = -INFINITY;
+  F most_lanes = f_set1(top);
+  for (int64_t s = 0; s < kAttentionRows; s += 16) most_lanes = f_max(f_load(scores + s), most_lanes);  // NaN is no maximum
+  const float most = f_most(most_lanes);
   F sum = f_zero();
-  for (int64_t s = 0; s < kAttentionRows; ++s) scores[s] = s < visible ? scores[s] - most : 0.0f;
-  for (int64_t s = 0; s < kAttentionRows; s += 16) f_store(scores + s, f_exp(f_load(scores + s)));
+  for (int64_t s = 0; s < kAttentionRows; s += 16) f_store(scores + s, f_exp(f_sub(f_load(scores + s), f_set1(most))));
   for (int64_t s = visible; s < kAttentionRows; ++s) scores[s] = 0.0f;
   for (int64_t s = 0; s < kAttentionRows; s += 16) sum = f_add(sum, f_load(scores + s));
-  const float fade = f_sum(f_exp(f_set1(top - most))) / 16.0f;  // sixteen equal lanes: exact
+  float fade = 1.0f;
+  if (most != top) fade = f_sum(f_exp(f_set1(top - most))) / 16.0f;  // sixteen equal lanes: exact
   total = std::fma(total, fade, f_sum(sum));
   top = most;
   return fade;
+}
+
+// Asks for the keys that follow: rows of a block are too short for the processor to foresee.
+inline void ask_for_keys(const AttentionCall& call, int64_t first, int64_t rows) {
+  const int64_t bytes = call.key_stride * (call.keys_are_bf16 ? 2 : 4);
+  const uint8_t* from = static_cast<const uint8_t*>(call.keys) + first * bytes;
+  for (int64_t b = 0; b < rows * bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
 }
 
 // Online softmax over blocks of kAttentionRows keys, counted from the first key of the call.
@@ -103,7 +112,7 @@ void attention(const AttentionCall& call) {
     call.running[2 * h + 1] = 0.0f;
     keys = call.visible[h] > keys ? call.visible[h] : keys;
   }
-  std::memset(sums, 0, static_cast<size_t>(kAttentionQueries * wide) * 4);
+  std::memset(sums, 0, static_cast<size_t>(call.queries * wide) * 4);
   float weight[kAttentionQueries][kAttentionRows], fade[kAttentionQueries];
   F acc[4 * kAttentionQueries];
   // Keys of whole lanes are read where they lie.
@@ -121,7 +130,8 @@ void attention(const AttentionCall& call) {
       load_keys<float>(call, first, rows_here, width, block);
     }
     for (int64_t s = 0; s < rows_here; s += 4) {
-      const int64_t part = min_of(4, rows_here - s);
+      const int64_t part = min_of(4, rows_here - s), next = first + kAttentionRows + s;
+      if (next < keys && call.values == nullptr) ask_for_keys(call, next, min_of(4, keys - next));
       for (int64_t r = 0; r < 4; ++r) {
         for (int64_t h = 0; h < call.queries; ++h) acc[r * kAttentionQueries + h] = f_zero();
       }
