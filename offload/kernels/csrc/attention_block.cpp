@@ -12,8 +12,6 @@ using ep::Library;
 using ep::Product;
 using ep::Scratch;
 
-constexpr int64_t kAheadBytes = 768 * 1024;  // of a weight: what second-level caches hold beside what is at work
-
 // Rows of one kind in working memory, and their prepared copies for a weight.
 struct Rows {
   float* x = nullptr;
@@ -122,12 +120,8 @@ int64_t attention_block(Library& lib, const ep_attention_layer& l, const float* 
   if (broken == 0) broken = ep::first_bad_row(cache + start * width, tokens, width);
   if (broken != 0) return broken;
 
-  // Products with W_UK take longer than their bytes: the output projection, which comes next, begins to come in.
-  const int64_t soon = std::min(kAheadBytes, row_bytes(l.o) * l.o.rows) / heads;
   const auto absorb = [&](int64_t h) {
-    const uint8_t* output = reinterpret_cast<const uint8_t*>(l.o.payload) + h * soon;
-    Ahead ahead{output, output + soon};
-    ep::absorb_head(lib, l.kv_b, shape, h, q.x + h * query, heads * query, tokens, q_latent.x + h * latent, heads * latent, ahead);
+    ep::absorb_head(lib, l.kv_b, shape, h, q.x + h * query, heads * query, tokens, q_latent.x + h * latent, heads * latent);
   };
   // Row `t * heads + h` of the mixed latents through the value rows of head h.
   const auto expand = [&](int64_t h) {

@@ -4,8 +4,6 @@
 
 namespace {
 
-using ep::Ahead;
-
 // Cephes' expf: within 2 ulp on [-87, 88], clamped outside, NaN stays NaN.
 inline F f_exp(F x) {
   x = f_min(f_set1(88.0f), f_max(f_set1(-87.0f), x));
@@ -62,7 +60,7 @@ constexpr int kAddRows = 16, kAddGroups = 16, kAddStep = 32;  // columns of a st
 // y += sum over rows of factor[r][group] * row r, for COLUMNS columns of codes of four or eight bits.
 template <int BITS, int COLUMNS>
 inline void add_block(const uint8_t* codes, int64_t row_bytes, int64_t rows, const float (*factor)[kAddGroups],
-                      const int* group, float* y, Ahead& ahead) {
+                      const int* group, float* y) {
   constexpr int kVectors = COLUMNS / 16;
   F sum[kVectors];
 #pragma GCC unroll 16
@@ -70,7 +68,6 @@ inline void add_block(const uint8_t* codes, int64_t row_bytes, int64_t rows, con
   for (int64_t r = 0; r < rows; ++r) {
     const uint8_t* row = codes + r * row_bytes;
     for (int b = 0; b < COLUMNS * BITS / 8; b += 64) __builtin_prefetch(row + rows * row_bytes + b);
-    ahead.ask(COLUMNS / 64);
 #pragma GCC unroll 8
     for (int g = 0; g < COLUMNS / kAddStep; ++g) {
       const F by = f_set1(factor[r][group[g]]);
@@ -88,7 +85,7 @@ inline void add_block(const uint8_t* codes, int64_t row_bytes, int64_t rows, con
 // y += sum over up to kAddRows rows of a[r] * row r, for whole steps of a grouped integer format; returns how many
 // columns these are. The scale of a group goes into the factor of its row.
 template <int BITS>
-inline int64_t add_grouped_rows(const ep_weight& w, int64_t first, int64_t rows, const float* a, float* y, Ahead& ahead) {
+inline int64_t add_grouped_rows(const ep_weight& w, int64_t first, int64_t rows, const float* a, float* y) {
   const int64_t row_bytes = packed_row_bytes(w.cols, BITS), groups = ceil_div(w.cols, w.group);
   const uint8_t* payload = reinterpret_cast<const uint8_t*>(w.payload) + first * row_bytes;
   const uint8_t* scale = reinterpret_cast<const uint8_t*>(w.scale) + first * groups * 2;
@@ -106,9 +103,9 @@ inline int64_t add_grouped_rows(const ep_weight& w, int64_t first, int64_t rows,
       for (int64_t g = 0; g < (wide ? kAddColumns / kAddStep : 1); ++g) of[g] = static_cast<int>((c + g * kAddStep) / w.group - group);
       const uint8_t* codes = payload + c * BITS / 8;
       if (wide) {
-        add_block<BITS, kAddColumns>(codes, row_bytes, rows, factor, of, y + c, ahead);
+        add_block<BITS, kAddColumns>(codes, row_bytes, rows, factor, of, y + c);
       } else {
-        add_block<BITS, kAddStep>(codes, row_bytes, rows, factor, of, y + c, ahead);
+        add_block<BITS, kAddStep>(codes, row_bytes, rows, factor, of, y + c);
       }
       c += wide ? kAddColumns : kAddStep;
     }
@@ -117,19 +114,19 @@ inline int64_t add_grouped_rows(const ep_weight& w, int64_t first, int64_t rows,
 }
 
 template <int BITS>
-inline int64_t add_all_grouped_rows(const ep_weight& w, int64_t first, int64_t rows, const float* a, float* y, Ahead& ahead) {
+inline int64_t add_all_grouped_rows(const ep_weight& w, int64_t first, int64_t rows, const float* a, float* y) {
   int64_t columns = 0;
   for (int64_t r = 0; r < rows; r += kAddRows) {
-    columns = add_grouped_rows<BITS>(w, first + r, min_of(kAddRows, rows - r), a + r, y, ahead);
+    columns = add_grouped_rows<BITS>(w, first + r, min_of(kAddRows, rows - r), a + r, y);
   }
   return columns;
 }
 
 // y [cols] += sum over rows of a[r] * row (first + r) of w.
-void add_rows(const ep_weight& w, int64_t first, int64_t rows, const float* a, float* y, Ahead& ahead) {
+void add_rows(const ep_weight& w, int64_t first, int64_t rows, const float* a, float* y) {
   int64_t c = 0;
-  if (w.kind == EP_INT4 && w.group % 32 == 0) c = add_all_grouped_rows<4>(w, first, rows, a, y, ahead);
-  if (w.kind == EP_INT8 && w.group % 32 == 0) c = add_all_grouped_rows<8>(w, first, rows, a, y, ahead);
+  if (w.kind == EP_INT4 && w.group % 32 == 0) c = add_all_grouped_rows<4>(w, first, rows, a, y);
+  if (w.kind == EP_INT8 && w.group % 32 == 0) c = add_all_grouped_rows<8>(w, first, rows, a, y);
   alignas(64) float block[kFloatColumns];
   for (; c < w.cols; c += kFloatColumns) {
     const int64_t last = min_of(c + kFloatColumns, w.cols);

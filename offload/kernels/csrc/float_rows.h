@@ -97,10 +97,22 @@ void decode(const ep_weight& w, int64_t row, int64_t first, int64_t last, float*
 
 // ---- float rows against tokens -------------------------------------------------------------------
 
+// Memory that is needed soon, asked for a few lines at a time: a processor that has too many requests waits with its
+// work, too.
+struct Ahead {
+  const uint8_t* next = nullptr;
+  const uint8_t* end = nullptr;
+  int lines = 0;
+
+  void ask() {
+    for (int i = 0; i < lines && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 // acc[r * stride + m] += row r of `w` times token m, over `n` columns (a multiple of 16).
 template <int NR, int MR>
 inline void dot_tile(const float* w, int64_t w_stride, const float* const* x, int64_t at, int64_t n, F* acc,
-                     int64_t stride) {
+                     int64_t stride, Ahead& ahead) {
   F a[NR][MR];
 #pragma GCC unroll 4
   for (int r = 0; r < NR; ++r) {
@@ -108,6 +120,7 @@ inline void dot_tile(const float* w, int64_t w_stride, const float* const* x, in
     for (int m = 0; m < MR; ++m) a[r][m] = acc[r * stride + m];
   }
   for (int64_t c = 0; c < n; c += 16) {
+    ahead.ask();
     F wv[NR];
 #pragma GCC unroll 4
     for (int r = 0; r < NR; ++r) wv[r] = f_load(w + r * w_stride + c);
@@ -128,23 +141,23 @@ inline void dot_tile(const float* w, int64_t w_stride, const float* const* x, in
 // NR rows against all tokens.
 template <int NR>
 inline void dot_rows(const float* w, int64_t w_stride, const float* const* x, int64_t tokens, int64_t at, int64_t n,
-                     F* acc, int64_t stride) {
+                     F* acc, int64_t stride, Ahead& ahead) {
   int64_t m = 0;
   for (; m + kDotTokens <= tokens; m += kDotTokens) {
-    dot_tile<NR, kDotTokens>(w, w_stride, x + m, at, n, acc + m, stride);
+    dot_tile<NR, kDotTokens>(w, w_stride, x + m, at, n, acc + m, stride, ahead);
   }
-  for (; m < tokens; ++m) dot_tile<NR, 1>(w, w_stride, x + m, at, n, acc + m, stride);
+  for (; m < tokens; ++m) dot_tile<NR, 1>(w, w_stride, x + m, at, n, acc + m, stride, ahead);
 }
 
 // A block of up to four rows against all tokens of a tile.
 inline void dot_block(const float* w, int64_t w_stride, int64_t rows, const float* const* x, int64_t tokens,
-                      int64_t at, int64_t n, F* acc, int64_t stride) {
-  if (tokens == 1 && rows == 4) return dot_tile<4, 1>(w, w_stride, x, at, n, acc, stride);
+                      int64_t at, int64_t n, F* acc, int64_t stride, Ahead ahead = {}) {
+  if (tokens == 1 && rows == 4) return dot_tile<4, 1>(w, w_stride, x, at, n, acc, stride, ahead);
   int64_t r = 0;
   for (; r + kDotRows <= rows; r += kDotRows) {
-    dot_rows<kDotRows>(w + r * w_stride, w_stride, x, tokens, at, n, acc + r * stride, stride);
+    dot_rows<kDotRows>(w + r * w_stride, w_stride, x, tokens, at, n, acc + r * stride, stride, ahead);
   }
-  for (; r < rows; ++r) dot_rows<1>(w + r * w_stride, w_stride, x, tokens, at, n, acc + r * stride, stride);
+  for (; r < rows; ++r) dot_rows<1>(w + r * w_stride, w_stride, x, tokens, at, n, acc + r * stride, stride, ahead);
 }
 
 // Four bf16 rows against one token, converted on the way: a decoding step reads the weights once and

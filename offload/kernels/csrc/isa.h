@@ -24,17 +24,6 @@ struct RowsCall {
   int64_t tokens;
 };
 
-// Memory that is needed soon. Whoever computes longer than it reads asks for it, a few lines at a time: memory would be
-// idle meanwhile.
-struct Ahead {
-  const uint8_t* next = nullptr;
-  const uint8_t* end = nullptr;
-
-  void ask(int lines) {
-    for (; lines > 0 && next < end; --lines, next += 64) __builtin_prefetch(next, 0, 2);
-  }
-};
-
 // Softmax attention of a tile of queries over one range of keys, fp32 or bf16.
 // A key row is `first` then `second` columns (latent and rope part, or all and none); the values are
 // the first columns of the keys, or rows of their own.
@@ -76,7 +65,7 @@ struct Isa {
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
   void (*axpy)(float a, const float* x, float* y, int64_t n);  // y += a * x
   // y [cols] += sum over rows of a[r] * row (first + r) of a weight
-  void (*add_rows)(const ep_weight& weight, int64_t first, int64_t rows, const float* a, float* y, Ahead& ahead);
+  void (*add_rows)(const ep_weight& weight, int64_t first, int64_t rows, const float* a, float* y);
   void (*attention)(const AttentionCall& call);
   uint64_t (*read)(const uint8_t* p, int64_t n);  // touches every byte; for bandwidth measurements
 };

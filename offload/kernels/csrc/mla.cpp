@@ -39,12 +39,12 @@ int64_t first_bad_row(const float* x, int64_t rows, int64_t cols) {
 }
 
 void absorb_head(const Library& lib, const ep_weight& kv_b, const LatentShape& shape, int64_t h, const float* q_nope,
-                 int64_t q_stride, int64_t tokens, float* out, int64_t out_stride, Ahead& ahead) {
+                 int64_t q_stride, int64_t tokens, float* out, int64_t out_stride) {
   for (int64_t t = 0; t < tokens; ++t) std::memset(out + t * out_stride, 0, static_cast<size_t>(shape.latent) * 4);
   for (int64_t p = 0; p < shape.nope; p += kAbsorbRows) {
     const int64_t first = h * (shape.nope + shape.value) + p, rows = std::min(kAbsorbRows, shape.nope - p);
     for (int64_t t = 0; t < tokens; ++t) {
-      lib.isa->add_rows(kv_b, first, rows, q_nope + t * q_stride + p, out + t * out_stride, ahead);
+      lib.isa->add_rows(kv_b, first, rows, q_nope + t * q_stride + p, out + t * out_stride);
     }
   }
 }
@@ -162,9 +162,7 @@ EP_API int64_t ep_absorb_query(ep_context* context, const ep_weight* kv_b, const
   if (bad != 0) return bad;
   const LatentShape shape{heads, nope, 0, value, kv_b->cols};
   lib.pool.each(heads, [&](int64_t h) {
-    ep::Ahead nothing;
-    ep::absorb_head(lib, *kv_b, shape, h, q_nope + h * nope, heads * nope, tokens, out + h * shape.latent,
-                    heads * shape.latent, nothing);
+    ep::absorb_head(lib, *kv_b, shape, h, q_nope + h * nope, heads * nope, tokens, out + h * shape.latent, heads * shape.latent);
   });
   return 0;
 }

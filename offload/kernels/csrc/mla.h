@@ -18,7 +18,7 @@ struct LatentShape {
 // q_nope(t) times the key rows of head `h`, for all tokens: row t of the query is q_nope + t * q_stride,
 // its result out + t * out_stride.
 void absorb_head(const Library& lib, const ep_weight& kv_b, const LatentShape& shape, int64_t h, const float* q_nope,
-                 int64_t q_stride, int64_t tokens, float* out, int64_t out_stride, Ahead& ahead);
+                 int64_t q_stride, int64_t tokens, float* out, int64_t out_stride);
 
 // Softmax attention of queries in latent space over the rows of a cache [.., latent + rope]. The keys are
 // taken in parts of fixed length whose sums are merged in ascending order, so that threads share the work

@@ -87,11 +87,14 @@ inline float soften(float* scores, int64_t visible, float& top, float& total) {
   return fade;
 }
 
-// Asks for the keys that follow: rows of a block are too short for the processor to foresee.
-inline void ask_for_keys(const AttentionCall& call, int64_t first, int64_t rows) {
+// The keys [first, last): rows are too short for the processor to foresee those of the next block. `steps`: in how
+// many they are asked for.
+inline Ahead keys_ahead(const AttentionCall& call, int64_t first, int64_t last, int64_t steps) {
+  if (first >= last || call.values != nullptr) return {};
   const int64_t bytes = call.key_stride * (call.keys_are_bf16 ? 2 : 4);
-  const uint8_t* from = static_cast<const uint8_t*>(call.keys) + first * bytes;
-  for (int64_t b = 0; b < rows * bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
+  const uint8_t* keys = static_cast<const uint8_t*>(call.keys);
+  const int64_t lines = ceil_div((last - first) * bytes, 64);
+  return {keys + first * bytes, keys + last * bytes, static_cast<int>(ceil_div(lines, steps))};
 }
 
 // Online softmax over blocks of kAttentionRows keys, counted from the first key of the call.
@@ -131,11 +134,11 @@ void attention(const AttentionCall& call) {
     }
     for (int64_t s = 0; s < rows_here; s += 4) {
       const int64_t part = min_of(4, rows_here - s), next = first + kAttentionRows + s;
-      if (next < keys && call.values == nullptr) ask_for_keys(call, next, min_of(4, keys - next));
+      const Ahead ahead = keys_ahead(call, next, min_of(keys, next + 4), ceil_div(call.queries, kDotTokens) * width / 16);
       for (int64_t r = 0; r < 4; ++r) {
         for (int64_t h = 0; h < call.queries; ++h) acc[r * kAttentionQueries + h] = f_zero();
       }
-      dot_block(rows + s * row_stride, row_stride, part, q, call.queries, 0, width, acc, kAttentionQueries);
+      dot_block(rows + s * row_stride, row_stride, part, q, call.queries, 0, width, acc, kAttentionQueries, ahead);
       for (int64_t h = 0; h < call.queries; ++h) {
         float scores[4];
         const F* a = acc + h;
