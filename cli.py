@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -686,12 +687,13 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _end_interrupted(ended_by)
     except ReaderGoneError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
+        _drop_output()
         sys.exit(141)
     except (OffloadError, OSError, MemoryError) as fault:
         if debug:
             raise
-        click.echo(f"error: {fault or type(fault).__name__}", err=True)
+        what = "the output cannot be written: " if _of_output(fault) else ""
+        click.echo(f"error: {what}{fault or type(fault).__name__}", err=True)
         sys.exit(1)
     except Exception as fault:
         if ended_by:  # Libraries that are interrupted while they are imported raise anything.
@@ -703,6 +705,16 @@ def main() -> None:
             err=True,
         )
         sys.exit(1)
+
+
+def _of_output(fault: BaseException) -> bool:
+    """Whether what was to be printed could not be written, as on a full disk: such a fault names no file."""
+    return any(frame.f_code is click.echo.__code__ for frame, _ in walk_tb(fault.__traceback__))
+
+
+def _drop_output() -> None:
+    """What is still to be flushed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _end_interrupted(number: int) -> NoReturn:

@@ -149,6 +149,16 @@ def test_a_closed_pipe_ends_quietly(store: Path) -> None:
     assert "rror" not in told and "Traceback" not in told
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_output_on_a_full_disk_is_told_as_such() -> None:
+    for arguments in (["--help"], ["simulate", "--help"], ["inspect", "--help"]):
+        with open("/dev/full", "wb") as full:
+            command = [sys.executable, "-m", "cli", *arguments]
+            ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert ended.returncode == 1
+        assert ended.stderr == "error: the output cannot be written: [Errno 28] No space left on device\n"
+
+
 def test_closed_standard_streams(store: Path) -> None:
     command = f"{sys.executable} -m cli generate {store} -n 2 --context 64 --json"
     done = subprocess.run(f"exec {command} <&- 2>&-", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
