@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from convert.journal import Records
+from convert.threads import uninterrupted
 from convert.unit import UnitWork
 
 COMMIT_SECONDS = 1.0
@@ -51,7 +52,8 @@ class Committer:
         pending, self._pending, self._count = self._pending, {}, 0
         self._last = time.monotonic()
         if pending:
-            self._running = self._thread.submit(self._commit, pending)
+            with uninterrupted():
+                self._running = self._thread.submit(self._commit, pending)
 
     def _wait(self) -> None:
         running, self._running = self._running, None

@@ -27,7 +27,7 @@ from convert.encode import EncodedExpert, encode_expert, load_expert
 from convert.journal import Journal, Records, Unit, recorded
 from convert.plan import ConversionPlan
 from convert.progress import Progress
-from convert.threads import one_core_each
+from convert.threads import one_core_each, uninterrupted
 from convert.unit import (
     UnitWork,
     expert_nbytes,
@@ -40,6 +40,8 @@ from convert.unit import (
 from offload.types import ExpertId
 
 _WRITERS = 2  # one copies into its extent while the drive is at the other's
+_MOMENT_S = 0.2
+"""How long an interrupt waits at most while results are waited for."""
 
 
 @dataclass(frozen=True)
@@ -151,19 +153,25 @@ class Run:
         flight: dict[Future[Records], _Item] = {}
 
         def landed() -> Iterator[tuple[_Item, Records]]:
-            done, _ = wait(flight, return_when=FIRST_COMPLETED)
+            done: set[Future[Records]] = set()
+            while not done:
+                with uninterrupted():
+                    done, _ = wait(flight, _MOMENT_S, FIRST_COMPLETED)
             for future in [future for future in flight if future in done]:
-                yield flight.pop(future), future.result()
+                with uninterrupted():
+                    records = future.result()
+                yield flight.pop(future), records
 
         for item in self._interleaved(items, flight):
             while self._full(item, flight.values()):
                 yield from landed()
-            if item.expert is None:
-                flight[encoders.submit(item.work.write_resident)] = item
-            else:
-                fetched = fetchers.submit(load_expert, self.plan, item.expert)
-                encoded = encoders.submit(_encode, self.plan, item.expert, fetched)
-                flight[writers.submit(_write, item.work, item.expert, encoded)] = item
+            with uninterrupted():
+                if item.expert is None:
+                    flight[encoders.submit(item.work.write_resident)] = item
+                else:
+                    fetched = fetchers.submit(load_expert, self.plan, item.expert)
+                    encoded = encoders.submit(_encode, self.plan, item.expert, fetched)
+                    flight[writers.submit(_write, item.work, item.expert, encoded)] = item
         while flight:
             yield from landed()
 
