@@ -30,11 +30,15 @@ def number(request: pytest.FixtureRequest):
 
 def test_an_interrupt_waits_for_the_end(number: signal.Signals) -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt) as raised:
+
+    def moment() -> None:
         with uninterrupted():
             os.kill(os.getpid(), number)
             done.append("all of it")
         done.append("nothing behind it")
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        moment()
     assert done == ["all of it"] and raised.value.args == (number,)
     assert [signal.getsignal(each) for each in NUMBERS] == [interrupt, interrupt]
 
@@ -57,7 +61,7 @@ def test_other_threads_may_ask_for_such_moments(number: signal.Signals) -> None:
 
 
 def test_a_pool_survives_interrupts_at_any_moment(number: signal.Signals) -> None:
-    """Signals from another process, a few per thousand submissions; a lock left behind would end in waiting for ever."""
+    """Signals of another process, among thousands of submissions; a lock left behind would end in waiting for ever."""
     caught = 0
     code = f"import os, time\nfor _ in range(200):\n    time.sleep(0.001)\n    os.kill({os.getpid()}, {int(number)})"
     with ThreadPoolExecutor(2) as pool:
