@@ -660,6 +660,7 @@ def _open_streams() -> None:
 def main() -> None:
     """Entry point: every fault becomes one line on stderr and an exit code."""
     from offload.errors import OffloadError
+    from offload.interrupts import ENDING
 
     _open_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -672,9 +673,8 @@ def main() -> None:
         raise KeyboardInterrupt
 
     # Whoever ends a run gets what Ctrl-C gets: the summary, the trace. Signals that are ignored (nohup) stay so.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # not every system has all
-        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+    for number in ENDING:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, interrupt)
     try:
         code = cli.main(standalone_mode=False, auto_envvar_prefix="EXPERTPAGER")
@@ -687,7 +687,7 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _end_interrupted(ended_by)
     except ReaderGoneError:
-        _drop_output()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
         sys.exit(141)
     except (OffloadError, OSError, MemoryError) as fault:
         if debug:
@@ -710,11 +710,6 @@ def main() -> None:
 def _of_output(fault: BaseException) -> bool:
     """Whether what was to be printed could not be written, as on a full disk: such a fault names no file."""
     return any(frame.f_code is click.echo.__code__ for frame, _ in walk_tb(fault.__traceback__))
-
-
-def _drop_output() -> None:
-    """What is still to be flushed goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _end_interrupted(number: int) -> NoReturn:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from convert.journal import Records
-from convert.threads import uninterrupted
 from convert.unit import UnitWork
+from offload.interrupts import uninterrupted
 
 COMMIT_SECONDS = 1.0
 """Work that a kill may cost."""

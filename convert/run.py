@@ -27,7 +27,7 @@ from convert.encode import EncodedExpert, encode_expert, load_expert
 from convert.journal import Journal, Records, Unit, recorded
 from convert.plan import ConversionPlan
 from convert.progress import Progress
-from convert.threads import one_core_each, uninterrupted
+from convert.threads import one_core_each
 from convert.unit import (
     UnitWork,
     expert_nbytes,
@@ -37,6 +37,7 @@ from convert.unit import (
     surviving,
     unit_nbytes,
 )
+from offload.interrupts import uninterrupted
 from offload.types import ExpertId
 
 _WRITERS = 2  # one copies into its extent while the drive is at the other's

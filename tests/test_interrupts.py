@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from convert.threads import uninterrupted
+from offload.interrupts import uninterrupted
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM]
 
