@@ -16,7 +16,7 @@ inline float decode_one(const ep_weight& w, int64_t row, int64_t col) {
     case EP_BF16: return bf16_to_float(element<uint16_t>(payload, flat));
     case EP_FP8: {
       const float s = element<float>(scale, row / w.block_rows * ceil_div(w.cols, w.block_cols) + col / w.block_cols);
-      return (payload[flat] & 0x7F) == 0x7F ? kQuietNan : e4m3_raw(payload[flat]) * kTwo120 * s;
+      return (payload[flat] & 0x7F) == 0x7F ? kQuietNan : e4m3_to_float(payload[flat]) * s;
     }
     case EP_NF4: {
       const int code = flat % 2 == 0 ? payload[flat / 2] >> 4 : payload[flat / 2] & 15;
@@ -35,7 +35,7 @@ template <int KIND>
 inline F decode_lanes(const uint8_t* row, int64_t col, F scale) {
   if constexpr (KIND == EP_F32) return f_load(reinterpret_cast<const float*>(row) + col);
   if constexpr (KIND == EP_BF16) return f_from_bf16(reinterpret_cast<const uint16_t*>(row) + col);
-  if constexpr (KIND == EP_FP8) return f_mul(f_mul(f_from_e4m3_raw(row + col), f_set1(kTwo120)), scale);
+  if constexpr (KIND == EP_FP8) return f_mul(f_from_e4m3(row + col), scale);
   if constexpr (KIND == EP_NF4) return f_mul(f_from_nf4(row + col / 2), scale);
   if constexpr (KIND == EP_INT4) return f_mul(f_centered<4>(row + col / 2), scale);
   if constexpr (KIND == EP_INT3) return f_mul(f_centered<3>(row + col / 8 * 3), scale);

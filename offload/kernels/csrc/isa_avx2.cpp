@@ -2,7 +2,7 @@
 #include "common.h"
 #include "isa.h"
 #if EP_X86
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #include "simd_avx2.h"
 // kernels.h works on the lanes defined above.
 #include "kernels.h"

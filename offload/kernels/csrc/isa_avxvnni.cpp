@@ -2,7 +2,7 @@
 #include "common.h"
 #include "isa.h"
 #if EP_X86
-#pragma GCC target("avx2,fma,avxvnni")
+#pragma GCC target("avx2,fma,f16c,avxvnni")
 #define EP_VNNI256
 #include "simd_avx2.h"
 // kernels.h works on the lanes defined above.

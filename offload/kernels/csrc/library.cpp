@@ -27,7 +27,7 @@ bool supported(const Isa* isa) {
 #if EP_X86
   __builtin_cpu_init();
   if (isa == &ep::kPortable) return true;
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return false;
   if (isa == &ep::kAvx2) return true;
   if (isa == &ep::kAvxVnni) return has_avxvnni();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -14,7 +14,7 @@ namespace {
 ep::RequantizeFn find(const char* isa) {
 #if EP_REQUANTIZE_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && (std::strcmp(isa, "auto") == 0 || std::strcmp(isa, "avx512") == 0)) return ep::requantize_avx512;

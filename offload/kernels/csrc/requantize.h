@@ -1,6 +1,6 @@
 // Re-encoding a weight matrix as grouped integers: what one instruction set offers, and the arguments of a call.
 #pragma once
-#include <cstdint>
+#include "common.h"
 
 namespace ep {
 

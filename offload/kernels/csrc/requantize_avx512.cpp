@@ -9,7 +9,8 @@
 #define EP_MAX(a, b) _mm512_max_ps((__m512)(a), (__m512)(b))
 #define EP_MAX_INT(a, b) _mm512_max_epi32((__m512i)(a), (__m512i)(b))
 #define EP_MIN_INT(a, b) _mm512_min_epi32((__m512i)(a), (__m512i)(b))
-#define EP_WIDEN_8(x) _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))
+#define EP_FROM_HALF(x) _mm512_cvtph_ps((__m256i)(x))
+#define EP_WIDEN_8(x) _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))
 #define EP_WIDEN_16(x) _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))
 #define EP_TRANSPOSE(in, stride, count, x) \
   for (int k = 0; k < (count); k += 8) columns_8x16((in) + k, (stride), reinterpret_cast<__m512i*>((x) + k));

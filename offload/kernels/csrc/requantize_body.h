@@ -16,7 +16,6 @@ typedef float vf __attribute__((vector_size(4 * EP_LANES), aligned(4 * EP_LANES)
 typedef int32_t vi __attribute__((vector_size(4 * EP_LANES), aligned(4 * EP_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * EP_LANES), aligned(4 * EP_LANES)));
 typedef float vf_any __attribute__((vector_size(4 * EP_LANES), aligned(4)));
-typedef int8_t vb __attribute__((vector_size(EP_LANES), aligned(1)));
 typedef uint16_t vh __attribute__((vector_size(2 * EP_LANES), aligned(2)));
 
 #define EP_INLINE inline __attribute__((always_inline))
@@ -32,14 +31,22 @@ EP_INLINE vf abs(vf x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }
 EP_INLINE vf max(vf a, vf b) { return (vf)EP_MAX(a, b); }
 EP_INLINE vi max(vi a, vi b) { return (vi)EP_MAX_INT(a, b); }
 EP_INLINE vi min(vi a, vi b) { return (vi)EP_MIN_INT(a, b); }
-EP_INLINE vi widen(const int8_t* x) { return (vi)EP_WIDEN_8(x); }
 EP_INLINE vi widen(const uint16_t* x) { return (vi)EP_WIDEN_16(x); }
+// By way of fp16, whose exponents have a bias that is 8 larger: its subnormals are converted at full speed.
+EP_INLINE vf from_e4m3(const uint8_t* x) {
+  const vh half = ((vh)EP_WIDEN_8(x) << 7) & static_cast<uint16_t>(0xbf80);
+  return (vf)EP_FROM_HALF(half) * 256.0f;
+}
 #else
 EP_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 EP_INLINE vi max(vi a, vi b) { return a > b ? a : b; }
 EP_INLINE vi min(vi a, vi b) { return a < b ? a : b; }
-EP_INLINE vi widen(const int8_t* x) { return __builtin_convertvector(*reinterpret_cast<const vb*>(x), vi); }
 EP_INLINE vi widen(const uint16_t* x) { return __builtin_convertvector(*reinterpret_cast<const vh*>(x), vi); }
+EP_INLINE vf from_e4m3(const uint8_t* x) {
+  vf values;
+  for (int lane = 0; lane < kLanes; ++lane) values[lane] = e4m3_to_float(x[lane]);
+  return values;
+}
 #endif
 
 // To the nearest bf16, ties to even, kept as fp32. For finite numbers.
@@ -123,7 +130,7 @@ EP_INLINE bool decode_row(const RequantizeCall& call, int64_t row, float* out) {
   int64_t j = 0;
   bool ok = true;
   if (call.source == RequantizeSource::kFp8) {
-    const int8_t* w = static_cast<const int8_t*>(call.weight) + row * cols;
+    const uint8_t* w = static_cast<const uint8_t*>(call.weight) + row * cols;
     const int64_t blocks = (cols + call.block_cols - 1) / call.block_cols;
     const float* scales = call.scale + row / call.block_rows * blocks;
     uint8_t top = 0;
@@ -134,24 +141,11 @@ EP_INLINE bool decode_row(const RequantizeCall& call, int64_t row, float* out) {
     ok = top < 0x7f;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t end = (block + 1) * call.block_cols < cols ? (block + 1) * call.block_cols : cols, begin = j;
-      // 2^120 leads from the exponent bias of fp32 to that of e4m3. Exact, so with the scale it is one product.
-      const bool once = __builtin_fabsf(scales[block]) < 0x1p7f;
-      const float lift = once ? scales[block] * 0x1p120f : 0x1p120f, scale = once ? 1.0f : scales[block];
-      const vf lifts = splat(lift);
-      for (; j + kLanes <= end; j += kLanes) {
-        *reinterpret_cast<vf_any*>(out + j) = (vf)(((vu)widen(w + j) << 20) & 0x87f00000u) * lifts;
-      }
-      for (; j < end; ++j) {
-        const uint32_t bits = (static_cast<uint32_t>(static_cast<int32_t>(w[j])) << 20) & 0x87f00000u;
-        float q;
-        std::memcpy(&q, &bits, 4);
-        out[j] = q * lift;
-      }
-      if (!once) {
-        for (int64_t k = begin; k < end; ++k) {
-          out[k] *= scale;
-          ok &= __builtin_fabsf(out[k]) <= FLT_MAX;
-        }
+      const float scale = scales[block];
+      for (; j + kLanes <= end; j += kLanes) *reinterpret_cast<vf_any*>(out + j) = from_e4m3(w + j) * scale;
+      for (; j < end; ++j) out[j] = e4m3_to_float(w[j]) * scale;
+      if (!(__builtin_fabsf(scale) < 0x1p119f)) {  // no product of a smaller one with a code overflows
+        for (int64_t k = begin; k < end; ++k) ok &= __builtin_fabsf(out[k]) <= FLT_MAX;
       }
     }
   } else if (call.source == RequantizeSource::kBf16) {

@@ -41,8 +41,7 @@ inline F f_rint(F a) { EP_LANES(std::nearbyint(a.v[i])); }
 // 2^n for integral lanes in [-126, 127].
 inline F f_pow2(F n) { EP_LANES(bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23)); }
 inline F f_from_bf16(const uint16_t* p) { EP_LANES(bf16_to_float(p[i])); }
-// e4m3 bits as floats that are 2^120 too small (exact, also for subnormal codes; NaN codes give 480).
-inline F f_from_e4m3_raw(const uint8_t* p) { EP_LANES(e4m3_raw(p[i])); }
+inline F f_from_e4m3(const uint8_t* p) { EP_LANES(e4m3_to_float(p[i])); }
 inline F f_from_u8(const uint8_t* p) { EP_LANES(static_cast<float>(p[i])); }
 // Sixteen codes of BITS bits (2 to 4) from 2 * BITS bytes, lowest bits first.
 template <int BITS>
