@@ -209,7 +209,8 @@ def _gpu() -> Iterator[tuple[str, str, str]]:
         )
     deepest = max(row["numbers"]["plan"]["layers"] for row in steps)
     for row in [row for row in steps if row["numbers"]["plan"]["layers"] == deepest]:
-        n, name = row["numbers"], row["command"].split("gpu.py ")[1]
+        n = row["numbers"]
+        name = f"{n['device'].split(' (')[0]}, {row['command'].split('gpu.py ')[1]}"
         share = n["plan"]["slots"] / n["plan"]["experts"]
         ratios = ", ".join(
             f"{item['step_over_bound']:.2f} at {item['planted_hits']:.0%} hits ({1e3 * item['step_s']:.1f} ms)"
@@ -220,6 +221,14 @@ def _gpu() -> Iterator[tuple[str, str, str]]:
             figure = f"{1e3 * n['prefill']['seconds']:.0f} : {1e3 * n['prefill']['sweep_bound_s']:.0f} ms"
             what = f"a prompt of {n['prefill']['tokens']} tokens, slots for {share:.0%} of the experts, over its copies"
             yield f"{what} ({name})", f"{figure} = {n['prefill']['over_bound']:.2f}", "-"
+    for row in [row for row in rows("gpu") if "step_s" in row["numbers"]][-1:]:
+        n, settings = row["numbers"], row["command"].split(" --baselines")[0]
+        beside = [step for step in steps if (step["command"], step["commit"]) == (settings, row["commit"])]
+        ours = [step["numbers"] for step in beside]
+        nothing = ours[-1]["decode"][0]
+        figure = f"{n['step_s']:.2f} : {nothing['step_s']:.4f} s = {n['step_s'] / nothing['step_s']:.0f}"
+        name = f"{ours[-1]['device'].split(' (')[0]}, {settings.split('gpu.py ')[1]}"
+        yield f"a step of {n['baseline']}, over ours in int4 with nothing in VRAM ({name})", figure, "-"
     for row in [row for row in rows("gpu") if "kt_over_ours" in row["numbers"]][-1:]:
         n, ours = row["numbers"], row["numbers"]["ours"]
         yield (
