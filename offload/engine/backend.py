@@ -26,7 +26,7 @@ from offload.model.kv_cache import KVCache
 from offload.model.place import Place
 from offload.model.single_token import SingleToken
 from offload.model.transformer import DeepseekV3
-from offload.model.weights import PlacedWeights, load_weights, widened_nbytes
+from offload.model.weights import PlacedWeights, load_weights
 from offload.store import Store
 from offload.store.mirror import check_mirror
 from offload.tiers.device import Device
@@ -171,7 +171,7 @@ def _cpu_demand(store: Store, context: int) -> dict[str, int]:
     """What a plan needs to know of the machine and the store, in bytes and tokens."""
     return {
         "process": process_nbytes(),
-        "resident": store.resident_nbytes + widened_nbytes(store.config),
+        "resident": store.resident_nbytes,
         "slot_nbytes": store.layout.slot_nbytes,
         "context": context,
     }
@@ -197,10 +197,9 @@ def _embedding_nbytes(store: Store) -> int:
 
 
 def _layer_nbytes(store: Store) -> list[int]:
-    """Resident bytes of each decoder layer, as they lie in memory; head and final norm count to the last one."""
+    """Resident bytes of each decoder layer; head and final norm count to the last one."""
     config = store.config
-    widened = widened_nbytes(config) // max(1, len(config.moe_layers))
-    sizes = [widened if layer in config.moe_layers else 0 for layer in range(config.num_hidden_layers)]
+    sizes = [0] * config.num_hidden_layers
     for name, nbytes in store.resident_sizes.items():
         parts = name.split(".")
         if parts[1] == "layers":

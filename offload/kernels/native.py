@@ -21,7 +21,7 @@ from torch import Tensor
 from offload.errors import KernelError
 from offload.kernels import native_library
 from offload.kernels.api import AttentionLayer, Block, Expert, ModelEnds, MoeLayer, MoeStart, RouterShape, Wave
-from offload.kernels.native_descriptions import Descriptions, check_rows
+from offload.kernels.native_descriptions import Descriptions, check_rows, router_weight
 from offload.kernels.native_library import ISAS, Weight, describe_router, supported_isas
 from offload.kernels.native_token import NativeToken, not_finite
 from offload.quant import QuantizedTensor
@@ -142,15 +142,14 @@ class NativeKernels:
     def router(self, x: Tensor, weight: Tensor, bias: Tensor, shape: RouterShape) -> tuple[Tensor, Tensor]:
         experts, hidden = weight.shape
         tokens = check_rows(x, hidden)
-        check_rows(weight, hidden, experts)
         check_rows(bias, experts, 1)
         config = self._routers.get((shape, experts))
         if config is None:
             config = self._routers[shape, experts] = describe_router(shape, experts)
         ids = self._no_ids.new_empty(tokens, shape.num_experts_per_tok)
         weights = x.new_empty(tokens, shape.num_experts_per_tok)
-        pointers = weight.data_ptr(), bias.data_ptr(), ids.data_ptr(), weights.data_ptr()
-        bad = self._library.ep_router_topk(self._context, byref(config), x.data_ptr(), tokens, hidden, *pointers)
+        pointers = byref(router_weight(weight)), bias.data_ptr(), ids.data_ptr(), weights.data_ptr()
+        bad = self._library.ep_router_topk(self._context, byref(config), x.data_ptr(), tokens, *pointers)
         if bad:
             raise not_finite(bad)
         return ids, weights

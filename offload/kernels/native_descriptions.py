@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offload.errors import KernelError
 from offload.kernels.api import AttentionLayer, Block, DenseLayer, Expert, ModelEnds, MoeLayer
-from offload.kernels.native_library import F32, Attention, Moe, Weight, describe, describe_router
+from offload.kernels.native_library import BF16, F32, Attention, Moe, Weight, describe, describe_router
 from offload.kernels.native_token import Ends
 from offload.quant import QuantizedTensor
 from offload.types import PROJECTIONS
@@ -130,11 +130,10 @@ class Descriptions:
 
     def _describe_moe(self, layer: MoeLayer) -> Moe:
         experts, hidden = layer.router.shape
-        check_rows(layer.router, hidden, experts)
         check_rows(layer.bias, experts, 1)
         check_rows(layer.norm, hidden, 1)
         return Moe(
-            router=Weight(F32, 0, 0, 0, experts, hidden, layer.router.data_ptr(), 0),
+            router=router_weight(layer.router),
             shared=self._describe_mlp(layer.shared or ()),
             norm=layer.norm.data_ptr(),
             bias=layer.bias.data_ptr(),
@@ -154,6 +153,16 @@ class Descriptions:
         if mlp and mlp[0].codec.name != mlp[1].codec.name:
             raise KernelError(f"gate is {mlp[0].codec.name} and up {mlp[1].codec.name}: one block takes one codec")
         return (Weight * 3)(*(self.weight(weight)[1] for weight in mlp))
+
+
+def router_weight(weight: Tensor) -> Weight:
+    """The description of a router's weight [E, H]; KernelError unless it is contiguous bfloat16 or float32."""
+    kinds = {torch.bfloat16: BF16, torch.float32: F32}
+    if weight.dtype not in kinds or not weight.is_contiguous() or weight.dim() != 2:
+        raise KernelError(
+            f"expected a contiguous router [E, H] in bfloat16 or float32, not {weight.dtype} {tuple(weight.shape)}"
+        )
+    return Weight(kinds[weight.dtype], 0, 0, 0, *weight.shape, weight.data_ptr(), 0)
 
 
 def check_rows(x: Tensor, cols: int, rows: int | None = None) -> int:

@@ -23,8 +23,8 @@ from offload.quant.nf4 import Nf4Codec
 ISAS = ("avx512", "avxvnni", "avx2", "portable")
 """Instruction sets of the library, fastest first."""
 
-_ABI = 5
-F32, _BF16, _FP8, _INT4, _INT8, _NF4, _INT3, _INT2 = range(8)
+_ABI = 6
+F32, BF16, _FP8, _INT4, _INT8, _NF4, _INT3, _INT2 = range(8)
 _INTEGERS = {8: _INT8, 4: _INT4, 3: _INT3, 2: _INT2}
 
 
@@ -105,7 +105,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ep_combine": (None, (_P, _P, _P, _P, _N, _N, _N, _P)),
     "ep_rms_norm": (None, (_P, _P, _P, _F, _N, _N, _P)),
     "ep_rope": (None, (_P, _P, _P, _P, _N, _N, _N, _P)),
-    "ep_router_topk": (_N, (_P, _P, _P, _N, _N, _P, _P, _P, _P)),
+    "ep_router_topk": (_N, (_P, _P, _P, _N, _P, _P, _P, _P)),
     "ep_mla_absorbed": (_N, (_P, _P, _P, _P, c_int32, _N, _N, _N, _N, _N, _F, _P)),
     "ep_attend": (_N, (_P, _P, _P, _P, _N, _N, _N, _N, _N, _F, _P)),
     "ep_absorb_query": (_N, (_P, _P, _P, _N, _N, _N, _N, _P)),
@@ -169,7 +169,7 @@ def describe(codec: Codec, shape: tuple[int, int], addresses: dict[str, int]) ->
     group = block_rows = block_cols = 0
     payload, scale = "weight", "weight_scale"
     if name == "bf16":
-        kind = _BF16
+        kind = BF16
     elif isinstance(codec, Fp8Codec):
         kind = _FP8
         block_rows, block_cols = codec.block

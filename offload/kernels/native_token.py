@@ -147,8 +147,8 @@ class NativeToken:
     def _router_of(self, block: Moe) -> Callable[[], int] | None:
         if not block.router.rows:
             return None
-        config, weights = byref(block.config), (block.router.payload, block.bias)
-        row, results = (self._normed.data_ptr(), 1, self.hidden.shape[1]), (self._early, self._early_weights.data_ptr())
+        config, weights = byref(block.config), (byref(block.router), block.bias)
+        row, results = (self._normed.data_ptr(), 1), (self._early, self._early_weights.data_ptr())
         return partial(self._library.ep_router_topk, self._context, config, *row, *weights, *results)
 
     def _bind(self, caches: Sequence[Tensor]) -> None:

@@ -50,7 +50,7 @@ class ReferenceKernels:
         return self.linear(_map(silu, self.linear(x, gate)) * self.linear(x, up), down)
 
     def router(self, x: Tensor, weight: Tensor, bias: Tensor, shape: RouterShape) -> tuple[Tensor, Tensor]:
-        scores = _map(torch.sigmoid, _product(x, weight))  # [T, E]
+        scores = _map(torch.sigmoid, _product(x, weight.float()))  # [T, E]
         ids = choose_experts(scores, bias, shape)
         return ids, weigh_experts(scores, ids, shape)
 

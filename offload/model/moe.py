@@ -123,7 +123,7 @@ class MlpWeights:
 
 @dataclass(frozen=True)
 class MoeWeights:
-    """The resident part of an MoE layer: router weight [E, H] and bias [E] in fp32, shared expert."""
+    """The resident part of an MoE layer: router weight [E, H] in bf16 or fp32, bias [E] in fp32, shared expert."""
 
     router: Tensor
     bias: Tensor

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from offload.config import ModelConfig
@@ -66,18 +67,13 @@ class PlacedWeights:
 
 
 def load_weights(source: WeightSource, config: ModelConfig) -> ModelWeights:
-    """All resident weights of the model in `source`. Norms and router become fp32, all else stays as it is."""
+    """All resident weights of the model in `source`. Norms become fp32, all else stays as it is."""
     return ModelWeights(
         embed=source.resident("model.embed_tokens"),
         layers=tuple(_layer(source, config, layer) for layer in range(config.num_hidden_layers)),
         norm=source.tensor("model.norm.weight").float(),
         head=source.resident("lm_head"),
     )
-
-
-def widened_nbytes(config: ModelConfig) -> int:
-    """Bytes by which loading widens the stored resident weights: routers are bf16 on disk and fp32 in memory."""
-    return 2 * len(config.moe_layers) * config.n_routed_experts * config.hidden_size
 
 
 def _layer(source: WeightSource, config: ModelConfig, layer: int) -> LayerWeights:
@@ -107,10 +103,15 @@ def _attention(source: WeightSource, config: ModelConfig, prefix: str) -> Attent
 
 def _moe(source: WeightSource, config: ModelConfig, prefix: str) -> MoeWeights:
     return MoeWeights(
-        router=source.tensor(f"{prefix}.gate.weight").float(),
+        router=_router(source.tensor(f"{prefix}.gate.weight")),
         bias=source.tensor(f"{prefix}.gate.e_score_correction_bias").float(),
         shared=_mlp(source, f"{prefix}.shared_experts") if config.n_shared_experts else None,
     )
+
+
+def _router(weight: Tensor) -> Tensor:
+    """In bf16 as in the official checkpoint, which every token reads in half the time of fp32, or in fp32."""
+    return weight if weight.dtype is torch.bfloat16 else weight.float()
 
 
 def _mlp(source: WeightSource, prefix: str) -> MlpWeights:

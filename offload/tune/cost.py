@@ -143,8 +143,8 @@ class ModelCost:
 
     @property
     def router_nbytes(self) -> int:
-        """Bytes of one router, in fp32."""
-        return 4 * self.config.n_routed_experts * self.config.hidden_size
+        """Bytes of one router, in bf16."""
+        return 2 * self.config.n_routed_experts * self.config.hidden_size
 
     @property
     def attention_nbytes(self) -> int:

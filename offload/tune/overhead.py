@@ -81,7 +81,7 @@ class _Weights:
             return torch.ones(size or c.hidden_size)
         if name.endswith("bias"):
             return torch.zeros(c.n_routed_experts)
-        return torch.randn(c.n_routed_experts, c.hidden_size, generator=self._rng)
+        return torch.randn(c.n_routed_experts, c.hidden_size, generator=self._rng).to(torch.bfloat16)
 
 
 class _Store:

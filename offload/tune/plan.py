@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from offload.config import ModelConfig
 from offload.errors import BudgetError
 from offload.kernels.device import GPU_LATENT_DTYPE
-from offload.model.weights import widened_nbytes
 from offload.tune.budget import (
     DEFAULT_CONTEXT,
     FREE_SHARE,
@@ -110,7 +109,7 @@ def ram_demand(footprint: Footprint, context: int, process: int) -> dict[str, in
     """What the budget needs to know of a model, as the engine says it of an opened store."""
     return {
         "process": process,
-        "resident": footprint.resident_nbytes + widened_nbytes(footprint.config),
+        "resident": footprint.resident_nbytes,
         "slot_nbytes": ModelCost.of(footprint).layout.slot_nbytes,
         "context": context,
     }
@@ -215,7 +214,7 @@ def _gpu(
         return None
     model, config = ModelCost.of(footprint), footprint.config
     vram = setting.vram or gpu.vram
-    resident = model.resident_read_nbytes + model.head_nbytes + widened_nbytes(config)
+    resident = model.resident_read_nbytes + model.head_nbytes
     kv_cache = kv_cache_nbytes(config, context, GPU_LATENT_DTYPE.itemsize)
     left = vram - resident - kv_cache - GPU_STAGING_NBYTES
     slots = min(model.expert_count, max(0, left // model.layout.slot_nbytes))

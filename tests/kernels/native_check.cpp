@@ -176,7 +176,8 @@ void layer(ep_context* c, Outputs& out) {
   std::vector<int64_t> ids(5 * 3);
   std::vector<float> weights(5 * 3);
   const std::vector<float> x = floats(5 * 33), w = floats(12 * 33), bias = floats(12);
-  if (ep_router_topk(c, &router, x.data(), 5, 33, w.data(), bias.data(), ids.data(), weights.data()) != 0) ++failures;
+  const ep_weight routes{EP_F32, 0, 0, 0, 12, 33, reinterpret_cast<uint64_t>(w.data()), 0};
+  if (ep_router_topk(c, &router, x.data(), 5, &routes, bias.data(), ids.data(), weights.data()) != 0) ++failures;
   out.push_back(weights);
 }
 

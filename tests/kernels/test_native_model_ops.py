@@ -77,6 +77,9 @@ def test_router_chooses_as_the_reference(kernels: NativeKernels, experts: int, s
     alone = kernels.router(x[7:8].contiguous(), weight, bias, shape)
     assert torch.equal(alone[0], ids[7:8])
     assert torch.equal(alone[1], weights[7:8])
+    for rows in (x, x[7:8].contiguous()):  # as the official checkpoint stores it, and exact here
+        halved, whole = kernels.router(rows, weight.bfloat16(), bias, shape), kernels.router(rows, weight, bias, shape)
+        assert torch.equal(halved[0], whole[0]) and torch.equal(halved[1], whole[1])
 
 
 def test_router_prefers_the_lower_index_and_masks_other_groups(kernels: NativeKernels) -> None:

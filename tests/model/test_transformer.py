@@ -140,13 +140,22 @@ def test_cache_is_allocated_once_and_holds_latents_only(pair: Pair) -> None:
         assert not rows[len(TOKENS) :].any()
 
 
-def test_resident_weights_keep_their_format_and_the_router_its_precision() -> None:
+@pytest.mark.parametrize(
+    ("stored", "kept"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float32)],
+)
+def test_resident_weights_keep_their_format_and_the_router_its_precision(
+    stored: torch.dtype, kept: torch.dtype
+) -> None:
     built = build_pair(BASE)
     tensors = official_tensors(built.oracle)
+    gate = "model.layers.1.mlp.gate.weight"
+    tensors[gate] = tensors[gate].to(stored)
     weights = load_weights(DictSource(tensors, "int8-g128"), built.config)
     moe = weights.layers[1].moe
     assert moe is not None
-    assert moe.bias.dtype == moe.router.dtype == torch.float32
+    assert moe.bias.dtype == torch.float32 and moe.router.dtype == kept
+    assert torch.equal(moe.router.float(), tensors[gate].float())
     assert torch.equal(moe.bias, tensors["model.layers.1.mlp.gate.e_score_correction_bias"])
     assert weights.layers[1].attention.o.codec.name == "int8-g128"
     assert weights.layers[0].moe is None

@@ -87,6 +87,6 @@ def test_early_routers_cost_something_where_they_are_applied(v3: dict[str, Footp
     machine = replace(MACHINE, foresee_s=2e-4)
     none, one, two = (decode_cost(model, machine, Demand(0.8, prefetch_depth=depth)).overhead_s for depth in range(3))
     assert none == 0.0 and two == pytest.approx(2 * one)
-    assert one == pytest.approx(58 * (2e-4 + 4 * 256 * 7168 / (0.85 * 72e9)))
+    assert one == pytest.approx(58 * (2e-4 + 2 * 256 * 7168 / (0.85 * 72e9)))
     little = Demand(1 - 0.9 * LEAST_ABSENT / 8, prefetch_depth=1)
     assert decode_cost(model, machine, little).overhead_s == 0.0

@@ -106,8 +106,8 @@ EP_API void ep_rms_norm(ep_context* context, const float* x, const float* weight
 // Rotates interleaved pairs (2i, 2i + 1) of x [tokens, heads, dim] by cos and sin [tokens, dim / 2].
 EP_API void ep_rope(ep_context* context, const float* x, const float* cos, const float* sin, int64_t tokens, int64_t heads, int64_t dim,
                     float* out);
-EP_API int64_t ep_router_topk(ep_context* context, const ep_router* config, const float* x, int64_t tokens, int64_t hidden,
-                              const float* weight, const float* bias, int64_t* ids, float* weights);
+EP_API int64_t ep_router_topk(ep_context* context, const ep_router* config, const float* x, int64_t tokens, const ep_weight* weight,
+                              const float* bias, int64_t* ids, float* weights);
 // q_latent [T, heads, latent] and q_rope [T, heads, rope] over cache rows [0, start + t]; cache is
 // [.., latent + rope] in fp32 or bf16; out [T, heads, latent].
 EP_API int64_t ep_mla_absorbed(ep_context* context, const float* q_latent, const float* q_rope, const void* cache, int32_t cache_is_bf16,

@@ -121,7 +121,7 @@ int64_t linear(Library& lib, const ep_weight& w, const float* x, int64_t tokens,
 using ep::ceil_div;
 using ep::Library;
 
-EP_API int32_t ep_abi(void) { return 5; }
+EP_API int32_t ep_abi(void) { return 6; }
 
 EP_API int32_t ep_supports(const char* isa) { return find_isa(isa) != nullptr ? 1 : 0; }
 

@@ -67,13 +67,12 @@ int64_t router_scores(Library& lib, const ep_weight& weight, const float* x, int
 
 }  // namespace ep
 
-EP_API int64_t ep_router_topk(ep_context* context, const ep_router* config, const float* x, int64_t tokens, int64_t hidden,
-                              const float* weight, const float* bias, int64_t* ids, float* weights) {
+EP_API int64_t ep_router_topk(ep_context* context, const ep_router* config, const float* x, int64_t tokens, const ep_weight* weight,
+                              const float* bias, int64_t* ids, float* weights) {
   ep::Library& lib = *context;
   std::lock_guard<std::mutex> lock(lib.mutex);
   std::vector<float> scores(static_cast<size_t>(tokens * config->experts));
-  const ep_weight w{EP_F32, 0, 0, 0, config->experts, hidden, reinterpret_cast<uint64_t>(weight), 0};
-  const int64_t bad = ep::router_scores(lib, w, x, tokens, scores.data());
+  const int64_t bad = ep::router_scores(lib, *weight, x, tokens, scores.data());
   if (bad != 0) return bad;
   for (int64_t t = 0; t < tokens; ++t) {
     ep::route(*config, scores.data() + t * config->experts, bias, ids + t * config->top_k, weights + t * config->top_k);

@@ -37,7 +37,8 @@ ROUTERS = [
 
 @pytest.mark.parametrize(("experts", "shape"), ROUTERS)
 @pytest.mark.parametrize("tokens", [1, 19])
-def test_router_chooses_as_the_reference(experts: int, shape: RouterShape, tokens: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_router_chooses_as_the_reference(experts: int, shape: RouterShape, tokens: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(tokens)
     # Small integers: logits are exact in fp32 in any order, so that even ties agree.
     x = torch.randint(-2, 3, (tokens, 96), generator=generator).float() / 16
@@ -46,9 +47,9 @@ def test_router_chooses_as_the_reference(experts: int, shape: RouterShape, token
     bias = torch.randint(-8, 3, (experts,), generator=generator).float() / 4  # mostly negative
     bias[experts // 2] = bias[0]
     x, weight, bias = x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE)
-    ids, weights = KERNELS.router(x, weight, bias, shape)
+    ids, weights = KERNELS.router(x, weight.to(dtype), bias, shape)
     assert ids.dtype == torch.int64
-    wanted_ids, wanted_weights = REFERENCE.router(x, weight, bias, shape)
+    wanted_ids, wanted_weights = REFERENCE.router(x, weight.to(dtype), bias, shape)
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(weights, wanted_weights, rtol=1e-5, atol=1e-7)
 
