@@ -140,8 +140,7 @@ class AttentionLayer:
 
 @dataclass(frozen=True, eq=False)
 class MoeLayer:
-    """The resident part of one MoE block: norm, router weight [E, H] (bfloat16 or float32), its bias [E] (float32), shared
-    expert if any."""
+    """The resident part of one MoE block: norm, router [E, H] (bfloat16 or float32) and bias [E], shared expert if any."""
 
     norm: Tensor
     eps: float
