@@ -140,7 +140,7 @@ class AttentionLayer:
 
 @dataclass(frozen=True, eq=False)
 class MoeLayer:
-    """The resident part of one MoE block: norm, router [E, H] (bfloat16 or float32) and bias [E], shared expert if any."""
+    """Resident part of an MoE block: norm, router [E, H] (bfloat16 or float32) and bias [E], shared expert if any."""
 
     norm: Tensor
     eps: float
