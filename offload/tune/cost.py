@@ -292,7 +292,7 @@ def chunk_cost(
         stall = max(stall, begun - with_reads - residents)
     resident = layers * (with_reads - shared)
     resident += rows_seconds(own, model.resident_read_nbytes, model.resident_parameters, tokens)
-    resident += config.num_hidden_layers * _attention_flops(config, tokens, start) / (machine.past_gflops * 1e9)
+    resident += config.num_hidden_layers * attention_flops(config, tokens, start) / (machine.past_gflops * 1e9)
     miss_s = machine.miss_s if machine.prompt_miss_s is None else machine.prompt_miss_s
     return Cost(
         experts_s=layers * compute,
@@ -304,7 +304,7 @@ def chunk_cost(
     )
 
 
-def _attention_flops(config: ModelConfig, tokens: int, start: int) -> float:
+def attention_flops(config: ModelConfig, tokens: int, start: int) -> float:
     """2 x multiply-adds of one layer's scores and sums for `tokens` tokens after `start` others.
 
     The first block of a context has keys and values of its own, later ones work on latents.
