@@ -407,7 +407,7 @@ def plan(
     report = run(footprints(model, recipes=recipes, revision=revision), **arguments)
     _write_page(report, html)
     _report(report.lines(), report.to_dict(), as_json)
-    if report.best is None:
+    if report.best is None and report.best_on_gpu is None:
         sys.exit(1)
 
 

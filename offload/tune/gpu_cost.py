@@ -18,7 +18,7 @@ from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.cost import ModelCost, attention_flops, distinct_experts
 from offload.tune.hits import HitCurve
 from offload.tune.layer_clock import Demand, arrival_times
-from offload.tune.machine import FormatRate, Gpu, MachineSpec
+from offload.tune.machine import FormatRate, MachineSpec
 
 PASS_NBYTES = 700
 """Bytes of activations that pass through device memory in a layer of a prompt, per token and element of the hidden
@@ -107,10 +107,11 @@ def gpu_decode_cost(
     layer = _missing(model, machine, demand, before, hybrid)
     overhead = every * gpu.layer_s + gpu.token_s
     if demand.paged:
-        device = before + others / every + (k - layer.in_place) * expert  # meanwhile the host keeps its books
-        overhead += gpu.decide_token_s + moe * max(0.0, gpu.decide_s - device - layer.copied * model.expert_nbytes / gpu.h2d)
+        # The host decides while the device is busy with the layer and the link with copies.
+        hidden = before + others / every + k * expert + layer.link_s
+        overhead += gpu.decide_token_s + moe * max(0.0, gpu.decide_s - hidden)
     return GpuCost(
-        device_s=attention + others + head + moe * (k - layer.in_place) * expert,
+        device_s=attention + others + head + moe * k * expert,  # what the processor computes costs as much in waits
         link_s=moe * layer.link_s,
         processor_s=moe * layer.processor_s,
         stall_s=moe * layer.stall_s,
@@ -128,7 +129,6 @@ class _Missing:
     processor_s: float = 0.0
     stall_s: float = 0.0
     copied: float = 0.0
-    in_place: float = 0.0
 
 
 def _missing(model: ModelCost, machine: MachineSpec, demand: GpuDemand, before: float, hybrid: bool) -> _Missing:
@@ -150,7 +150,6 @@ def _missing(model: ModelCost, machine: MachineSpec, demand: GpuDemand, before: 
         found.link_s += chance * link
         found.processor_s += chance * (busy - link)
         found.copied += chance * (absent - in_place)
-        found.in_place += chance * in_place
         for reads, likely in _binomial(absent, read_share):
             for early, foretold in _binomial(reads, below.foretold):
                 begun = [max(0.0, time - before) for time in arrival_times(machine, early, size)]

@@ -56,7 +56,8 @@ GPU_TOKEN_S = 2e-3
 (vocabulary of 32768, sampling with top-p)."""
 
 GPU_DECIDE_S = 0.3e-3
-"""0.26 ms on a Zen 4 processor, the device being simulated; on the H200 and the H100 it was hidden behind the device."""
+"""0.26 ms on a Zen 4 processor, the device being simulated; on the H200 and the H100 it was hidden behind the
+device."""
 
 GPU_DECIDE_TOKEN_S = 3e-3
 """With slots for 95% of the experts the same model took 3.1 ms more per token, and hardly anything was copied."""

@@ -116,9 +116,10 @@ def _gpu_tables(gpu: Gpu | None) -> list[tuple[str, dict[str, Any]]]:
     """[gpu] and a table for every format whose kernels were measured."""
     if gpu is None:
         return []
-    values = {key: value for key, value in vars(gpu).items() if key not in (*_GPU_TABLES, *_GPU_TIMES)}
+    values = {key: value for key, value in vars(gpu).items() if key not in _GPU_TABLES and not key.endswith("_s")}
     usual = Gpu("", 0, 0.0, 0.0)
-    times = {f"{key[:-2]}_us": 1e6 * getattr(gpu, key) for key in _GPU_TIMES if getattr(gpu, key) != getattr(usual, key)}
+    known = [key for key in _GPU_TIMES if getattr(gpu, f"{key}_s") != getattr(usual, f"{key}_s")]
+    times = {f"{key}_us": 1e6 * getattr(gpu, f"{key}_s") for key in known}
     rates = [(f"gpu.{kind}.{codec}", rate) for kind in _GPU_TABLES for codec, rate in getattr(gpu, kind).items()]
     return [("gpu", values | times), *((name, {"read": rate.read, "gflops": rate.gflops}) for name, rate in rates)]
 
@@ -170,7 +171,7 @@ def _lines(value: Any) -> tuple[str, ...]:
 
 
 _GPU_TABLES = ("experts", "resident")
-_GPU_TIMES = ("layer_s", "prompt_layer_s", "token_s", "decide_s", "decide_token_s")
+_GPU_TIMES = ("layer", "prompt_layer", "token", "decide", "decide_token")
 _RATE_TABLE: dict[str, Parser] = {"read": _size, "gflops": _number, "attention": _size}
 _KEYS: dict[str, dict[str, Parser]] = {
     "": {"name": _text, "warnings": _lines},
@@ -189,7 +190,7 @@ _KEYS: dict[str, dict[str, Parser]] = {
         "read": _size,
         "h2d": _size,
         **dict.fromkeys(("free", "h2d_pageable", "h2d_with_reads", "ram_with_copies", "kernels"), _size),
-        **dict.fromkeys(("attention_gflops", *(f"{key[:-2]}_us" for key in _GPU_TIMES)), _number),
+        **dict.fromkeys(("attention_gflops", *(f"{key}_us" for key in _GPU_TIMES)), _number),
     },
     "network": {"download": _size},
     "engine": {"layer_us": _number, "miss_us": _number, "prompt_miss_us": _number, "foresee_us": _number},
@@ -302,11 +303,13 @@ class _Reader:
         for key in ("name", "vram", "read", "h2d"):
             if key not in gpu:
                 raise self._fault("", "gpu", f"lacks the key {key}")
-        times = {key: gpu.pop(f"{key[:-2]}_us") / 1e6 for key in _GPU_TIMES if f"{key[:-2]}_us" in gpu}
-        rates = {key: float(value) for key, value in gpu.items() if key not in ("name", "vram", "free")}
-        tables = {table: self._formats("gpu", table) for table in _GPU_TABLES}
-        main = gpu["name"], gpu["vram"], rates.pop("read"), rates.pop("h2d"), gpu.get("free")
-        return Gpu(*main, **rates, **tables, **times)
+        values: dict[str, Any] = {table: self._formats("gpu", table) for table in _GPU_TABLES}
+        for key, value in gpu.items():
+            if key.endswith("_us"):
+                values[f"{key[:-3]}_s"] = value / 1e6
+            else:
+                values[key] = value if key in ("name", "vram", "free") else float(value)
+        return Gpu(**values)
 
     def _value(self, section: str, key: str, value: Any, parser: Parser) -> Any:
         try:

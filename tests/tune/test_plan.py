@@ -20,8 +20,9 @@ from offload.tune.cost import ModelCost, prefill_cost
 from offload.tune.hits import CURVES
 from offload.tune.machine import FormatRate, MachineSpec
 from offload.tune.machine_file import load_machine
-from offload.tune.plan import Setting, least_ram, plan_ram_of, plan_recipe, ram_demand
+from offload.tune.plan import least_ram, plan_ram_of, plan_recipe, ram_demand
 from offload.tune.plan_report import plan_model
+from offload.tune.setting import Setting
 
 MACHINE = MachineSpec("box", 128 << 30, 124 << 30, ram_read=72e9, drive_read=7e9, threads=16, gflops=1000.0)
 
@@ -102,16 +103,6 @@ def test_conversion_time_is_the_slowest_of_its_parts(v3: dict[str, Footprint]) -
     assert hours(download=1e8, encode=5e7) == pytest.approx(673_150_611_808 / 5e7)
 
 
-def test_gpu_forecast(v3: dict[str, Footprint]) -> None:
-    big = load_machine("rtx5090-192gb")
-    plan = plan_recipe(v3["int4-small"], big, Setting(), CURVES["local"])
-    assert plan.gpu and plan.gpu.slots > 464 and plan.gpu.hit > plan.gpu.vram_hit > 0
-    used = plan.gpu.resident + plan.gpu.kv_cache + plan.gpu.staging + plan.gpu.slots * 22_708_224
-    assert used <= big.gpu.vram < used + 22_708_224  # type: ignore[union-attr]
-    cramped = plan_recipe(v3["int4"], load_machine("rtx3060-64gb"), Setting(), CURVES["local"])
-    assert cramped.gpu and cramped.gpu.slots == 0 and cramped.gpu.tok_s == 0
-
-
 def test_a_store_is_planned_as_the_engine_loads_it(store: Path) -> None:
     """Same budget, same split: only the measured size of the process may differ."""
     footprint = footprints(store).items[0]
@@ -167,7 +158,7 @@ def test_page_of_a_plan(v3: dict[str, Footprint], tmp_path: Path) -> None:
     report = plan_model("V3", "checkpoint", list(v3.values()), load_machine("rtx5090-192gb"))
     html = report.page().html()
     assert report.best and report.best.decode
-    assert f"{report.best.decode.tok_s:.2f} tok/s" in html and html.count("<svg") == 3
+    assert f"{report.best.decode.tok_s:.2f} tok/s" in html and html.count("<svg") == 4
     assert all(f"<th>{name}</th>" in html for name in v3)
     small = replace(MACHINE, ram_total=32 << 30, ram_available=28 << 30)
     refused = plan_model("V3", "checkpoint", [v3["fp8"]], small).page().html()
