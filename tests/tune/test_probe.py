@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -25,10 +26,18 @@ from offload.tiers.simulated import SimulatedDevice
 from offload.tune import probe as probe_module
 from offload.tune import surroundings
 from offload.tune.attention_shapes import AttentionShapes
-from offload.tune.machine import FormatRate, Gpu, MachineSpec
+from offload.tune.machine import GPU_LAYER_S, FormatRate, Gpu, MachineSpec
 from offload.tune.machine_file import load_machine, parse_machine, to_toml
 from offload.tune.overhead import _decoding, measure_overhead
-from offload.tune.probe import FORMATS, RESIDENT_FORMATS, Effort, _random_expert, probe
+from offload.tune.probe import (
+    FORMATS,
+    GPU_FORMATS,
+    GPU_RESIDENT_FORMATS,
+    RESIDENT_FORMATS,
+    Effort,
+    _random_expert,
+    probe,
+)
 from offload.tune.probe_attention import measure_attention, measure_past
 from offload.tune.surroundings import warnings
 
@@ -72,7 +81,7 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
         return real(extents, seconds)
 
     monkeypatch.setattr(probe_module, "measure_drive", spy)
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     monkeypatch.setattr(probe_module, "Effort", lambda **given: (sizes.update(given), replace(QUICK, **given))[1])
     before = sorted(path.name for path in store.iterdir())
     done = CliRunner().invoke(
@@ -83,6 +92,8 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
     assert {path.parent for path in seen} == {store} and len(seen) == 48
     config = Store.open(store).config
     assert sizes.pop("attention") == AttentionShapes.of(config)
+    # Of a GPU only what this store is made of is measured.
+    assert (sizes.pop("gpu_formats"), sizes.pop("gpu_resident_formats")) == (("int4-g32",), ("int8-g128", "bf16"))
     assert sizes == {name: getattr(config, name) for name in ("hidden_size", "moe_intermediate_size")}
     assert sorted(path.name for path in store.iterdir()) == before
     planned = CliRunner().invoke(cli.cli, ["plan", str(store), "--machine", str(tmp_path / "m.toml")])
@@ -90,7 +101,7 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
 
 
 def test_a_device_is_measured_through_its_interface(tmp_path: Path) -> None:
-    device = SimulatedDevice(16 << 20, seed=1)
+    device = SimulatedDevice(1 << 30)
     report = probe(
         tmp_path / "m.toml",
         location=tmp_path,
@@ -98,12 +109,19 @@ def test_a_device_is_measured_through_its_interface(tmp_path: Path) -> None:
         kernels="reference",
         effort=QUICK,
         gpu=(device, ReferenceDeviceKernels()),
+        sampling=lambda vocabulary: lambda: time.sleep(0.02) if vocabulary == 129280 else None,
     )
     gpu = load_machine(tmp_path / "m.toml").gpu
-    assert gpu is not None and gpu.name == device.name and gpu.vram == gpu.free == 16 << 20
-    for name in ("read", "h2d", "h2d_pageable", "h2d_with_reads", "ram_with_copies", "kernels"):
+    assert gpu is not None and gpu.name == device.name and gpu.vram == gpu.free == 1 << 30
+    for name in ("read", "h2d", "h2d_pageable", "h2d_with_reads", "ram_with_copies", "attention_gflops"):
         assert getattr(gpu, name) == pytest.approx(getattr(report.machine.gpu, name), abs=1)
         assert getattr(gpu, name) > 0
+    assert gpu.kernels is None and tuple(gpu.experts) == GPU_FORMATS and tuple(gpu.resident) == GPU_RESIDENT_FORMATS
+    for rate in (*gpu.experts.values(), *gpu.resident.values()):
+        assert rate.read > 0 and rate.gflops > 0
+    times = gpu.layer_s, gpu.prompt_layer_s, gpu.token_s, gpu.decide_s, gpu.decide_token_s
+    assert all(0 < seconds < 60 for seconds in times) and gpu.layer_s != GPU_LAYER_S
+    assert gpu.token_s > 0.02, "sampling counts"
     assert any("of it free" in line for line in report.lines())
     assert report.to_dict()["gpu"]["h2d_pageable"] > 0
     with pytest.raises(BudgetError, match=r"has 64\.0 KiB free; measuring it takes .*--device cpu"):
