@@ -105,7 +105,7 @@ def gpu_decode_cost(
     head = model.head_nbytes / gpu.resident_rate(model.head).read
     before = attention / every + gpu.layer_s
     layer = _missing(model, machine, demand, before, hybrid)
-    overhead = every * gpu.layer_s + gpu.token_s
+    overhead = every * gpu.layer_s + gpu.token_time(config.vocab_size)
     if demand.paged:
         # The host decides while the device is busy with the layer and the link with copies.
         hidden = before + others / every + k * expert + layer.link_s
@@ -235,7 +235,7 @@ def gpu_prefill_cost(
         sum(part.link_s for part in parts),
         0.0,
         sum(part.stall_s for part in parts),
-        sum(part.overhead_s for part in parts) + gpu.token_s,
+        sum(part.overhead_s for part in parts) + gpu.token_time(model.config.vocab_size),
         sum(part.copied_nbytes for part in parts),
         sum(part.read_nbytes for part in parts),
         prompt,

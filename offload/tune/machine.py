@@ -51,9 +51,10 @@ GPU_PROMPT_LAYER_S = 2.4e-3
 """What prompts of 512 and of 2048 tokens took beyond products, when all experts were in VRAM, apart from what grows
 with the tokens."""
 
-GPU_TOKEN_S = 2e-3
-"""Decoding with every expert in VRAM took 3.8 ms per token on the H100, 1.75 of which its layers and the head explain
-(vocabulary of 32768, sampling with top-p)."""
+GPU_TOKEN_S = 1.4e-3
+GPU_SAMPLE_S = 2e-8
+"""Per token, and per token and entry of the vocabulary. Decoding with every expert in VRAM took 3.8 ms per token on
+the H100, 1.75 of which its layers and the head explain (vocabulary of 32768, sampling with top-p)."""
 
 GPU_DECIDE_S = 0.3e-3
 """0.26 ms on a Zen 4 processor, the device being simulated; on the H200 and the H100 it was hidden behind the
@@ -117,7 +118,7 @@ class Gpu:
     """2 x multiply-adds per second of a long pass with the tokens before it, in units of 1e9."""
     layer_s: float = GPU_LAYER_S
     """Time per layer of one token that is neither weights nor copies: launches, small kernels, the router."""
-    token_s: float = GPU_TOKEN_S
+    token_s: float | None = None
     """Time per token outside of the layers: logits on their way, sampling, Python."""
     prompt_layer_s: float = GPU_PROMPT_LAYER_S
     """The same per layer and chunk of a prompt."""
@@ -125,6 +126,10 @@ class Gpu:
     """Time of the host per layer in which VRAM may lack experts. The device computes meanwhile."""
     decide_token_s: float = GPU_DECIDE_TOKEN_S
     """Time of the host per token where VRAM may lack experts, while the device has nothing to do."""
+
+    def token_time(self, vocab_size: int) -> float:
+        """`token_s`, else what it usually is with such a vocabulary."""
+        return GPU_TOKEN_S + GPU_SAMPLE_S * vocab_size if self.token_s is None else self.token_s
 
     def expert_rate(self, codec: str) -> FormatRate:
         """The measured rate of routed experts in `codec`, else what the memory's rate allows."""

@@ -36,7 +36,7 @@ ROUNDS = 8
 """Tokens at least that each of the models decodes."""
 
 _CONTEXT = 512
-_PROMPT_TOKENS = 128
+_PROMPT_TOKENS = 64
 _LEAST_S = 1e-6
 
 
@@ -97,7 +97,7 @@ def measure_gpu_overhead(device: Device, kernels: DeviceKernels, seconds: float)
     with ExitStack() as stack:
         settings = [(share, depth) for share in (1.0, PAGED_SHARE) for depth in DEPTHS]
         runs = [stack.enter_context(_model(device, kernels, depth, share)) for share, depth in settings]
-        prompts = [[run.prompt() for run in runs[:2]] for _ in range(4)][1:]  # the first makes what is made once
+        prompts = [[run.prompt() for run in runs[:2]] for _ in range(3)][1:]  # the first makes what is made once
         for run in runs[2:]:
             run.prompt()  # brings in experts
         tokens: list[list[float]] = []

@@ -151,10 +151,10 @@ def _gpu_lines(gpu: Gpu) -> Iterator[str]:
             share = f"{rate.read / 1e9:.0f} GB/s ({rate.read / gpu.read:.0%} of its memory)"
             yield f"       {what} {codec}: {share} with one token, {rate.gflops / 1e3:.1f} TFLOP/s with {PASS_TOKENS}"
     yield f"       tokens before a long pass: {gpu.past_gflops / 1e3:.1f} TFLOP/s"
+    deciding = f"deciding {1e6 * gpu.decide_s:.0f} us per layer, {1e6 * gpu.decide_token_s:.0f} per token"
     yield (
         f"       layer {1e6 * gpu.layer_s:.0f} us besides weights ({1e6 * gpu.prompt_layer_s:.0f} in a prompt), token "
-        f"{1e6 * gpu.token_s:.0f} us; deciding {1e6 * gpu.decide_s:.0f} us per layer, {1e6 * gpu.decide_token_s:.0f} "
-        "per token"
+        f"{1e6 * (gpu.token_s or 0):.0f} us; {deciding}"
     )
 
 
@@ -196,7 +196,7 @@ def probe(
         measured = _measure_gpu(*gpu, machine.threads, effort)
         if sampling is not None:
             draw = sampling(store.config.vocab_size if store else V3_VOCABULARY)
-            measured = replace(measured, token_s=measured.token_s + mean_time(draw, part.seconds))
+            measured = replace(measured, token_s=(measured.token_s or 0.0) + mean_time(draw, part.seconds))
         machine = replace(machine, gpu=measured)
     warned = warnings(
         folder,

@@ -58,7 +58,9 @@ def test_values() -> None:
     assert machine.format_rate("fp8").read == KERNEL_SHARE * 50e9 and machine.format_rate("fp8").gflops == 500.5
     gpu = machine.gpu
     assert gpu is not None and gpu.vram == 24 << 30 and gpu.layer_s == pytest.approx(9e-5)
-    assert (gpu.token_s, gpu.decide_s, gpu.attention_gflops) == (GPU_TOKEN_S, GPU_DECIDE_S, 40000)
+    assert (gpu.token_s, gpu.decide_s, gpu.attention_gflops) == (None, GPU_DECIDE_S, 40000)
+    assert gpu.token_time(0) == GPU_TOKEN_S < gpu.token_time(129280)
+    assert replace(gpu, token_s=5e-3).token_time(129280) == 5e-3
     assert gpu.experts == {"int4-g32": FormatRate(600e9, 30000)} == {"int4-g32": gpu.expert_rate("int4-g32")}
     assert gpu.resident == {"int8-g128": FormatRate(500e9, 60000)}
     assert machine.download == 100_000_000 and machine.layer_s == pytest.approx(2.5e-4)

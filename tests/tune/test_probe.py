@@ -31,8 +31,6 @@ from offload.tune.machine_file import load_machine, parse_machine, to_toml
 from offload.tune.overhead import _decoding, measure_overhead
 from offload.tune.probe import (
     FORMATS,
-    GPU_FORMATS,
-    GPU_RESIDENT_FORMATS,
     RESIDENT_FORMATS,
     Effort,
     _random_expert,
@@ -101,13 +99,13 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
 
 
 def test_a_device_is_measured_through_its_interface(tmp_path: Path) -> None:
-    device = SimulatedDevice(1 << 30)
+    device, effort = SimulatedDevice(1 << 30), replace(QUICK, gpu_formats=("int4-g32", "fp8"))
     report = probe(
         tmp_path / "m.toml",
         location=tmp_path,
         threads=1,
         kernels="reference",
-        effort=QUICK,
+        effort=effort,
         gpu=(device, ReferenceDeviceKernels()),
         sampling=lambda vocabulary: lambda: time.sleep(0.02) if vocabulary == 129280 else None,
     )
@@ -116,12 +114,13 @@ def test_a_device_is_measured_through_its_interface(tmp_path: Path) -> None:
     for name in ("read", "h2d", "h2d_pageable", "h2d_with_reads", "ram_with_copies", "attention_gflops"):
         assert getattr(gpu, name) == pytest.approx(getattr(report.machine.gpu, name), abs=1)
         assert getattr(gpu, name) > 0
-    assert gpu.kernels is None and tuple(gpu.experts) == GPU_FORMATS and tuple(gpu.resident) == GPU_RESIDENT_FORMATS
+    assert gpu.kernels is None and tuple(gpu.experts) == effort.gpu_formats
+    assert tuple(gpu.resident) == effort.gpu_resident_formats
     for rate in (*gpu.experts.values(), *gpu.resident.values()):
         assert rate.read > 0 and rate.gflops > 0
-    times = gpu.layer_s, gpu.prompt_layer_s, gpu.token_s, gpu.decide_s, gpu.decide_token_s
+    times = gpu.layer_s, gpu.prompt_layer_s, gpu.token_time(0), gpu.decide_s, gpu.decide_token_s
     assert all(0 < seconds < 60 for seconds in times) and gpu.layer_s != GPU_LAYER_S
-    assert gpu.token_s > 0.02, "sampling counts"
+    assert gpu.token_time(0) > 0.02, "sampling counts"
     assert any("of it free" in line for line in report.lines())
     assert report.to_dict()["gpu"]["h2d_pageable"] > 0
     with pytest.raises(BudgetError, match=r"has 64\.0 KiB free; measuring it takes .*--device cpu"):
