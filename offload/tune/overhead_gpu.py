@@ -104,6 +104,8 @@ def measure_gpu_overhead(device: Device, kernels: DeviceKernels, seconds: float)
         begun = time.perf_counter()
         while len(tokens) < ROUNDS or time.perf_counter() - begun < 3 * seconds:
             tokens.append([run.token() for run in runs])
+        with device.guard():
+            device.synchronize()  # closing the first of them unlocks the pages of all
     few, many, few_paged, many_paged = (median(times) for times in zip(*tokens, strict=True))
     apart = DEPTHS[1] - DEPTHS[0]
     layer, decide = (max(_LEAST_S, (b - a) / apart) for a, b in ((few, many), (few_paged, many_paged)))

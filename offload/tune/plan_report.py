@@ -105,10 +105,9 @@ def _check_setting(setting: Setting, machine: MachineSpec, config: ModelConfig) 
 def _report_lines(report: PlanReport) -> Iterator[str]:
     yield from _premises(report)
     yield ""
-    name, *columns, last = _COLUMNS
-    yield f"{name:<18} {' '.join(f'{c:>{w}}' for c, w in zip(columns, _WIDTHS, strict=True))}  {last}"
+    yield _row(_columns(report))
     for plan in report.plans:
-        yield _row(plan)
+        yield _row(_cells(report, plan))
     yield ""
     best = report.best
     if best is None or best.decode is None:
@@ -136,13 +135,17 @@ def _premises(report: PlanReport) -> Iterator[str]:
         yield f"download: {download / 1e9:.1f} GB{took}; nothing of it is kept beside the store"
 
 
-_COLUMNS = ("recipe", "store", "expert", "per token", "slots", "share", "hits", "decode", "prefill", "TTFT", "bound by")
-_WIDTHS = (9, 9, 9, 6, 5, 5, 12, 12, 8)
+def _columns(report: PlanReport) -> list[str]:
+    columns = ["recipe", "store", "expert", "per token", "slots", "share", "hits", "decode", "prefill", "TTFT"]
+    return [*columns, *(["on the GPU"] if report.machine.gpu else []), "bound by"]
 
 
-def _row(plan: RecipePlan) -> str:
-    name, *cells, last = _cells(plan)
-    shown = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True))
+_WIDTHS = (9, 9, 9, 6, 5, 5, 12, 12, 8, 12)
+
+
+def _row(cells: Sequence[str]) -> str:
+    name, *others, last = cells
+    shown = " ".join(f"{cell:>{width}}" for cell, width in zip(others, _WIDTHS, strict=False))
     return f"{name:<18} {shown}  {last}"
 
 
@@ -228,20 +231,7 @@ def _page(report: PlanReport) -> Page:
         f"Recipe {plan.footprint.recipe}; every point is a budget for the whole process. The vertical distance of the "
         "curves is what your routing decides: record a trace and give it as --hits.",
     ).chart(_ram_chart(report, plan))
-    columns = [
-        "recipe",
-        "store",
-        "expert",
-        "per token",
-        "slots",
-        "share",
-        "hits",
-        "decode",
-        "prefill",
-        "TTFT",
-        "bound by",
-    ]
-    page.section("Recipes").table(columns, [_cells(item) for item in report.plans])
+    page.section("Recipes").table(_columns(report), [_cells(report, item) for item in report.plans])
     if plan.gains:
         page.section("What would help").table(
             ["one change", "decode", "gain"],
@@ -307,7 +297,7 @@ def _ram_chart(report: PlanReport, plan: RecipePlan) -> str:
     return line_chart(curves, x_label="RAM of the process, GiB", y_label="decode tok/s")
 
 
-def _cells(plan: RecipePlan) -> list[str]:
+def _cells(report: PlanReport, plan: RecipePlan) -> list[str]:
     footprint, model = plan.footprint, ModelCost.of(plan.footprint)
     cells = [
         footprint.recipe,
@@ -315,8 +305,10 @@ def _cells(plan: RecipePlan) -> list[str]:
         f"{model.expert_nbytes / 1e6:.2f} MB",
         f"{model.token_nbytes / 1e9:.2f} GB",
     ]
+    speed = f"{_gpu_tok_s(plan):.2f} tok/s" if _gpu_tok_s(plan) else ""
+    on_gpu = [speed] if report.machine.gpu else []
     if plan.ram is None or plan.decode is None or plan.prefill is None:
-        return [*cells, *[""] * 6, "does not run"]
+        return [*cells, *[""] * 6, *on_gpu, "only there" if speed else "does not run"]
     return [
         *cells,
         str(plan.ram.slots),
@@ -325,6 +317,7 @@ def _cells(plan: RecipePlan) -> list[str]:
         f"{plan.decode.tok_s:.2f} tok/s",
         f"{plan.prefill.tok_s:.1f} tok/s",
         format_time(plan.ttft_s),
+        *on_gpu,
         plan.decode.binding,
     ]
 
