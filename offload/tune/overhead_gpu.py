@@ -15,16 +15,24 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 
+import torch
+
 from offload.config import ModelConfig
-from offload.kernels.device import DeviceKernels
+from offload.kernels.device import DeviceKernels, ExpertSlab
 from offload.model.kv_cache import KVCache
 from offload.model.place import Place
 from offload.model.single_token import SingleToken
 from offload.model.transformer import DeepseekV3
 from offload.model.weights import PlacedWeights, load_weights
+from offload.quant import get_codec
+from offload.store.layout import ExpertLayout
 from offload.tiers.device import Device
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare
+from offload.tiers.vram_memory import slot_nbytes
+from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.overhead import EmptyStore, RandomWeights
+from offload.tune.probe_attention import random_layer
+from offload.tune.probe_gpu_kernels import TOP_K, expert_read, resident_read
 
 DEPTHS = (5, 9)
 """Layers, one of them dense."""
@@ -75,6 +83,7 @@ class GpuOverhead:
     """Seconds that are neither weights nor copies; see the fields of `Gpu`."""
 
     layer_s: float
+    """Without the products: their least times are in the rates of kernels."""
     prompt_layer_s: float
     token_s: float
     """Without sampling."""
@@ -106,18 +115,32 @@ def measure_gpu_overhead(device: Device, kernels: DeviceKernels, seconds: float)
             tokens.append([run.token() for run in runs])
         with device.guard():
             device.synchronize()  # closing the first of them unlocks the pages of all
-    few, many, few_paged, many_paged = (median(times) for times in zip(*tokens, strict=True))
+        products = _products(device, kernels, seconds / 4)
     apart = DEPTHS[1] - DEPTHS[0]
-    layer, decide = (max(_LEAST_S, (b - a) / apart) for a, b in ((few, many), (few_paged, many_paged)))
-    prompt = median((b - a) / apart for a, b in prompts)
-    token = max(_LEAST_S, few - DEPTHS[0] * layer)
-    return GpuOverhead(
-        layer,
-        max(_LEAST_S, prompt),
-        token,
-        decide,
-        max(_LEAST_S, few_paged - DEPTHS[0] * decide - token),
-    )
+    few, many, few_paged, many_paged = (median(times) for times in zip(*tokens, strict=True))
+    layer, decide = (many - few) / apart, (many_paged - few_paged) / apart
+    token = few - DEPTHS[0] * layer
+    found = {
+        "layer_s": layer - products,
+        "prompt_layer_s": median((b - a) / apart for a, b in prompts),
+        "token_s": token,
+        "decide_s": decide,
+        "decide_token_s": few_paged - DEPTHS[0] * decide - token,
+    }
+    return GpuOverhead(**{name: max(_LEAST_S, spent) for name, spent in found.items()})
+
+
+def _products(device: Device, kernels: DeviceKernels, seconds: float) -> float:
+    """Seconds of a layer's products, attention's and experts': small as they are, each takes its kernel's least time,
+    which the rates of large ones hold, too."""
+    config = _config(DEPTHS[0])
+    shapes = AttentionShapes.of(config)
+    nbytes, layer = random_layer("bf16", shapes)
+    layout = ExpertLayout(get_codec("int4-g32"), config.hidden_size, config.moe_intermediate_size)
+    with device.guard():
+        slab = ExpertSlab(layout, device.empty((2 * TOP_K, slot_nbytes(layout)), torch.uint8).zero_())
+        attention = nbytes / resident_read(device, kernels, layer, shapes, seconds)
+        return attention + TOP_K * layout.stride / expert_read(device, kernels, slab, seconds)
 
 
 @contextmanager

@@ -46,55 +46,69 @@ def rate(device: Device, amount: float, work: Callable[[], None], seconds: float
 def expert_rate(device: Device, kernels: DeviceKernels, slab: ExpertSlab, seconds: float) -> FormatRate:
     """Routed experts in `slab`, at least 2 * TOP_K: one token after another, and a pass of PASS_TOKENS tokens."""
     where, hidden = device.torch_device, slab.layout.hidden_size
-    x, outputs = torch.ones(1, hidden, device=where), torch.zeros(TOP_K, hidden, device=where)
-    slots = torch.arange(slab.slots // TOP_K * TOP_K, dtype=torch.int32, device=where).view(-1, TOP_K)
-
-    def one() -> None:
-        for chosen in slots:
-            kernels.slot_experts(slab, x, chosen, outputs)
-
-    read = rate(device, slots.numel() * slab.layout.stride, device.record(one), seconds)
     # Of the positions of a pass as many are of this slab as give each of its experts the rows that it has there.
     positions = PASS_TOKENS * TOP_K
     present = min(positions, slab.slots * EXPERT_ROWS)
-    chosen = torch.full((positions,), -1, dtype=torch.int32)
+    slots = torch.full((positions,), -1, dtype=torch.int32)
     at = torch.arange(present) * (positions // present)
-    chosen[at] = (torch.arange(present) % slab.slots).to(torch.int32)
-    many, partial_ = torch.ones(PASS_TOKENS, hidden, device=where), device.empty((positions, hidden), torch.float32)
-    chosen = chosen.to(where)
-    work = partial(kernels.slot_experts, slab, many, chosen, partial_)
-    launch = partial(device.compute.launch, work, reads=[slab.data], writes=[partial_])
-    parameters = 3 * hidden * slab.layout.moe_intermediate_size
-    return FormatRate(read, rate(device, 2.0 * present * parameters, launch, seconds) / 1e9)
+    slots[at] = (torch.arange(present) % slab.slots).to(torch.int32)
+    x, outputs = torch.ones(PASS_TOKENS, hidden, device=where), device.empty((positions, hidden), torch.float32)
+    work = partial(kernels.slot_experts, slab, x, slots.to(where), outputs)
+    launch = partial(device.compute.launch, work, reads=[slab.data], writes=[outputs])
+    flops = 2.0 * present * 3 * hidden * slab.layout.moe_intermediate_size
+    return FormatRate(expert_read(device, kernels, slab, seconds), rate(device, flops, launch, seconds) / 1e9)
+
+
+def expert_read(device: Device, kernels: DeviceKernels, slab: ExpertSlab, seconds: float) -> float:
+    """Weight bytes per second of the experts of one token, the slots of one token after those of another."""
+    where, hidden = device.torch_device, slab.layout.hidden_size
+    x, outputs = torch.ones(1, hidden, device=where), torch.zeros(TOP_K, hidden, device=where)
+    slots = torch.arange(slab.slots // TOP_K * TOP_K, dtype=torch.int32, device=where).view(-1, TOP_K)
+
+    def work() -> None:
+        for chosen in slots:
+            kernels.slot_experts(slab, x, chosen, outputs)
+
+    return rate(device, slots.numel() * slab.layout.stride, device.record(work), seconds)
 
 
 def resident_rate(
     device: Device, kernels: DeviceKernels, layer: AttentionLayer, shapes: AttentionShapes, seconds: float
 ) -> FormatRate:
     """The matrices of a block of attention, one after the other: with one row, and with PASS_TOKENS rows."""
-    where = device.torch_device
-    matrices: dict[str, QuantizedTensor] = {name: getattr(layer, name).to(where) for name in shapes.matrices}
-    kv_b = matrices["kv_b"]
+    straight = [weight for name, weight in _matrices(device, layer, shapes).items() if name != "kv_b"]
+    rows = [torch.ones(PASS_TOKENS, weight.cols, device=device.torch_device) for weight in straight]
+
+    def work() -> None:
+        for x, weight in zip(rows, straight, strict=True):
+            kernels.linear(x, weight)
+
+    flops = 2.0 * PASS_TOKENS * sum(weight.rows * weight.cols for weight in straight)
+    gflops = rate(device, flops, partial(device.compute.launch, work), seconds) / 1e9
+    return FormatRate(resident_read(device, kernels, layer, shapes, seconds), gflops)
+
+
+def resident_read(
+    device: Device, kernels: DeviceKernels, layer: AttentionLayer, shapes: AttentionShapes, seconds: float
+) -> float:
+    """Weight bytes per second of these matrices with one row. One of them is applied from both sides."""
+    where, matrices = device.torch_device, _matrices(device, layer, shapes)
     straight = [weight for name, weight in matrices.items() if name != "kv_b"]
     rows = [torch.ones(1, weight.cols, device=where) for weight in straight]
     q_nope = torch.ones(1, shapes.num_attention_heads, shapes.qk_nope_head_dim, device=where)
     latent = torch.ones(1, shapes.num_attention_heads, shapes.kv_lora_rank, device=where)
 
-    def one() -> None:
+    def work() -> None:
         for x, weight in zip(rows, straight, strict=True):
             kernels.linear(x, weight)
-        kernels.absorb_query(q_nope, kv_b)
-        kernels.expand_value(latent, kv_b, shapes.v_head_dim)
+        kernels.absorb_query(q_nope, matrices["kv_b"])
+        kernels.expand_value(latent, matrices["kv_b"], shapes.v_head_dim)
 
-    read = rate(device, sum(weight.nbytes for weight in matrices.values()), device.record(one), seconds)
-    wide = [torch.ones(PASS_TOKENS, weight.cols, device=where) for weight in straight]
+    return rate(device, sum(weight.nbytes for weight in matrices.values()), device.record(work), seconds)
 
-    def many() -> None:
-        for x, weight in zip(wide, straight, strict=True):
-            kernels.linear(x, weight)
 
-    flops = 2.0 * PASS_TOKENS * sum(weight.rows * weight.cols for weight in straight)
-    return FormatRate(read, rate(device, flops, partial(device.compute.launch, many), seconds) / 1e9)
+def _matrices(device: Device, layer: AttentionLayer, shapes: AttentionShapes) -> dict[str, QuantizedTensor]:
+    return {name: getattr(layer, name).to(device.torch_device) for name in shapes.matrices}
 
 
 def past_rate(device: Device, kernels: DeviceKernels, shapes: AttentionShapes, seconds: float) -> float:

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,8 @@ from offload.quant import get_codec
 from offload.store import Store
 from offload.store.layout import ExpertLayout
 from offload.tiers.simulated import SimulatedDevice
+from offload.tune import overhead_gpu, surroundings
 from offload.tune import probe as probe_module
-from offload.tune import surroundings
 from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.machine import GPU_LAYER_S, FormatRate, Gpu, MachineSpec
 from offload.tune.machine_file import load_machine, parse_machine, to_toml
@@ -156,6 +158,27 @@ def test_overheads_are_fractions_of_a_second() -> None:
     assert 0 < found.layer_s < 5 and 0 <= found.miss_s < 5 and 0 <= found.foresee_s < 5
     assert 0 <= found.prompt_miss_s < 5
     assert len(streamed) >= 8 * 3 * 9, "between the layers of three settings, in at least eight rounds"
+
+
+def test_two_depths_tell_layers_from_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each model takes is known here, and so what must be found."""
+    layer, prompt, token, decide, decide_token = 1e-4, 2e-3, 1e-3, 4e-4, 2e-3
+
+    @contextmanager
+    def model(device: object, kernels: object, layers: int, share: float) -> Iterator[overhead_gpu._Run]:
+        decoding = token + layers * layer if share == 1 else token + decide_token + layers * decide
+        yield overhead_gpu._Run(lambda: decoding, lambda: 3e-3 + layers * prompt)
+
+    monkeypatch.setattr(overhead_gpu, "_model", model)
+    monkeypatch.setattr(overhead_gpu, "_products", lambda *given: 3e-5)
+    found = overhead_gpu.measure_gpu_overhead(SimulatedDevice(), ReferenceDeviceKernels(), 0.0)
+    assert found.layer_s == pytest.approx(layer - 3e-5) and found.prompt_layer_s == pytest.approx(prompt)
+    assert (found.token_s, found.decide_s) == (pytest.approx(token), pytest.approx(decide))
+    assert found.decide_token_s == pytest.approx(decide_token)
+
+
+def test_small_products_are_no_overhead() -> None:
+    assert 0 < overhead_gpu._products(SimulatedDevice(), ReferenceDeviceKernels(), 0.0) < 5
 
 
 def test_what_passes_through_the_caches_is_no_overhead() -> None:
