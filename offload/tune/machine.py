@@ -44,8 +44,9 @@ PASS_TOKENS = 2048
 # decoded per second, products of long passes) is bound by the chip, and what differs by the memory. A smaller GPU
 # usually has more arithmetic for each byte; none has been measured.
 
-GPU_LAYER_S = 80e-6
-"""What layers of recorded steps take beyond the rates of kernels: 68 to 83 us on the H200, 73 and 118 on the H100."""
+GPU_LAYER_S = 65e-6
+"""What layers of recorded steps take beyond the rates of kernels: 58 us on the H200, 72 on the H100. With that of
+either, the steps of the other come out within 5%."""
 
 GPU_PROMPT_LAYER_S = 2.4e-3
 """What prompts of 512 and of 2048 tokens took beyond products, when all experts were in VRAM, apart from what grows

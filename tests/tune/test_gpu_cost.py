@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -58,6 +59,23 @@ def test_recorded_steps(row: dict[str, Any], measured: bool) -> None:
         assert cost.copied_nbytes == pytest.approx((1 - step["planted_hits"]) * model.token_nbytes)
         assert cost.stall_s == cost.processor_s == cost.read_nbytes == 0
         assert cost.binding == ("link" if step["planted_hits"] < 0.75 else "device") or step["planted_hits"] == 0.75
+
+
+@pytest.mark.parametrize(("one", "other"), [("H200", "H100"), ("H100", "H200")])
+def test_steps_of_a_gpu_from_what_layers_take_on_another(one: str, other: str) -> None:
+    """Only the time per layer is taken from the one, from its steps in which nothing is copied."""
+
+    def seconds(row: dict[str, Any], hits: float, layer_s: float) -> float:
+        model, machine = of_row(row, measured=True)
+        assert machine.gpu
+        machine = replace(machine, gpu=replace(machine.gpu, layer_s=layer_s))
+        return gpu_decode_cost(model, machine, GpuDemand(hits, Demand(1.0)), context=64).total_s
+
+    rows = {name: [row for row in recorded() if name in row["device"]] for name in (one, other)}
+    left = [(row["decode"][-1]["step_s"] - seconds(row, 1.0, 0.0)) / row["plan"]["layers"] for row in rows[one]]
+    for row in rows[other]:
+        for step in row["decode"]:
+            assert seconds(row, step["planted_hits"], fmean(left)) == pytest.approx(step["step_s"], rel=0.05)
 
 
 @pytest.mark.parametrize("measured", [True, False], ids=["own figures", "defaults"])
