@@ -381,7 +381,7 @@ def serve(store: str, host: str, port: int, max_waiting: int, api_key: str | Non
 @click.option("--machine", help="Machine file, or the name of one in configs/machines.  [default: this machine]")
 @click.option("--recipe", "recipes", multiple=True, help="Recipe to plan; several are allowed.  [default: all]")
 @click.option("--ram", type=SIZE, help="All RAM the process may use. Default: a share of what is free.")
-@click.option("--vram", type=SIZE, help="All the VRAM it may use. Default: the card's.")
+@click.option("--vram", type=SIZE, help="All the VRAM it may use. Default: what a run takes, 94% of what is free.")
 @click.option("--context", type=click.IntRange(1), help="Longest prompt plus answer, in tokens. Default: 4096.")
 @click.option("--prompt-tokens", "prompt", type=click.IntRange(1), default=1024, show_default=True)
 @click.option(
@@ -399,7 +399,8 @@ def plan(
 ) -> None:
     """Say whether MODEL (a store, a checkpoint, or a hub repo id) runs on a machine, how fast, and what would help.
 
-    Reads headers only: nothing has to be downloaded.
+    Where the machine has a GPU, with the processor alone and with --device cuda. Reads headers only: nothing has to be
+    downloaded.
     """
     from convert.footprint import footprints
     from offload.tune.planner import plan as run
@@ -407,7 +408,7 @@ def plan(
     report = run(footprints(model, recipes=recipes, revision=revision), **arguments)
     _write_page(report, html)
     _report(report.lines(), report.to_dict(), as_json)
-    if report.best is None:
+    if report.best is None and report.best_on_gpu is None:
         sys.exit(1)
 
 
@@ -421,7 +422,8 @@ def plan(
 def probe(as_json: bool, **arguments: Any) -> None:
     """Measure this machine, its first GPU and the drive at LOCATION (a store, or a folder) for `plan` and `bench`.
 
-    Takes less than a minute. A file of 1 GiB is written and deleted where LOCATION is no store.
+    Takes about a minute, with a GPU somewhat more, above all the first time, when its kernels are compiled. A file of
+    1 GiB is written and deleted where LOCATION is no store.
     """
     from offload.engine.probing import probe as run
 
@@ -444,7 +446,10 @@ def probe(as_json: bool, **arguments: Any) -> None:
 @html_option
 @json_option
 def bench(store: str, as_json: bool, html: str | None, **arguments: Any) -> None:
-    """Measure generation with STORE, cold and warm, and explain the difference to the plan."""
+    """Measure generation with STORE, cold and warm, and explain the difference to the plan.
+
+    On a GPU that is the plan of a GPU: hits in VRAM, copies over the link, and what probe found of its kernels.
+    """
     from offload.engine.bench import bench as run
 
     report = run(store, tell=lambda what: click.echo(what, err=True), **arguments)

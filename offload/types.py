@@ -1,6 +1,6 @@
 """Small values every floor speaks: expert names, byte extents, sizes in text.
 
-Owns parsing and printing of byte sizes. Must not know files, tensors or models.
+Owns parsing and printing of byte sizes, and printing of times. Must not know files, tensors or models.
 """
 
 from __future__ import annotations
@@ -79,3 +79,13 @@ def format_size(nbytes: int | float) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.2f} TiB"
+
+
+def format_time(seconds: float) -> str:
+    """A time for people: 1.5 ms, 12.0 s, 5 min, 3 h 05 min."""
+    if seconds < 1:
+        return f"{1000 * seconds:.1f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

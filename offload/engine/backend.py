@@ -21,7 +21,7 @@ from offload.engine.options import RuntimeOptions
 from offload.engine.usage_file import usage_file
 from offload.errors import BudgetError, UsageError
 from offload.kernels import Kernels, select, select_device
-from offload.kernels.device import FEW_TOKENS, DeviceKernels
+from offload.kernels.device import DeviceKernels
 from offload.model.kv_cache import KVCache
 from offload.model.place import Place
 from offload.model.single_token import SingleToken
@@ -36,7 +36,7 @@ from offload.tiers.ram import RamTier
 from offload.tiers.vram_memory import lent_slots, slot_nbytes
 from offload.tune.budget import FREE_SHARE, RamPlan, kv_cache_nbytes, longest_chunk, plan_ram, ram_for_slots
 from offload.tune.memory import memory
-from offload.tune.vram_budget import DEVICE_CHUNK, DeviceDemand, VramPlan, default_limit, plan_vram
+from offload.tune.vram_budget import DEVICE_CHUNK, VramPlan, default_limit, device_demand, plan_vram
 from offload.types import format_size, parse_size
 
 log = logging.getLogger("expertpager")
@@ -219,8 +219,6 @@ def _plan_devices(
     share: float,
 ) -> list[VramPlan]:
     config = store.config
-    attention = config.num_attention_heads, config.kv_lora_rank, context
-    few, recorded = (kernels.scratch_nbytes(min(n, chunk), *attention) for n in (FEW_TOKENS, 1))
     limits = [
         default_limit(device.memory().free, device.driver_nbytes) if options.vram is None else parse_size(options.vram)
         for device in devices
@@ -233,15 +231,15 @@ def _plan_devices(
     return [
         plan_vram(
             config,
-            DeviceDemand(
+            device_demand(
+                config,
                 layers,
-                sum(sizes[layer] for layer in layers),
-                context,
-                chunk,
-                few,
-                recorded,
-                kernels.latent_dtype.itemsize,
-                libraries,
+                resident=sum(sizes[layer] for layer in layers),
+                context=context,
+                chunk=chunk,
+                scratch=kernels.scratch_nbytes,
+                latent_itemsize=kernels.latent_dtype.itemsize,
+                libraries=libraries,
             ),
             name=device.name,
             limit=limit,

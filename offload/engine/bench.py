@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from offload.engine.bench_page import bench_page
+from offload.engine.beside_gpu import GpuRun
 from offload.engine.beside_plan import machine_at_hand, model_cost
 from offload.engine.engine import Engine
 from offload.engine.options import find_profile, resolve_options
@@ -77,6 +78,8 @@ class BenchReport:
     """Of decoding, as the prediction assumes; like a run's it counts what was read ahead."""
     chunk: int = 0
     """Prompt tokens that share one sweep of the experts."""
+    gpu: GpuRun | None = None
+    """How the devices were loaded, where they computed."""
 
     def page(self) -> Page:
         """For people, with charts."""
@@ -85,7 +88,9 @@ class BenchReport:
     def lines(self) -> Iterator[str]:
         """A table for people."""
         yield from self.described
-        yield f"{'':<14} {'tok/s':>22} {'read/token':>12} {'hits':>7} {'waiting':>9} {'drive':>11}"
+        on_gpu = f" {'VRAM hits':>10} {'copied/token':>13} {'link':>11}" if self.gpu else ""
+        head = f"{'':<14} {'tok/s':>22} {'read/token':>12} {'hits':>7} {'waiting':>9} {'drive':>11}"
+        yield f"{head}     {on_gpu}" if on_gpu else head
         for name, samples in (("cold", self.cold), ("warm", self.warm)):
             for part in ("prefill", "decode"):
                 phases = [getattr(sample, part) for sample in samples]
@@ -95,6 +100,8 @@ class BenchReport:
             yield f"first token after {spread(first, 's')} with {(*self.cold, *self.warm)[0].prefill.tokens} tokens"
         for comparison in self.comparisons:
             yield comparison.line()
+        if self.machine is not None and not self.comparisons:
+            yield "no prediction: the machine file knows no GPU; run `expertpager probe` on the store"
         if self.machine is None:
             yield "no prediction: run `expertpager probe` on the store, or give --machine"
         yield f"peak RAM {format_size(self.peak_ram_bytes)}"
@@ -108,6 +115,20 @@ class BenchReport:
             f"{format_size(median(phase.bytes_read / phase.tokens for phase in phases)):>12} "
             f"{median(phase.hit_rate for phase in phases):>7.1%} "
             f"{median(phase.stall_s / phase.seconds for phase in phases):>9.0%} "
+            f"{rate / 1e9:>6.2f} GB/s{share:<5}{self._on_gpu(phases)}"
+        ).rstrip()
+
+    def _on_gpu(self, phases: Sequence[Phase]) -> str:
+        """Hits in VRAM, and the link: bytes per token, bytes per second, share of its figure."""
+        found = [(phase.vram, phase.tokens) for phase in phases if phase.vram is not None]
+        if not found:
+            return ""
+        rate = median(vram.bandwidth for vram, _ in found)
+        figure = self.machine.gpu.h2d if self.machine and self.machine.gpu else 0.0
+        share = f" {rate / figure:>4.0%}" if figure and rate else ""
+        return (
+            f" {median(vram.hit_rate for vram, _ in found):>10.1%} "
+            f"{format_size(median(vram.bytes_read / tokens for vram, tokens in found)):>13} "
             f"{rate / 1e9:>6.2f} GB/s{share}"
         )
 
@@ -128,10 +149,24 @@ class BenchReport:
             },
             "compared": {item.what: item.to_dict() for item in self.comparisons},
             "expected_hit_rate": self.expected_hit_rate,
+            "vram": None if self.gpu is None else self._vram(),
             "chunk": self.chunk,
             "notes": list(self.notes),
             "peak_ram_bytes": self.peak_ram_bytes,
             "layer_stall_s": list(self.layer_stall_s),
+        }
+
+    def _vram(self) -> dict[str, Any]:
+        """What the devices had, and what they were expected to hit."""
+        assert self.gpu is not None
+        counted = [sample.decode.vram for sample in self.warm if sample.decode.vram is not None]
+        return {
+            "slots": self.gpu.slots,
+            "share": self.gpu.share,
+            "split": "hybrid" if self.gpu.hybrid else "gpu",
+            "expected_hit_rate": self.gpu.demand.vram,
+            "warm_decode_hit_rate": median(vram.hit_rate for vram in counted),
+            "warm_decode_link": median(vram.bandwidth for vram in counted),
         }
 
 
@@ -175,16 +210,21 @@ def bench(
                 tell(f"{kind} run {len(samples[kind]) + 1}")
                 samples[kind].append(run_once(engine, texts(number), max_tokens, seed=number))
                 number += 1
-            described, plan, context = engine.describe(), engine.plan, engine.context
+            described, plan, context, vram = engine.describe(), engine.plan, engine.context, engine.vram_plans
             model = model_cost(engine.store)
     share = plan.slots / plan.experts
     compared: list[Comparison] = []
+    gpu: GpuRun | None = None
     expected = None
-    if spec is not None:
+    if spec is not None or vram:
         curve = hit_curve(hits, model.config, resolved.policy, resolved.early_routers, resolved.half_life)
-        demand = curve.demand(share)
-        expected = demand.hit + demand.ahead
-        compared = predictions(model, spec, samples["cold"], samples["warm"], demand, plan.chunk, curve.alike)
+        gpu = GpuRun(vram, plan, resolved.split == "hybrid", curve) if vram else None
+        demand = gpu.demand.below if gpu else curve.demand(share)
+        expected = demand.hit + demand.ahead if spec else None
+        if spec is not None and gpu is None:
+            compared = predictions(model, spec, samples["cold"], samples["warm"], demand, plan.chunk, curve.alike)
+        elif spec is not None and gpu is not None and spec.gpu is not None:
+            compared = gpu_predictions(model, spec, samples["cold"], samples["warm"], gpu)
     return BenchReport(
         str(store),
         described,
@@ -200,6 +240,7 @@ def bench(
         layer_waiting(samples["warm"]),
         expected,
         plan.chunk,
+        gpu,
     )
 
 
@@ -263,6 +304,19 @@ def predictions(
     swept = prefill_cost(model, machine, tokens, chunk, max(0.0, 1 - read / sweep.read_nbytes), alike)
     whole = Measured(median(p.seconds for p in prefill), median(p.stall_s for p in prefill), read)
     return [*found, compare(f"cold prefill of {tokens} tokens", whole, sweep, swept)]
+
+
+def gpu_predictions(
+    model: ModelCost, machine: MachineSpec, cold: Sequence[Sample], warm: Sequence[Sample], run: GpuRun
+) -> list[Comparison]:
+    """The same against the cost model of a GPU."""
+    context = warm[0].prefill.tokens + warm[0].decode.tokens // 2
+    prefill = [sample.prefill for sample in cold]
+    what = f"cold prefill of {prefill[0].tokens} tokens"
+    return [
+        run.compare_decode("warm decode, per token", model, machine, [sample.decode for sample in warm], context),
+        run.compare_prompt(what, model, machine, prefill, cold=True),
+    ]
 
 
 def mean_demand(found: Sequence[Demand]) -> Demand:

@@ -27,6 +27,8 @@ def bench_page(report: BenchReport) -> Page:
     page.fact("cold first token", f"{median(s.prefill.seconds for s in report.cold):.2f} s")
     page.fact("peak RAM", format_size(report.peak_ram_bytes))
     page.fact("expert slots", f"{report.slots} ({report.share:.0%})")
+    if report.gpu:
+        page.fact("in VRAM", f"{report.gpu.slots} ({report.gpu.share:.0%})")
     page.section("Setting", *report.described, *report.notes)
     page.section(
         "Where the time of a token goes", "Medians per token. Waiting is time in which nothing was left to compute."
@@ -37,7 +39,7 @@ def bench_page(report: BenchReport) -> Page:
         section = page.section("Beside the plan", *(item.line() for item in report.comparisons))
         section.chart(_comparison_chart(report.comparisons))
     page.section("Every run").table(
-        ["run", "tokens", "tok/s", "hits", "read per token", "waiting", "drive"],
+        ["run", "tokens", "tok/s", "hits", "read per token", "waiting", "drive", *(_ON_GPU if report.gpu else ())],
         [*_rows("cold", report.cold), *_rows("warm", report.warm)],
     )
     return page
@@ -66,6 +68,16 @@ def _comparison_chart(comparisons: Sequence[Comparison]) -> str:
     return stacked_bars(rows, x_label="measured / predicted time (1 is exact)")
 
 
+_ON_GPU = ("VRAM hits", "copied per token", "link")
+
+
+def _on_gpu(phase: Phase) -> list[str]:
+    if phase.vram is None:
+        return []
+    rate = f"{phase.vram.bandwidth / 1e9:.2f} GB/s" if phase.vram.read_s else ""
+    return [f"{phase.vram.hit_rate:.1%}", format_size(phase.vram.bytes_read / phase.tokens), rate]
+
+
 def _rows(kind: str, samples: Sequence[Sample]) -> list[list[str]]:
     rows = []
     for number, sample in enumerate(samples, 1):
@@ -80,6 +92,7 @@ def _rows(kind: str, samples: Sequence[Sample]) -> list[list[str]]:
                     format_size(phase.bytes_read / phase.tokens),
                     f"{phase.stall_s / phase.seconds:.0%}",
                     rate,
+                    *_on_gpu(phase),
                 ]
             )
     return rows

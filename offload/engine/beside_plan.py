@@ -7,8 +7,10 @@ are `compare`'s. Without a machine file nothing is computed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+from offload.engine.beside_gpu import GpuRun
 from offload.engine.request import GenerationResponse
 from offload.engine.summary import Phase, Snapshot
 from offload.errors import UsageError
@@ -19,6 +21,7 @@ from offload.tune.cost import ModelCost, decode_cost, prefill_cost
 from offload.tune.machine import MachineSpec
 from offload.tune.machine_file import load_machine
 from offload.tune.planner import MACHINE_FILE, hit_curve
+from offload.tune.vram_budget import VramPlan
 
 log = logging.getLogger("expertpager")
 
@@ -74,13 +77,19 @@ def beside_plan(
     *,
     cold: bool,
     early_routers: int | None,
+    vram: Sequence[VramPlan] = (),
+    hybrid: bool = False,
 ) -> tuple[Comparison, ...]:
     """Prompt and decoding against the plan with its usual hit rates; what was too short is left out.
 
-    `cold`: no expert was resident when the prompt began. `early_routers`: see `RuntimeOptions`.
+    `cold`: no expert was resident when the prompt began. `early_routers`: see `RuntimeOptions`. `vram`: the budgets of
+    the devices that computed, if any did; then nothing is compared with a machine of which no GPU is known. `hybrid`:
+    whether the processor took a part.
     """
     prompt, decode = phases
     share, curve = plan.slots / plan.experts, hit_curve(None, model.config, prefetch_depth=early_routers)
+    if vram:
+        return _beside_gpu(model, machine, GpuRun(vram, plan, hybrid, curve), phases, cold) if machine.gpu else ()
     found = []
     if prompt.tokens >= LEAST_PROMPT and prompt.seconds:
         alike = curve.alike
@@ -98,4 +107,17 @@ def beside_plan(
         )
         expected = decode_cost(model, machine, curve.demand(share), context)
         found.append(compare("decode, per token", measured, expected, decode_cost(model, machine, actual, context)))
+    return tuple(found)
+
+
+def _beside_gpu(
+    model: ModelCost, machine: MachineSpec, run: GpuRun, phases: tuple[Phase, Phase], cold: bool
+) -> tuple[Comparison, ...]:
+    prompt, decode = phases
+    found = []
+    if prompt.tokens >= LEAST_PROMPT and prompt.seconds:
+        found.append(run.compare_prompt(f"prompt of {prompt.tokens} tokens", model, machine, [prompt], cold=cold))
+    if decode.tokens >= LEAST_DECODED and decode.seconds:
+        context = prompt.tokens + decode.tokens // 2
+        found.append(run.compare_decode("decode, per token", model, machine, [decode], context))
     return tuple(found)

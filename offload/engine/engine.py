@@ -320,8 +320,7 @@ class Engine:
             finally:
                 now = self._executor.counters()
                 summary = RunSummary.of(run.response, before, now, self._backend)
-                # The plan is one of the processor's; rates of devices are not predicted per run.
-                if after_prompt is not None and not self._backend.vram and self.machine is not None:
+                if after_prompt is not None and self.machine is not None:
                     summary = replace(summary, comparisons=self._compared(summary, before, after_prompt))
                 self._summary = summary
 
@@ -335,7 +334,16 @@ class Engine:
         cold = before.ram.misses == 0 and not self._backend.warmed
         phases = phases_of(summary.response, before, after_prompt, self.snapshot())
         model, early = model_cost(self.store), self._early_routers
-        return beside_plan(model, self.machine, self.plan, phases, cold=cold, early_routers=early)
+        return beside_plan(
+            model,
+            self.machine,
+            self.plan,
+            phases,
+            cold=cold,
+            early_routers=early,
+            vram=self._backend.vram,
+            hybrid=self.options.split == "hybrid",
+        )
 
 
 def ram_for_share(store: str | Path, share: float, context: int | None = None) -> int:

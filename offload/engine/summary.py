@@ -17,6 +17,7 @@ from offload.engine.request import GenerationResponse
 from offload.telemetry import Telemetry, TierCounters
 from offload.tune.budget import RamPlan
 from offload.tune.compare import Comparison
+from offload.tune.gpu_cost import GpuDemand
 from offload.tune.layer_clock import Demand
 from offload.tune.vram_budget import VramPlan
 
@@ -44,11 +45,21 @@ class Phase(TierCounters):
 
     tokens: int = 0
     seconds: float = 0.0
+    vram: TierCounters | None = None
+    """What the slots of the devices counted: reads are copies from RAM. None where the processor computes."""
+    computed_in_ram: int = 0
+    """Experts that the processor computed for a device."""
 
     @classmethod
     def between(cls, before: Snapshot, after: Snapshot, tokens: int, seconds: float) -> Phase:
         """The part between two readings."""
-        return cls(**vars(after.ram.minus(before.ram)), tokens=tokens, seconds=seconds)
+        return cls(
+            **vars(after.ram.minus(before.ram)),
+            tokens=tokens,
+            seconds=seconds,
+            vram=after.vram.minus(before.vram) if after.vram and before.vram else None,
+            computed_in_ram=after.computed_in_ram - before.computed_in_ram,
+        )
 
     @property
     def tok_s(self) -> float:
@@ -58,6 +69,16 @@ class Phase(TierCounters):
         """What became of the demands; `prefetch_depth`: layers ahead for which routers were applied early."""
         ahead = self.prefetch_issued, self.prefetch_useful, self.prefetch_late
         return Demand.counted(self.hits, self.misses, *ahead, prefetch_depth)
+
+    def gpu_demand(self, prefetch_depth: int, paged: bool) -> GpuDemand:
+        """The same of decoding with devices; `paged`: whether any expert lacks a slot there."""
+        assert self.vram is not None, "devices have counters"
+        demands = max(1, self.vram.hits + self.vram.misses + self.computed_in_ram)
+        ahead = self.prefetch_useful + self.prefetch_late
+        absent = min(demands, self.misses + ahead)
+        wasted = max(0, self.prefetch_issued - ahead)
+        below = Demand(1 - absent / demands, min(ahead, absent) / demands, wasted / demands, prefetch_depth)
+        return GpuDemand(self.vram.hits / demands, below, paged)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 from offload.errors import KernelError
 from offload.kernels.api import Expert, Kernels
 from offload.quant import Codec
+from offload.types import ceil_div
 
 FEW_TOKENS = 4
 """A step of so many tokens is decoding (one token, or a short draft to verify): backends may treat it otherwise."""
@@ -28,6 +29,16 @@ FEW_TOKENS = 4
 
 GPU_LATENT_DTYPE = torch.bfloat16
 """What the kernels of GPUs read cached latents as (`latent_dtype`), for those who plan where none can be loaded."""
+
+
+LATENT_SPLIT = 256
+"""Past tokens per program of a GPU's latent attention while decoding."""
+
+
+def latent_scratch_nbytes(tokens: int, heads: int, rank: int, limit: int) -> int:
+    """Bytes of its partial sums over a context of `limit` tokens: `scratch_nbytes` of GPUs, for those who plan too."""
+    splits = ceil_div(limit, LATENT_SPLIT)
+    return 4 * tokens * heads * splits * (rank + 2) if tokens <= FEW_TOKENS and splits > 1 else 0
 
 
 class SlabLayout(Protocol):

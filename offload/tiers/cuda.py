@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from offload.errors import BudgetError, DeviceError, OffloadError
+from offload.tiers.cuda_memory import DRIVER_NBYTES, rounding_nbytes
 from offload.tiers.device import Event, Memory
 from offload.types import format_size
 
@@ -126,7 +127,7 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 class CudaDevice:
     """The GPU with this index."""
 
-    driver_nbytes = 640 << 20  # context and modules: 588 MiB were seen on an H200
+    driver_nbytes = DRIVER_NBYTES
 
     def __init__(self, index: int = 0) -> None:
         self.torch_device = torch.device("cuda", index)
@@ -155,9 +156,7 @@ class CudaDevice:
         return 3 * (_BLAS_HOPPER if self._properties.major >= 9 else _BLAS_BEFORE)
 
     def rounding_nbytes(self, nbytes: int) -> int:
-        # torch hands out tensors from 1 to 10 MiB in blocks of 20 MiB, larger ones in multiples of 2 MiB, and graphs
-        # have blocks of their own. An estimate from these sizes, not measured on any GPU yet.
-        return (64 << 20) + nbytes // 64
+        return rounding_nbytes(nbytes)
 
     def limit(self, nbytes: int) -> None:
         gc.collect()  # what a model that has been closed still holds in cycles

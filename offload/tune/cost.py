@@ -22,9 +22,6 @@ from offload.tune.machine import ROWS, FormatRate, MachineSpec
 WAVE = 16
 """Experts of a prefill chunk whose reads are under way before the routed part of the layer begins."""
 
-GPU_FIXED_S = 0.011
-"""Time per token on a GPU that is neither experts nor waiting, for a model of DeepSeek-V3's size: an estimate."""
-
 
 class Footprint(Protocol):
     """A model in one recipe: exact bytes, known from headers."""
@@ -292,7 +289,7 @@ def chunk_cost(
         stall = max(stall, begun - with_reads - residents)
     resident = layers * (with_reads - shared)
     resident += rows_seconds(own, model.resident_read_nbytes, model.resident_parameters, tokens)
-    resident += config.num_hidden_layers * _attention_flops(config, tokens, start) / (machine.past_gflops * 1e9)
+    resident += config.num_hidden_layers * attention_flops(config, tokens, start) / (machine.past_gflops * 1e9)
     miss_s = machine.miss_s if machine.prompt_miss_s is None else machine.prompt_miss_s
     return Cost(
         experts_s=layers * compute,
@@ -304,7 +301,7 @@ def chunk_cost(
     )
 
 
-def _attention_flops(config: ModelConfig, tokens: int, start: int) -> float:
+def attention_flops(config: ModelConfig, tokens: int, start: int) -> float:
     """2 x multiply-adds of one layer's scores and sums for `tokens` tokens after `start` others.
 
     The first block of a context has keys and values of its own, later ones work on latents.
@@ -330,14 +327,3 @@ def prefill_cost(
         sum(part.read_nbytes for part in parts),
         prompt,
     )
-
-
-def gpu_decode_s(model: ModelCost, machine: MachineSpec, vram_hit: float, hit: float) -> float:
-    """Seconds per token with a GPU that holds all resident weights: the slower of RAM and drive, and a fixed part.
-
-    A demand that VRAM does not serve costs one read of RAM, whether it is computed in place or copied.
-    `hit` counts VRAM and RAM together.
-    """
-    ram = (1 - vram_hit) * model.token_nbytes / machine.ram_read
-    drive = (1 - hit) * model.token_nbytes / machine.drive_read
-    return max(ram, drive) + GPU_FIXED_S

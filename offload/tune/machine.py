@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import fmean, harmonic_mean
 
+from offload.quant import get_codec
 from offload.tiers.disk import READERS
 
 KERNEL_SHARE = 0.85
@@ -35,6 +36,61 @@ class FormatRate:
     """Weight bytes per second of whole blocks of attention with one row: their matrices are smaller than experts."""
 
 
+PASS_TOKENS = 2048
+"""Tokens of the passes behind the `gflops` of a GPU: a chunk of a prompt there."""
+
+# What stands for figures of a GPU that nobody measured comes from steps and kernels recorded on an H200 and an H100
+# (benchmarks/results/gpu.jsonl, gpu_speed.jsonl). They are one chip with two memories. So what both do alike (weights
+# decoded per second, products of long passes) is bound by the chip, and what differs by the memory. A smaller GPU
+# usually has more arithmetic for each byte; none has been measured.
+
+GPU_LAYER_S = 65e-6
+"""What layers of recorded steps take beyond the rates of kernels: 58 us on the H200, 72 on the H100. With that of
+either, the steps of the other come out within 5%."""
+
+GPU_PROMPT_LAYER_S = 2.4e-3
+"""What prompts of 512 and of 2048 tokens took beyond products, when all experts were in VRAM, apart from what grows
+with the tokens."""
+
+GPU_TOKEN_S = 1.4e-3
+GPU_SAMPLE_S = 2e-8
+"""Per token, and per token and entry of the vocabulary. Decoding with every expert in VRAM took 3.8 ms per token on
+the H100, 1.75 of which its layers and the head explain (vocabulary of 32768, sampling with top-p)."""
+
+GPU_DECIDE_S = 0.3e-3
+"""0.26 ms on a Zen 4 processor, the device being simulated; on the H200 and the H100 it was hidden behind the
+device."""
+
+GPU_DECIDE_TOKEN_S = 3e-3
+"""With slots for 95% of the experts the same model took 3.1 ms more per token, and hardly anything was copied."""
+
+
+@dataclass(frozen=True)
+class KernelShare:
+    """What kernels of one kind usually reach."""
+
+    share: float
+    """Of the memory's read rate with one row, where the memory binds."""
+    weights: float
+    """Weights decoded per second, where the chip binds."""
+    gflops: float
+    """Of a long pass, at most."""
+    gflops_per_gb_s: float
+    """The same on a smaller GPU: for each GB/s of its memory."""
+    plain_share: float = 0.9
+    """`share` of bf16, which is not decoded."""
+
+
+EXPERTS = KernelShare(share=0.75, weights=2.9e12, gflops=105e3, gflops_per_gb_s=35)
+"""Eight experts of one token: int4-g32 1.65 TB/s on both GPUs, int8-g128 0.63 and 0.76, fp8 0.64 of the memory."""
+
+RESIDENT = KernelShare(share=0.5, weights=1.85e12, gflops=220e3, gflops_per_gb_s=75)
+"""The matrices of attention one after the other: int8-g128 0.46 and 0.50 of the memory, int4-g32 1.0 TB/s on both."""
+
+ATTENTION = KernelShare(share=0.1, weights=0.0, gflops=80e3, gflops_per_gb_s=27)
+"""Scores and sums of a long pass, of which only `gflops` counts: 81 TFLOP/s with 512 tokens on the H200."""
+
+
 @dataclass(frozen=True)
 class Gpu:
     """A graphics card."""
@@ -54,7 +110,53 @@ class Gpu:
     ram_with_copies: float | None = None
     """Bytes per second that the processor reads meanwhile."""
     kernels: float | None = None
-    """Weight bytes per second of resident routed experts of one token in int4-g32."""
+    """Weight bytes per second of resident routed experts of one token in int4-g32; `experts` tells more."""
+    experts: Mapping[str, FormatRate] = field(default_factory=dict)
+    """Of routed experts by format: one token's, and those of a pass of PASS_TOKENS tokens."""
+    resident: Mapping[str, FormatRate] = field(default_factory=dict)
+    """The same of the matrices of attention."""
+    attention_gflops: float | None = None
+    """2 x multiply-adds per second of a long pass with the tokens before it, in units of 1e9."""
+    layer_s: float = GPU_LAYER_S
+    """Time per layer of one token that is neither weights nor copies: launches, small kernels, the router."""
+    token_s: float | None = None
+    """Time per token outside of the layers: logits on their way, sampling, Python."""
+    prompt_layer_s: float = GPU_PROMPT_LAYER_S
+    """The same per layer and chunk of a prompt."""
+    decide_s: float = GPU_DECIDE_S
+    """Time of the host per layer in which VRAM may lack experts. The device computes meanwhile."""
+    decide_token_s: float = GPU_DECIDE_TOKEN_S
+    """Time of the host per token where VRAM may lack experts, while the device has nothing to do."""
+
+    def token_time(self, vocab_size: int) -> float:
+        """`token_s`, else what it usually is with such a vocabulary."""
+        return GPU_TOKEN_S + GPU_SAMPLE_S * vocab_size if self.token_s is None else self.token_s
+
+    def expert_rate(self, codec: str) -> FormatRate:
+        """The measured rate of routed experts in `codec`, else what the memory's rate allows."""
+        rate = self.experts.get(codec) or self._usual(codec, EXPERTS)
+        known = self.kernels if codec == "int4-g32" and codec not in self.experts else None
+        return replace(rate, read=known or rate.read)
+
+    def resident_rate(self, codec: str) -> FormatRate:
+        """The same of resident matrices."""
+        return self.resident.get(codec) or self._usual(codec, RESIDENT)
+
+    def _usual(self, codec: str, kind: KernelShare) -> FormatRate:
+        weights = get_codec(codec).nbytes(4096, 4096) / 4096**2  # bytes per weight
+        read = self.read * (kind.plain_share if codec == "bf16" else kind.share)
+        gflops = min(kind.gflops, kind.gflops_per_gb_s * self.read / 1e9)
+        return FormatRate(min(read, kind.weights * weights), gflops)
+
+    @property
+    def past_gflops(self) -> float:
+        """`attention_gflops`, else what a device with this memory usually reaches."""
+        return self.attention_gflops or min(ATTENTION.gflops, ATTENTION.gflops_per_gb_s * self.read / 1e9)
+
+    @property
+    def measured(self) -> bool:
+        """Whether its kernels have been measured in any format."""
+        return bool(self.experts and self.resident)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def to_toml(machine: MachineSpec) -> str:
             },
         ),
         *((f"cpu.formats.{codec}", vars(rate)) for codec, rate in machine.formats.items()),
-        ("gpu", vars(machine.gpu) if machine.gpu else {}),
+        *_gpu_tables(machine.gpu),
         ("network", {"download": machine.download}),
         (
             "engine",
@@ -110,6 +110,18 @@ def to_toml(machine: MachineSpec) -> str:
         if rows:
             lines += ([f"\n[{table}]"] if table else []) + rows
     return "\n".join(lines) + "\n"
+
+
+def _gpu_tables(gpu: Gpu | None) -> list[tuple[str, dict[str, Any]]]:
+    """[gpu] and a table for every format whose kernels were measured."""
+    if gpu is None:
+        return []
+    values = {key: value for key, value in vars(gpu).items() if key not in _GPU_TABLES and not key.endswith("_s")}
+    usual = Gpu("", 0, 0.0, 0.0)
+    known = [key for key in _GPU_TIMES if getattr(gpu, f"{key}_s") != getattr(usual, f"{key}_s")]
+    times = {f"{key}_us": 1e6 * getattr(gpu, f"{key}_s") for key in known}
+    rates = [(f"gpu.{kind}.{codec}", rate) for kind in _GPU_TABLES for codec, rate in getattr(gpu, kind).items()]
+    return [("gpu", values | times), *((name, {"read": rate.read, "gflops": rate.gflops}) for name, rate in rates)]
 
 
 def _toml(key: str, value: Any) -> str:
@@ -158,6 +170,8 @@ def _lines(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+_GPU_TABLES = ("experts", "resident")
+_GPU_TIMES = ("layer", "prompt_layer", "token", "decide", "decide_token")
 _RATE_TABLE: dict[str, Parser] = {"read": _size, "gflops": _number, "attention": _size}
 _KEYS: dict[str, dict[str, Parser]] = {
     "": {"name": _text, "warnings": _lines},
@@ -176,11 +190,12 @@ _KEYS: dict[str, dict[str, Parser]] = {
         "read": _size,
         "h2d": _size,
         **dict.fromkeys(("free", "h2d_pageable", "h2d_with_reads", "ram_with_copies", "kernels"), _size),
+        **dict.fromkeys(("attention_gflops", *(f"{key}_us" for key in _GPU_TIMES)), _number),
     },
     "network": {"download": _size},
     "engine": {"layer_us": _number, "miss_us": _number, "prompt_miss_us": _number, "foresee_us": _number},
 }
-_TABLES = {"ram": ("threads",), "drive": ("depths",), "cpu": ("formats",)}
+_TABLES = {"ram": ("threads",), "drive": ("depths",), "cpu": ("formats",), "gpu": _GPU_TABLES}
 """Tables whose keys are counts or formats."""
 _REQUIRED = (("", "name"), ("ram", "total"), ("ram", "read"), ("drive", "read"), ("cpu", "threads"), ("cpu", "gflops"))
 
@@ -219,7 +234,7 @@ class _Reader:
             threads=cpu["threads"],
             gflops=cpu["gflops"],
             attention_gflops=cpu.get("attention_gflops"),
-            formats=self._formats(),
+            formats=self._formats("cpu", "formats", ("attention",)),
             encode=cpu.get("encode"),
             gpu=self._gpu(found),
             download=found.get("network", {}).get("download"),
@@ -265,16 +280,18 @@ class _Reader:
             rates[key] = float(self._value(name, key, value, _size))
         return rates
 
-    def _formats(self) -> dict[str, FormatRate]:
+    def _formats(self, section: str, table: str, optional: tuple[str, ...] = ()) -> dict[str, FormatRate]:
         formats = {}
-        for codec, values in self.values["cpu"].get("formats", {}).items():
-            name = f"cpu.formats.{codec}"
+        for codec, values in self.values[section].get(table, {}).items():
+            where = f"{section}.{table}"
+            name = f"{where}.{codec}"
             try:
                 get_codec(codec)
             except CodecError as fault:
-                raise self._fault("cpu.formats", codec, f"names no format: {fault}") from None
-            if not isinstance(values, dict) or set(values) | {"attention"} != set(_RATE_TABLE):
-                raise self._fault("cpu.formats", codec, "must have the keys read and gflops, may have attention")
+                raise self._fault(where, codec, f"names no format: {fault}") from None
+            if not isinstance(values, dict) or not {"read", "gflops"} <= set(values) <= {"read", "gflops", *optional}:
+                may = f", may have {', '.join(optional)}" if optional else " and no other"
+                raise self._fault(where, codec, f"must have the keys read and gflops{may}")
             found = {key: float(self._value(name, key, value, _RATE_TABLE[key])) for key, value in values.items()}
             formats[codec] = FormatRate(**found)
         return formats
@@ -286,8 +303,13 @@ class _Reader:
         for key in ("name", "vram", "read", "h2d"):
             if key not in gpu:
                 raise self._fault("", "gpu", f"lacks the key {key}")
-        rates = {key: float(value) for key, value in gpu.items() if key not in ("name", "vram", "free")}
-        return Gpu(gpu["name"], gpu["vram"], rates.pop("read"), rates.pop("h2d"), gpu.get("free"), **rates)
+        values: dict[str, Any] = {table: self._formats("gpu", table) for table in _GPU_TABLES}
+        for key, value in gpu.items():
+            if key.endswith("_us"):
+                values[f"{key[:-3]}_s"] = value / 1e6
+            else:
+                values[key] = value if key in ("name", "vram", "free") else float(value)
+        return Gpu(**values)
 
     def _value(self, section: str, key: str, value: Any, parser: Parser) -> Any:
         try:

@@ -61,11 +61,12 @@ _CONFIG = ModelConfig.from_hf(
 _PROMPT = [token % _CONFIG.vocab_size for token in range(_CONTEXT // 2)]
 
 
-class _Weights:
-    """Random resident weights by HF name."""
+class RandomWeights:
+    """Random resident weights of a model by HF name."""
 
-    def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
-        self._shapes = shapes
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._shapes = _shapes(config)
         self._rng = torch.Generator().manual_seed(0)
 
     def resident(self, module: str) -> QuantizedTensor:
@@ -75,7 +76,7 @@ class _Weights:
         return QuantizedTensor(get_codec("bf16"), rows, cols, {"weight": weight})
 
     def tensor(self, name: str) -> Tensor:
-        c = _CONFIG
+        c = self._config
         if name.endswith("norm.weight"):
             size = {"q_a_layernorm": c.q_lora_rank, "kv_a_layernorm": c.kv_lora_rank}.get(name.split(".")[-2])
             return torch.ones(size or c.hidden_size)
@@ -84,19 +85,19 @@ class _Weights:
         return torch.randn(c.n_routed_experts, c.hidden_size, generator=self._rng).to(torch.bfloat16)
 
 
-class _Store:
+class EmptyStore:
     """Experts of zeros in one file."""
 
-    def __init__(self, path: Path) -> None:
-        self.config = _CONFIG
-        self.layout = ExpertLayout(get_codec("int4-g32"), _CONFIG.hidden_size, _CONFIG.moe_intermediate_size)
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        self.config = config
+        self.layout = ExpertLayout(get_codec("int4-g32"), config.hidden_size, config.moe_intermediate_size)
         self.path = path
         self._step = align_up(self.layout.stride)
         with path.open("wb") as file:
-            file.truncate(len(_CONFIG.moe_layers) * _CONFIG.n_routed_experts * self._step + PAGE)
+            file.truncate(len(config.moe_layers) * config.n_routed_experts * self._step + PAGE)
 
     def locate(self, expert: ExpertId) -> Extent:
-        index = (expert.layer - _CONFIG.moe_layers[0]) * _CONFIG.n_routed_experts + expert.expert
+        index = (expert.layer - self.config.moe_layers[0]) * self.config.n_routed_experts + expert.expert
         return Extent(self.path, index * self._step, self.layout.stride)
 
 
@@ -211,11 +212,11 @@ def _model(kernels: Kernels, share: float, prefetch: bool) -> Iterator[tuple[Dee
     config = _CONFIG
     slots = round(share * len(config.moe_layers) * config.n_routed_experts)
     with tempfile.TemporaryDirectory(prefix="expertpager-probe-") as folder:
-        store = _Store(Path(folder) / "experts")
+        store = EmptyStore(Path(folder) / "experts", config)
         settings = {"policy": "ema+tokens", "prefetch": prefetch}
         executor = Executor(store, kernels, slots=slots, max_tokens=len(_PROMPT), **settings)
         try:
-            model = DeepseekV3(config, load_weights(_Weights(_shapes(config)), config), kernels, executor, _CONTEXT)
+            model = DeepseekV3(config, load_weights(RandomWeights(config), config), kernels, executor, _CONTEXT)
             yield model, KVCache(config, _CONTEXT), executor
         finally:
             executor.close()

@@ -10,67 +10,23 @@ from dataclasses import dataclass, replace
 
 from offload.config import ModelConfig
 from offload.errors import BudgetError
-from offload.kernels.device import GPU_LATENT_DTYPE
-from offload.tune.budget import (
-    DEFAULT_CONTEXT,
-    FREE_SHARE,
-    RamPlan,
-    floor_slots,
-    kv_cache_nbytes,
-    plan_ram,
-    ram_for_slots,
-)
-from offload.tune.cost import Cost, Footprint, ModelCost, decode_cost, gpu_decode_s, prefill_cost
+from offload.tune.budget import FREE_SHARE, RamPlan, floor_slots, plan_ram, ram_for_slots
+from offload.tune.cost import Cost, Footprint, ModelCost, decode_cost, prefill_cost
 from offload.tune.hits import CURVES, HitCurve
 from offload.tune.layer_clock import Demand
 from offload.tune.machine import MachineSpec
+from offload.tune.plan_gpu import WORTHWHILE, GpuForecast, plan_gpu
+from offload.tune.setting import PROCESS_NBYTES, Setting
 from offload.types import format_size
 
-PROCESS_NBYTES = 320 << 20
-"""Interpreter and libraries before a model is loaded; the engine measures its own."""
-
-GPU_STAGING_NBYTES = 1 << 30
-"""VRAM for activations, staging buffers and the driver."""
-
-WORTHWHILE = 1.01
-"""A change that gains less than this is not worth naming."""
-
 DISK_RESERVE_NBYTES = 1 << 30
-DEFAULT_PROMPT = 1024
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What the user decides."""
-
-    ram: int | None = None
-    vram: int | None = None
-    context: int | None = None
-    prompt: int = DEFAULT_PROMPT
-    allow_slow: bool = False
-    prefill_chunk: int | None = None
-    """Most tokens of a prompt that share one sweep; None: as many as context and memory allow."""
-
-
-@dataclass(frozen=True)
-class GpuForecast:
-    """What the machine's GPU would hold and allow. An estimate: no rate of a GPU has been measured."""
-
-    name: str
-    vram: int
-    resident: int
-    kv_cache: int
-    staging: int
-    slots: int
-    vram_hit: float
-    hit: float
-    tok_s: float
-
-
-@dataclass(frozen=True)
 class RecipePlan:
-    """One recipe on one machine. `problems` says why it does not run; then nothing else is known."""
+    """One recipe on one machine. `problems` says why it does not run on the processor; then nothing else is known but
+    what a GPU would make of it, which needs less RAM."""
 
     footprint: Footprint
     problems: tuple[str, ...]
@@ -125,15 +81,16 @@ def ram_limit(footprint: Footprint, machine: MachineSpec, context: int, prefill_
 def plan_recipe(footprint: Footprint, machine: MachineSpec, setting: Setting, curve: HitCurve) -> RecipePlan:
     """One recipe on one machine."""
     config = footprint.config
-    context = setting.context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
+    context = setting.context_of(config)
     chunk = setting.prefill_chunk
     limit = setting.ram or ram_limit(footprint, machine, context, chunk)
     problems = _disk_problems(footprint, machine)
+    gpu = plan_gpu(footprint, machine, setting, curve)
     try:
         slow = setting.allow_slow
         ram = plan_ram_of(footprint, limit, context, process=PROCESS_NBYTES, allow_slow=slow, prefill_chunk=chunk)
     except BudgetError as fault:
-        return RecipePlan(footprint, (*problems, str(fault)), gpu=_gpu(footprint, machine, setting, curve, 0, context))
+        return RecipePlan(footprint, (*problems, str(fault)), gpu=None if problems else gpu)
     if problems:
         return RecipePlan(footprint, problems)
     model = ModelCost.of(footprint)
@@ -153,7 +110,7 @@ def plan_recipe(footprint: Footprint, machine: MachineSpec, setting: Setting, cu
         prefill,
         prefill.total_s,
         _gains(footprint, machine, replace(setting, ram=limit, context=context), curve, decode),
-        _gpu(footprint, machine, setting, curve, ram.slots, context),
+        gpu,
         _conversion_s(footprint, machine),
     )
 
@@ -206,27 +163,6 @@ def _gains(
     return tuple((what, tok_s) for what, tok_s in found if tok_s > now.tok_s * WORTHWHILE)
 
 
-def _gpu(
-    footprint: Footprint, machine: MachineSpec, setting: Setting, curve: HitCurve, ram_slots: int, context: int
-) -> GpuForecast | None:
-    gpu = machine.gpu
-    if gpu is None:
-        return None
-    model, config = ModelCost.of(footprint), footprint.config
-    vram = setting.vram or gpu.vram
-    resident = model.resident_read_nbytes + model.head_nbytes
-    kv_cache = kv_cache_nbytes(config, context, GPU_LATENT_DTYPE.itemsize)
-    left = vram - resident - kv_cache - GPU_STAGING_NBYTES
-    slots = min(model.expert_count, max(0, left // model.layout.slot_nbytes))
-    # Resident weights leave RAM for VRAM; what they took there holds experts too.
-    freed = resident // model.layout.slot_nbytes if left >= 0 else 0
-    both = min(model.expert_count, slots + ram_slots + freed)
-    useful = slots >= floor_slots(config)
-    vram_hit, hit = (_demand(curve, slots, config).hit if useful else 0.0), _demand(curve, both, config).hit
-    tok_s = 1 / gpu_decode_s(model, machine, vram_hit, hit) if left >= 0 and ram_slots else 0.0
-    return GpuForecast(gpu.name, vram, resident, kv_cache, GPU_STAGING_NBYTES, slots, vram_hit, hit, tok_s)
-
-
 def _conversion_s(footprint: Footprint, machine: MachineSpec) -> float | None:
     """Download, requantizing and writing overlap: the slowest decides. None where no rate is known."""
     if not footprint.download_nbytes:
@@ -238,7 +174,7 @@ def _conversion_s(footprint: Footprint, machine: MachineSpec) -> float | None:
 def least_ram(footprint: Footprint, setting: Setting) -> int:
     """The smallest --ram with a slot for every expert that one token uses."""
     config = footprint.config
-    context = setting.context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
+    context = setting.context_of(config)
     slots = min(floor_slots(config), ModelCost.of(footprint).expert_count)
     demand = ram_demand(footprint, context, PROCESS_NBYTES)
     return ram_for_slots(config, slots, prefill_chunk=setting.prefill_chunk, **demand)

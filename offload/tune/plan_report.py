@@ -12,19 +12,14 @@ from typing import Any
 from offload.config import ModelConfig
 from offload.errors import UsageError
 from offload.report import Curve, Page, line_chart, stacked_bars
-from offload.tune.budget import DEFAULT_CONTEXT, FREE_SHARE, floor_slots, kv_cache_nbytes
+from offload.tune.budget import FREE_SHARE, floor_slots, kv_cache_nbytes
 from offload.tune.cost import Footprint, ModelCost, ceiling_tok_s, decode_cost
 from offload.tune.hits import CURVES, HitCurve
 from offload.tune.machine import MachineSpec
-from offload.tune.plan import (
-    PROCESS_NBYTES,
-    GpuForecast,
-    RecipePlan,
-    Setting,
-    least_ram,
-    plan_recipe,
-)
-from offload.types import format_size
+from offload.tune.plan import RecipePlan, least_ram, plan_recipe
+from offload.tune.plan_gpu_report import gpu_facts, gpu_lines, gpu_section, vram_bars
+from offload.tune.setting import PROCESS_NBYTES, Setting
+from offload.types import format_size, format_time
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,12 @@ class PlanReport:
         running = [plan for plan in self.plans if plan.decode]
         return max(running, key=lambda plan: plan.decode.tok_s if plan.decode else 0.0) if running else None
 
+    @property
+    def best_on_gpu(self) -> RecipePlan | None:
+        """The recipe that decodes fastest on the GPU."""
+        running = [plan for plan in self.plans if plan.gpu and plan.gpu.decode]
+        return max(running, key=_gpu_tok_s) if running else None
+
     def lines(self) -> Iterator[str]:
         """For people."""
         yield from _report_lines(self)
@@ -59,8 +60,9 @@ class PlanReport:
             "kind": self.kind,
             "machine": self.machine.name,
             "hits_from": self.curve.name,
-            "runs": self.best is not None,
+            "runs": self.best is not None or self.best_on_gpu is not None,
             "best": self.best.footprint.recipe if self.best else None,
+            "best_on_gpu": self.best_on_gpu.footprint.recipe if self.best_on_gpu else None,
             "recipes": [_values(plan) for plan in self.plans],
         }
 
@@ -103,10 +105,9 @@ def _check_setting(setting: Setting, machine: MachineSpec, config: ModelConfig) 
 def _report_lines(report: PlanReport) -> Iterator[str]:
     yield from _premises(report)
     yield ""
-    name, *columns, last = _COLUMNS
-    yield f"{name:<18} {' '.join(f'{c:>{w}}' for c, w in zip(columns, _WIDTHS, strict=True))}  {last}"
+    yield _row(_columns(report))
     for plan in report.plans:
-        yield _row(plan)
+        yield _row(_cells(report, plan))
     yield ""
     best = report.best
     if best is None or best.decode is None:
@@ -130,17 +131,21 @@ def _premises(report: PlanReport) -> Iterator[str]:
     )
     yield f"hit rates: {report.curve.name}" + ("" if report.curve.name.startswith("trace") else " (preset)")
     if download := report.plans[0].footprint.download_nbytes:
-        took = f", {_time(download / machine.download)} at {_rate(machine.download)}" if machine.download else ""
+        took = f", {format_time(download / machine.download)} at {_rate(machine.download)}" if machine.download else ""
         yield f"download: {download / 1e9:.1f} GB{took}; nothing of it is kept beside the store"
 
 
-_COLUMNS = ("recipe", "store", "expert", "per token", "slots", "share", "hits", "decode", "prefill", "TTFT", "bound by")
-_WIDTHS = (9, 9, 9, 6, 5, 5, 12, 12, 8)
+def _columns(report: PlanReport) -> list[str]:
+    columns = ["recipe", "store", "expert", "per token", "slots", "share", "hits", "decode", "prefill", "TTFT"]
+    return [*columns, *(["on the GPU"] if report.machine.gpu else []), "bound by"]
 
 
-def _row(plan: RecipePlan) -> str:
-    name, *cells, last = _cells(plan)
-    shown = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True))
+_WIDTHS = (9, 9, 9, 6, 5, 5, 12, 12, 8, 12)
+
+
+def _row(cells: Sequence[str]) -> str:
+    name, *others, last = cells
+    shown = " ".join(f"{cell:>{width}}" for cell, width in zip(others, _WIDTHS, strict=False))
     return f"{name:<18} {shown}  {last}"
 
 
@@ -153,8 +158,8 @@ def _details(report: PlanReport, plan: RecipePlan) -> Iterator[str]:
     yield f"KV cache: {per_token / 1024:.1f} KiB per token of context"
     yield (
         f"decode: {decode.tok_s:.2f} tok/s with {report.curve.name} routing, {plan.decode_flat.tok_s:.2f} with flat; "
-        f"per token {decode.read_nbytes / 1e9:.2f} GB from the drive, waiting {_time(decode.stall_s)}, "
-        f"experts {_time(decode.experts_s)}, other weights {_time(decode.resident_s)}"
+        f"per token {decode.read_nbytes / 1e9:.2f} GB from the drive, waiting {format_time(decode.stall_s)}, "
+        f"experts {format_time(decode.experts_s)}, other weights {format_time(decode.resident_s)}"
     )
     drive = f"drive alone {ceiling_tok_s(model.token_nbytes, report.machine.drive_read):.2f} tok/s without hits"
     if plan.hit < 1:
@@ -163,38 +168,30 @@ def _details(report: PlanReport, plan: RecipePlan) -> Iterator[str]:
     yield f"ceilings: {drive}; RAM alone {ram_alone:.2f}"
     assert plan.ram is not None
     yield (
-        f"prefill: {plan.prefill.tokens} tokens in chunks of {plan.ram.chunk}: first token after {_time(plan.ttft_s)}, "
-        f"bound by {plan.prefill.binding}"
+        f"prefill: {plan.prefill.tokens} tokens in chunks of {plan.ram.chunk}: first token after "
+        f"{format_time(plan.ttft_s)}, bound by {plan.prefill.binding}"
     )
     if plan.conversion_s:
-        yield f"conversion: about {_time(plan.conversion_s)}"
+        yield f"conversion: about {format_time(plan.conversion_s)}"
     elif plan.footprint.download_nbytes:
         yield "conversion: time unknown; the machine file has neither network.download nor cpu.encode"
-    if plan.gpu:
-        yield from _gpu_lines(plan.gpu, model)
+    yield from _on_gpu(report, plan)
     for warning in report.machine.warnings:
         yield f"warning: {warning}"
 
 
-def _gpu_lines(gpu: GpuForecast, model: ModelCost) -> Iterator[str]:
-    held = (
-        f"resident {format_size(gpu.resident)}, KV cache {format_size(gpu.kv_cache)}, "
-        f"staging {format_size(gpu.staging)}"
-    )
-    if not gpu.tok_s:
-        yield f"{gpu.name}: {format_size(gpu.vram)} VRAM cannot hold {held}; a recipe with fewer resident bits might"
-        return
-    floor = floor_slots(model.config)
-    note = "" if gpu.slots >= floor else f" (below one token's working set of {floor}: counted as no hits)"
-    yield (
-        f"{gpu.name} with --device cuda, a forecast that no run on such a GPU has confirmed yet: {held}, "
-        f"{gpu.slots} expert slots{note}; "
-        f"hits {gpu.vram_hit:.0%} VRAM, {gpu.hit:.0%} with RAM: at most {gpu.tok_s:.1f} tok/s"
-    )
+def _gpu_tok_s(plan: RecipePlan) -> float:
+    return plan.gpu.decode.tok_s if plan.gpu and plan.gpu.decode else 0.0
+
+
+def _on_gpu(report: PlanReport, plan: RecipePlan) -> Iterator[str]:
+    if plan.gpu and report.machine.gpu:
+        yield from gpu_lines(plan.gpu, ModelCost.of(plan.footprint), report.machine.gpu)
 
 
 def _refusal(report: PlanReport) -> Iterator[str]:
-    yield f"does not run on {report.machine.name}:"
+    where = "without its GPU " if report.best_on_gpu else ""
+    yield f"does not run {where}on {report.machine.name}:"
     for plan in report.plans:
         for problem in plan.problems:
             yield f"  {plan.footprint.recipe}: {problem}"
@@ -205,6 +202,9 @@ def _refusal(report: PlanReport) -> Iterator[str]:
         f"what would: {format_size(need)} of RAM for this process with recipe {least.footprint.recipe} "
         f"(--ram, or {format_size(total)} free)"
     )
+    if best := report.best_on_gpu:
+        yield f"recipe {best.footprint.recipe}, whose resident weights VRAM holds:"
+        yield from _on_gpu(report, best)
 
 
 # -- the page --------------------------------------------------------------------------------
@@ -219,9 +219,11 @@ def _page(report: PlanReport) -> Page:
         return page
     page.fact(f"decode, {plan.footprint.recipe}", f"{plan.decode.tok_s:.2f} tok/s")
     page.fact("prefill", f"{plan.prefill.tok_s:.1f} tok/s")
-    page.fact(f"first token of {plan.prefill.tokens}", _time(plan.ttft_s))
+    page.fact(f"first token of {plan.prefill.tokens}", format_time(plan.ttft_s))
     page.fact("store", format_size(plan.footprint.store_nbytes))
     page.fact("bound by", plan.decode.binding)
+    if plan.gpu:
+        gpu_facts(page, plan.gpu)
     page.section("Memory", plan.ram.describe()).chart(_memory_chart(plan))
     page.section("Where the time goes", "One decoded token, by recipe.").chart(_time_chart(report))
     page.section(
@@ -229,25 +231,15 @@ def _page(report: PlanReport) -> Page:
         f"Recipe {plan.footprint.recipe}; every point is a budget for the whole process. The vertical distance of the "
         "curves is what your routing decides: record a trace and give it as --hits.",
     ).chart(_ram_chart(report, plan))
-    columns = [
-        "recipe",
-        "store",
-        "expert",
-        "per token",
-        "slots",
-        "share",
-        "hits",
-        "decode",
-        "prefill",
-        "TTFT",
-        "bound by",
-    ]
-    page.section("Recipes").table(columns, [_cells(item) for item in report.plans])
+    page.section("Recipes").table(_columns(report), [_cells(report, item) for item in report.plans])
     if plan.gains:
         page.section("What would help").table(
             ["one change", "decode", "gain"],
             [[what, f"{tok_s:.2f} tok/s", f"{tok_s / plan.decode.tok_s - 1:+.0%}"] for what, tok_s in plan.gains],
         )
+    if plan.gpu:
+        found = [(item.footprint.recipe, item.gpu) for item in report.plans if item.gpu]
+        gpu_section(page, found, plan.gpu, list(_on_gpu(report, plan)))
     page.section("In words", *premises, *_details(report, plan))
     return page
 
@@ -264,14 +256,8 @@ def _memory_chart(plan: RecipePlan) -> str:
             "process": ram.process / gib,
         }
     }
-    if plan.gpu and plan.gpu.tok_s:
-        model = ModelCost.of(plan.footprint)
-        rows["VRAM"] = {
-            "expert slots": plan.gpu.slots * model.layout.slot_nbytes / gib,
-            "resident weights": plan.gpu.resident / gib,
-            "KV cache": plan.gpu.kv_cache / gib,
-            "working memory": plan.gpu.staging / gib,
-        }
+    if plan.gpu and (held := vram_bars(plan.gpu)):
+        rows["VRAM"] = held
     return stacked_bars(rows, x_label="GiB")
 
 
@@ -296,7 +282,7 @@ def _ram_chart(report: PlanReport, plan: RecipePlan) -> str:
     least = min(floor_slots(model.config), model.expert_count)
     slots = [round(least + (model.expert_count - least) * part / 23) for part in range(24)]
     budgets = [(ram.fixed + count * ram.slot_nbytes) / 2**30 for count in slots]
-    context = (report.setting.context or min(DEFAULT_CONTEXT, model.config.max_position_embeddings)) // 2
+    context = report.setting.context_of(model.config) // 2
 
     def speeds(curve: HitCurve) -> list[float]:
         demands = [curve.demand(count / model.expert_count) for count in slots]
@@ -311,7 +297,7 @@ def _ram_chart(report: PlanReport, plan: RecipePlan) -> str:
     return line_chart(curves, x_label="RAM of the process, GiB", y_label="decode tok/s")
 
 
-def _cells(plan: RecipePlan) -> list[str]:
+def _cells(report: PlanReport, plan: RecipePlan) -> list[str]:
     footprint, model = plan.footprint, ModelCost.of(plan.footprint)
     cells = [
         footprint.recipe,
@@ -319,8 +305,10 @@ def _cells(plan: RecipePlan) -> list[str]:
         f"{model.expert_nbytes / 1e6:.2f} MB",
         f"{model.token_nbytes / 1e9:.2f} GB",
     ]
+    speed = f"{_gpu_tok_s(plan):.2f} tok/s" if _gpu_tok_s(plan) else ""
+    on_gpu = [speed] if report.machine.gpu else []
     if plan.ram is None or plan.decode is None or plan.prefill is None:
-        return [*cells, *[""] * 6, "does not run"]
+        return [*cells, *[""] * 6, *on_gpu, "only there" if speed else "does not run"]
     return [
         *cells,
         str(plan.ram.slots),
@@ -328,7 +316,8 @@ def _cells(plan: RecipePlan) -> list[str]:
         f"{plan.hit:.0%}",
         f"{plan.decode.tok_s:.2f} tok/s",
         f"{plan.prefill.tok_s:.1f} tok/s",
-        _time(plan.ttft_s),
+        format_time(plan.ttft_s),
+        *on_gpu,
         plan.decode.binding,
     ]
 
@@ -349,7 +338,7 @@ def _values(plan: RecipePlan) -> dict[str, Any]:
         "experts_bytes": model.experts_nbytes,
         "bytes_per_token": model.token_nbytes,
         "conversion_s": plan.conversion_s,
-        "gpu": asdict(plan.gpu) if plan.gpu else None,
+        "gpu": plan.gpu.to_dict() if plan.gpu else None,
     }
     if plan.ram and plan.decode and plan.decode_flat and plan.prefill:
         values |= {
@@ -370,12 +359,3 @@ def _values(plan: RecipePlan) -> dict[str, Any]:
 
 def _rate(value: float | None) -> str:
     return f"{(value or 0) / 1e9:.3g} GB/s"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.1f} ms"
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

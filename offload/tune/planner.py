@@ -17,8 +17,8 @@ from offload.errors import UsageError
 from offload.tune.cost import Footprint
 from offload.tune.hits import CURVES, POLICY, HitCurve, curve_of_trace
 from offload.tune.machine_file import FOLDER, load_machine
-from offload.tune.plan import Setting
 from offload.tune.plan_report import PlanReport, plan_model
+from offload.tune.setting import Setting
 
 MACHINE_FILE = "machine.toml"
 """Where `probe` writes and `plan` looks when no file is named: in the working folder."""

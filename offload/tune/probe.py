@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ from offload.tiers.device import Device
 from offload.tiers.disk import READERS
 from offload.tiers.host import SlotPool
 from offload.tune.attention_shapes import DEEPSEEK_V3, AttentionShapes
-from offload.tune.machine import ROWS, FormatRate, Gpu, MachineSpec, mean
+from offload.tune.machine import PASS_TOKENS, ROWS, FormatRate, Gpu, MachineSpec, mean
 from offload.tune.machine_file import save_machine
 from offload.tune.overhead import measure_overhead
-from offload.tune.probe_attention import measure_attention, measure_past
+from offload.tune.probe_attention import measure_attention, measure_past, random_layer
 from offload.tune.probe_drive import extents_at, measure_drive, measure_together
 from offload.tune.probe_gpu import measure_gpu
 from offload.tune.surroundings import OtherWork, warnings
@@ -46,6 +46,12 @@ from offload.types import Extent, align_up, format_size
 
 FORMATS = ("int4-g32", "int4-g128", "int8-g128", "nf4-b64", "int3-g32", "int2-g32", "fp8", "bf16")
 RESIDENT_FORMATS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "bf16")
+
+GPU_FORMATS = ("int4-g32", "int8-g128", "fp8")
+GPU_RESIDENT_FORMATS = ("int8-g128", "fp8", "bf16")
+"""Those of most recipes: every further one takes a compiler seconds."""
+
+V3_VOCABULARY = 129280
 
 LAYER_NBYTES = 32 << 20
 """Bytes of weights that pass through the caches between the decisions of two layers, at the least."""
@@ -68,6 +74,10 @@ class Effort:
     """Of experts and of whatever else is one matrix at a time."""
     resident_formats: tuple[str, ...] = RESIDENT_FORMATS
     """Of blocks of attention; each must be among `formats`."""
+    gpu_formats: tuple[str, ...] = GPU_FORMATS
+    """Of experts on a GPU."""
+    gpu_resident_formats: tuple[str, ...] = GPU_RESIDENT_FORMATS
+    """Of blocks of attention there."""
 
 
 Tell = Callable[[str], None]
@@ -125,17 +135,27 @@ class ProbeReport:
             "miss_s": machine.miss_s,
             "prompt_miss_s": machine.prompt_miss_s,
             "foresee_s": machine.foresee_s,
-            "gpu": vars(machine.gpu) if machine.gpu else None,
+            "gpu": asdict(machine.gpu) if machine.gpu else None,
             "warnings": list(machine.warnings),
         }
 
 
 def _gpu_lines(gpu: Gpu) -> Iterator[str]:
     yield f"GPU    {gpu.name}: {format_size(gpu.vram)}, {format_size(gpu.free or 0)} of it free"
-    yield f"       memory {gpu.read / 1e9:.0f} GB/s, resident int4-g32 experts {(gpu.kernels or 0) / 1e9:.0f} GB/s"
+    yield f"       memory {gpu.read / 1e9:.0f} GB/s"
     yield f"       from pinned RAM {gpu.h2d / 1e9:.1f} GB/s, not pinned {(gpu.h2d_pageable or 0) / 1e9:.1f} GB/s"
     together = (gpu.h2d_with_reads or 0) / 1e9, (gpu.ram_with_copies or 0) / 1e9
     yield f"       {together[0]:.1f} GB/s while the processor reads {together[1]:.1f} GB/s"
+    for what, rates in (("experts", gpu.experts), ("attention", gpu.resident)):
+        for codec, rate in rates.items():
+            share = f"{rate.read / 1e9:.0f} GB/s ({rate.read / gpu.read:.0%} of its memory)"
+            yield f"       {what} {codec}: {share} with one token, {rate.gflops / 1e3:.1f} TFLOP/s with {PASS_TOKENS}"
+    yield f"       tokens before a long pass: {gpu.past_gflops / 1e3:.1f} TFLOP/s"
+    deciding = f"deciding {1e6 * gpu.decide_s:.0f} us per layer, {1e6 * gpu.decide_token_s:.0f} per token"
+    yield (
+        f"       layer {1e6 * gpu.layer_s:.0f} us besides weights ({1e6 * gpu.prompt_layer_s:.0f} in a prompt), token "
+        f"{1e6 * (gpu.token_s or 0):.0f} us; {deciding}"
+    )
 
 
 def probe(
@@ -147,9 +167,11 @@ def probe(
     effort: Effort | None = None,
     tell: Tell | None = None,
     gpu: tuple[Device, DeviceKernels] | None = None,
+    sampling: Callable[[int], Callable[[], object]] | None = None,
 ) -> ProbeReport:
     """Measure this machine, the drive at `location` (a store, or a folder that may be written), and write `output`.
-    `gpu`: a device to measure as well, and its kernels.
+    `gpu`: a device to measure as well, and its kernels. `sampling(vocab_size)` is what draws a token from as many
+    logits: it counts to what a token takes there.
 
     Raises UsageError when there is no such folder, BudgetError when it has no room for a test file.
     """
@@ -171,7 +193,11 @@ def probe(
     machine = mean(passes)
     if gpu is not None:
         tell(gpu[0].name)
-        machine = replace(machine, gpu=_measure_gpu(*gpu, machine.threads, effort))
+        measured = _measure_gpu(*gpu, machine.threads, effort)
+        if sampling is not None:
+            draw = sampling(store.config.vocab_size if store else V3_VOCABULARY)
+            measured = replace(measured, token_s=(measured.token_s or 0.0) + mean_time(draw, part.seconds))
+        machine = replace(machine, gpu=measured)
     warned = warnings(
         folder,
         kernels=backend.name,
@@ -255,6 +281,8 @@ def effort_for(store: Store | None) -> Effort:
         hidden_size=config.hidden_size,
         moe_intermediate_size=config.moe_intermediate_size,
         attention=AttentionShapes.of(config),
+        gpu_formats=(store.manifest.recipe["experts"],),
+        gpu_resident_formats=tuple(dict.fromkeys((store.manifest.recipe["resident"], store.codec_name("lm_head")))),
     )
 
 
@@ -319,13 +347,15 @@ def _random_experts(codec: str, effort: Effort) -> list[ExpertWeights]:
 
 
 def _measure_gpu(device: Device, kernels: DeviceKernels, threads: int, effort: Effort) -> Gpu:
-    layout = ExpertLayout(get_codec("int4-g32"), effort.hidden_size, effort.moe_intermediate_size)
+    sizes = effort.hidden_size, effort.moe_intermediate_size
+    layouts = {codec: ExpertLayout(get_codec(codec), *sizes) for codec in effort.gpu_formats}
     data = torch.ones(effort.buffer_nbytes, dtype=torch.uint8)
     return measure_gpu(
         device,
         kernels,
-        _random_expert(layout, 0).buffer,
-        layout,
+        {codec: _random_expert(layout, 0) for codec, layout in layouts.items()},
+        {codec: random_layer(codec, effort.attention)[1] for codec in effort.gpu_resident_formats},
+        effort.attention,
         buffer_nbytes=effort.buffer_nbytes,
         seconds=effort.seconds,
         ram_rate=lambda seconds: ram_rate(data, threads, seconds),

@@ -31,7 +31,7 @@ def measure_attention(
 
     Every call has another block, so that none stays in caches.
     """
-    nbytes, first = _random_layer(codec, shapes)
+    nbytes, first = random_layer(codec, shapes)
     count = max(2, min(32, buffer_nbytes // nbytes))
     layers = [first] + [deepcopy(first) for _ in range(1, count)]
     hidden, cache = torch.ones(1, shapes.hidden_size), torch.zeros(1, shapes.kv_lora_rank + shapes.qk_rope_head_dim)
@@ -59,7 +59,7 @@ def measure_past(kernels: Kernels, shapes: AttentionShapes, *, buffer_nbytes: in
     return count * PAST * shapes.past_flops / mean_time(sweep, seconds) / 1e9
 
 
-def _random_layer(codec: str, shapes: AttentionShapes) -> tuple[int, AttentionLayer]:
+def random_layer(codec: str, shapes: AttentionShapes) -> tuple[int, AttentionLayer]:
     """(bytes of the matrices, a block of random weights)."""
     rng = torch.Generator().manual_seed(0)
     def matrix(rows: int, cols: int) -> QuantizedTensor:

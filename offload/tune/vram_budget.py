@@ -95,6 +95,23 @@ class DeviceDemand:
     """Bytes that libraries allocate beside the tensors and keep."""
 
 
+def device_demand(
+    config: ModelConfig,
+    layers: range,
+    *,
+    resident: int,
+    context: int,
+    chunk: int,
+    scratch: Callable[[int, int, int, int], int],
+    latent_itemsize: int,
+    libraries: int = 0,
+) -> DeviceDemand:
+    """What the device of `layers` must hold; `scratch` is its kernels' `scratch_nbytes`."""
+    attention = config.num_attention_heads, config.kv_lora_rank, context
+    few, recorded = (scratch(min(tokens, chunk), *attention) for tokens in (FEW_TOKENS, 1))
+    return DeviceDemand(layers, resident, context, chunk, few, recorded, latent_itemsize, libraries)
+
+
 def default_limit(free: int, driver: int) -> int:
     """The budget of a device where none is given, in bytes.
 

@@ -15,10 +15,15 @@ from offload.cache.policy import CacheShape
 from offload.engine import backend
 from offload.engine import bench as module
 from offload.engine.bench import bench, forget_pages, spread
-from offload.engine.engine import ram_for_share
+from offload.engine.beside_plan import model_cost
+from offload.engine.engine import Engine, ram_for_share
+from offload.engine.options import RuntimeOptions
 from offload.errors import UsageError
 from offload.store import Store
+from offload.tiers.simulated import SimulatedDevice
+from offload.tune.gpu_cost import GpuDemand, gpu_decode_cost
 from offload.tune.hits import curve_of_trace
+from offload.tune.machine_file import load_machine
 from offload.tune.synthetic import synthetic_trace
 
 SMALL = {"context": 64, "kernels": "reference"}
@@ -120,3 +125,77 @@ def test_page_and_waiting_per_layer(store: Path, tmp_path: Path) -> None:
     assert waited == pytest.approx(sum(sample.decode.stall_s for sample in report.warm), abs=1e-4)
     html = report.page().write(tmp_path / "bench.html").read_text()
     assert "cold 1, prefill" in html and "warm 2, decode" in html and "<svg" in html
+
+
+GPU = '[gpu]\nname="card"\nvram="24GiB"\nread="1000GB"\nh2d="25GB"\n'
+
+
+def _on_a_device(store: Path, monkeypatch: pytest.MonkeyPatch, slots: int) -> dict[str, object]:
+    """Options with which engines find a simulated device and have `slots` expert slots on it."""
+    monkeypatch.setattr("offload.engine.engine.open_devices", lambda options: [SimulatedDevice()])
+    with Engine(store, RuntimeOptions(**SMALL)) as engine:
+        (plan,) = engine.vram_plans
+    return {**SMALL, "vram": plan.fixed + slots * plan.slot_nbytes, "ram": ram_for_share(store, 0.5, 64) + (64 << 20)}
+
+
+@pytest.mark.parametrize(("slots", "split"), [(12, "gpu"), (12, "hybrid"), (48, "gpu")])
+def test_a_gpu_is_compared_with_the_model_of_a_gpu(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int, split: str
+) -> None:
+    machine = tmp_path / "m.toml"
+    machine.write_text(MACHINE + GPU)
+    options = _on_a_device(store, monkeypatch, slots)
+    report = bench(store, machine=machine, prompt_tokens=9, max_tokens=6, warm=2, split=split, **options)
+    values = json.loads(json.dumps(report.to_dict()))
+    assert report.gpu is not None and (report.gpu.slots, report.gpu.share) == (slots, slots / 48)
+    assert values["vram"]["slots"] == slots and values["vram"]["split"] == split
+    for sample in (*report.cold, *report.warm):
+        vram = sample.decode.vram
+        assert vram is not None
+        # Three MoE layers, top-4, five tokens: what VRAM lacks is copied or computed in RAM.
+        assert vram.hits + vram.misses + sample.decode.computed_in_ram == 5 * 12
+        assert vram.bytes_read == vram.reads * _stride(store)
+        demand = sample.decode.gpu_demand(1, report.gpu.share < 1)
+        assert demand.vram == vram.hits / 60 and 0 <= demand.below.hit <= 1
+    first = values["warm"][0]["decode"]["vram"]
+    assert first["hits"] == report.warm[0].decode.vram.hits  # type: ignore[union-attr]
+    assert (first["bytes_read"] > 0 or split == "hybrid") == (slots < 48)
+    spec = load_machine(machine)
+    expected = GpuDemand.expected(report.gpu.curve, slots / 48, report.slots / 48)
+    decode = values["compared"]["warm decode, per token"]
+    model = model_cost(Store.open(store))
+    cost = gpu_decode_cost(model, spec, expected, 9 + 2, hybrid=split == "hybrid")
+    assert decode["predicted_s"] == pytest.approx(cost.total_s)
+    for item in values["compared"].values():
+        assert sum(item[f"{name}_s"] for name in ("hits", "link", "drive", "device")) == pytest.approx(
+            item["measured_s"] - item["predicted_s"]
+        )
+        assert "processor_s" not in item
+    text = "\n".join(report.lines())
+    assert "VRAM hits" in text and "copied/token" in text
+    assert "of it free" not in text and "VRAM hits" in report.page().html()
+
+
+def test_a_gpu_is_not_compared_with_a_machine_without_one(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = tmp_path / "m.toml"
+    machine.write_text(MACHINE)
+    options = _on_a_device(store, monkeypatch, 12)
+    report = bench(store, machine=machine, prompt_tokens=4, max_tokens=3, warm=1, **options)
+    assert not report.comparisons and any("knows no GPU" in line for line in report.lines())
+    assert report.to_dict()["vram"]["expected_hit_rate"] > 0
+
+
+def test_every_run_on_a_gpu_ends_beside_the_plan_of_a_gpu(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = _on_a_device(store, monkeypatch, 12)
+    monkeypatch.chdir(tmp_path)
+    for text, count in ((MACHINE + GPU, 2), (MACHINE, 0)):
+        Path("machine.toml").write_text(text)
+        with Engine(store, RuntimeOptions(**options)) as engine:
+            list(engine.generate(range(3, 36), max_tokens=18, temperature=0.0, ignore_eos=True))
+            compared = engine.summary().to_dict()["compared"]
+        assert len(compared) == count
+        assert all(set(item) >= {"link_s", "device_s"} for item in compared.values())

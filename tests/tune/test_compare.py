@@ -25,7 +25,7 @@ def cost(stall: float, busy: float = 0.6) -> Cost:
 )
 def test_causes(seconds: float, stall: float, actual: float, cause: str) -> None:
     found = compare("decode", Measured(seconds, stall, 1e9), cost(0.4), cost(actual))
-    assert found.hits_s + found.drive_s + found.processor_s == pytest.approx(seconds - 1.0)
+    assert sum(found.causes.values()) == pytest.approx(seconds - 1.0)
     assert found.cause == cause and found.to_dict()["cause"] == cause
     assert found.gap == pytest.approx(1.0 / seconds - 1)
     words = ("fewer hits", "does not") if seconds > 1 else ("more hits", "does more", "delivers more")

@@ -21,11 +21,9 @@ from offload.tune.cost import (
     chunk_cost,
     decode_cost,
     distinct_experts,
-    gpu_decode_s,
     prefill_cost,
     rows_seconds,
 )
-from offload.tune.hits import CURVES
 from offload.tune.layer_clock import Demand, arrival_times, beside, layer_seconds
 from offload.tune.machine import FormatRate, MachineSpec
 
@@ -250,22 +248,3 @@ def test_prefill_computes_what_the_tokens_need(v3: dict[str, Footprint]) -> None
     cost = prefill_cost(model, MACHINE, 512, 512, share=1.0)
     assert cost.experts_s == pytest.approx(2 * 512 * 464 * 44_040_192 / 1e12, rel=1e-6)
     assert cost.stall_s == 0 and cost.binding == "compute"
-
-
-@pytest.mark.parametrize(
-    ("ram", "drive", "ram_slots_gb", "vram_gb", "flat", "best"),
-    [(42e9, 7e9, 108, 9, 3, 8), (72e9, 7e9, 108, 9, 3, 10), (80e9, 12e9, 108, 16, 6, 17)],
-)
-def test_gpu_forecast_lies_between_the_published_limits(
-    v3: dict[str, Footprint], ram: float, drive: float, ram_slots_gb: int, vram_gb: int, flat: float, best: float
-) -> None:
-    """Limits of 128 GB hosts with a 24 or 32 GB card at 4.25 bits, from flat routing to perfect replacement."""
-    model = replace(ModelCost.of(v3["int4"]), experts="int4-g128")
-    machine = replace(MACHINE, ram_read=ram, drive_read=drive)
-    total = model.experts_nbytes
-    shares = vram_gb * 1e9 / total, (vram_gb + ram_slots_gb) * 1e9 / total
-    speed = {
-        name: 1 / gpu_decode_s(model, machine, curve.at(shares[0]), curve.at(shares[1]))
-        for name, curve in CURVES.items()
-    }
-    assert 0.8 * flat < speed["flat"] < speed["local"] < 1.1 * best

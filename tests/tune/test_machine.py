@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from offload.errors import UsageError
-from offload.tune.machine import KERNEL_SHARE, FormatRate, MachineSpec, mean
+from offload.tune.machine import GPU_DECIDE_S, GPU_TOKEN_S, KERNEL_SHARE, FormatRate, MachineSpec, mean
 from offload.tune.machine_file import FOLDER, SYSTEM_NBYTES, load_machine, parse_machine
 
 GOOD = """name = "a"
@@ -34,6 +34,14 @@ name = "card"
 vram = "24GiB"
 read = "1000GB"
 h2d = "25GB"
+layer_us = 90
+attention_gflops = 40000
+[gpu.experts.int4-g32]
+read = "600GB"
+gflops = 30000
+[gpu.resident.int8-g128]
+read = "500GB"
+gflops = 60000
 [network]
 download = "100MB"
 [engine]
@@ -48,7 +56,13 @@ def test_values() -> None:
     assert machine.ram_threads == {"1": 20e9} and machine.depths == {"8": 6e9}
     assert machine.format_rate("int4-g32").read == 40e9 and machine.format_rate("int4-g32").gflops == 400
     assert machine.format_rate("fp8").read == KERNEL_SHARE * 50e9 and machine.format_rate("fp8").gflops == 500.5
-    assert machine.gpu is not None and machine.gpu.vram == 24 << 30
+    gpu = machine.gpu
+    assert gpu is not None and gpu.vram == 24 << 30 and gpu.layer_s == pytest.approx(9e-5)
+    assert (gpu.token_s, gpu.decide_s, gpu.attention_gflops) == (None, GPU_DECIDE_S, 40000)
+    assert gpu.token_time(0) == GPU_TOKEN_S < gpu.token_time(129280)
+    assert replace(gpu, token_s=5e-3).token_time(129280) == 5e-3
+    assert gpu.experts == {"int4-g32": FormatRate(600e9, 30000)} == {"int4-g32": gpu.expert_rate("int4-g32")}
+    assert gpu.resident == {"int8-g128": FormatRate(500e9, 60000)}
     assert machine.download == 100_000_000 and machine.layer_s == pytest.approx(2.5e-4)
 
 
@@ -78,13 +92,24 @@ def test_drive_rate_by_reads_under_way() -> None:
         ("gflops = 400", "gflops = 400\nother = 1", 15, "cpu.formats.int4-g32"),
         ("[gpu]", "[gppu]", 18, "gppu"),
         ('h2d = "25GB"', "", 18, "gpu"),
+        ("layer_us = 90", "layer_us = 0", 23, "gpu.layer_us"),
+        ("layer_us = 90", 'decide_token_us = "long"', 23, "gpu.decide_token_us"),
+        ("layer_us = 90", "layer_s = 90", 23, "gpu.layer_s"),
+        ("attention_gflops = 40000", "attention_gflops = true", 24, "gpu.attention_gflops"),
+        ("gpu.experts.int4-g32", "gpu.experts.int4-g23", 25, "gpu.experts.int4-g23"),
+        ("gflops = 30000", "", 25, "gpu.experts.int4-g32"),
+        ("gflops = 30000", "gflops = 30000\nattention = 1", 25, "gpu.experts.int4-g32"),
+        ('read = "500GB"', 'read = "quick"', 29, "gpu.resident.int8-g128.read"),
+        ("gflops = 60000", "gflops = -1", 30, "gpu.resident.int8-g128.gflops"),
+        ('[gpu.resident.int8-g128]\nread = "500GB"\ngflops = 60000', "[gpu.resident]\nfp8 = 3", 29, "gpu.resident.fp8"),
+        ('[gpu.resident.int8-g128]\nread = "500GB"\ngflops = 60000', "[gpu.other]", 28, "gpu.other"),
         ('name = "a"', "name = 3", 1, "name"),
         ('name = "a"', 'name = "a"\nwarnings = [1]', 2, "warnings"),
         ("latency_us = 80", "latency_us = inf", 9, "drive.latency_us"),
         ("latency_us = 80", "beside_kernels = 1.5", 9, "drive.beside_kernels"),
         ("threads = 8", "threads = 8\nbeside_drive = 0", 14, "cpu.beside_drive"),
         ('total = "64GiB"', 'total = "64GiB"\navailable = "65GiB"', 4, "ram.available"),
-        ("[engine]\nlayer_us = 250", "engine.layer_us = 'x'", 25, "network.engine"),
+        ("[engine]\nlayer_us = 250", "engine.layer_us = 'x'", 33, "network.engine"),
         ('read = "50GB"', f'read = "{"9" * 400}GB"', 4, "ram.read"),
         ('read = "50GB"', f"read = 1{'0' * 400}", 4, "ram.read"),
         ('read = "50GB"', 'read = "9EB"', 4, "ram.read"),
@@ -94,11 +119,11 @@ def test_drive_rate_by_reads_under_way() -> None:
         ('1 = "20GB"', f'{"9" * 5000} = "20GB"', 6, "ram.threads." + "9" * 5000),
         ("int4-g32]", "int4-g23]", 15, "cpu.formats.int4-g23"),
         ("[drive]", "[[drive]]", 7, "drive"),
-        ("[network]", "[[network]]", 23, "network"),
+        ("[network]", "[[network]]", 31, "network"),
         # Lines are not looked for in comments and texts; an inline table stands for its keys.
         ('name = "a"', 'name = """\n[ram]\nread = "1GB"\n"""\nnaem = 1', 5, "naem"),
         ('total = "64GiB"\nread = "50GB"', "# read = 5\nread = -1 # total = 3", 4, "ram.read"),
-        ('[network]\ndownload = "100MB"', "[other]\n[network]\ndownload = 0", 23, "other"),
+        ('[network]\ndownload = "100MB"', "[other]\n[network]\ndownload = 0", 31, "other"),
     ],
 )
 def test_malformed_is_refused_by_line_and_key(old: str, new: str, line: int, key: str) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -13,15 +14,22 @@ from click.testing import CliRunner
 import cli
 import offload
 from convert.footprint import Footprint, footprints
-from offload.engine.engine import ram_for_share
+from offload.engine.engine import Engine, ram_for_share
+from offload.engine.options import RuntimeOptions
 from offload.errors import BudgetError, UsageError
+from offload.kernels.device import GPU_LATENT_DTYPE, latent_scratch_nbytes
+from offload.kernels.reference_device import ReferenceDeviceKernels
+from offload.tiers.cuda_memory import DRIVER_NBYTES, rounding_nbytes
+from offload.tiers.simulated import SimulatedDevice
 from offload.tune.budget import plan_ram, ram_for_slots
 from offload.tune.cost import ModelCost, prefill_cost
+from offload.tune.gpu_cost import GpuDemand, gpu_decode_cost, gpu_prefill_cost
 from offload.tune.hits import CURVES
-from offload.tune.machine import FormatRate, MachineSpec
+from offload.tune.machine import FormatRate, Gpu, MachineSpec
 from offload.tune.machine_file import load_machine
-from offload.tune.plan import Setting, least_ram, plan_ram_of, plan_recipe, ram_demand
+from offload.tune.plan import least_ram, plan_ram_of, plan_recipe, ram_demand
 from offload.tune.plan_report import plan_model
+from offload.tune.setting import Setting
 
 MACHINE = MachineSpec("box", 128 << 30, 124 << 30, ram_read=72e9, drive_read=7e9, threads=16, gflops=1000.0)
 
@@ -102,14 +110,83 @@ def test_conversion_time_is_the_slowest_of_its_parts(v3: dict[str, Footprint]) -
     assert hours(download=1e8, encode=5e7) == pytest.approx(673_150_611_808 / 5e7)
 
 
-def test_gpu_forecast(v3: dict[str, Footprint]) -> None:
-    big = load_machine("rtx5090-192gb")
-    plan = plan_recipe(v3["int4-small"], big, Setting(), CURVES["local"])
-    assert plan.gpu and plan.gpu.slots > 464 and plan.gpu.hit > plan.gpu.vram_hit > 0
-    used = plan.gpu.resident + plan.gpu.kv_cache + plan.gpu.staging + plan.gpu.slots * 22_708_224
-    assert used <= big.gpu.vram < used + 22_708_224  # type: ignore[union-attr]
-    cramped = plan_recipe(v3["int4"], load_machine("rtx3060-64gb"), Setting(), CURVES["local"])
-    assert cramped.gpu and cramped.gpu.slots == 0 and cramped.gpu.tok_s == 0
+def test_a_gpu_is_foretold_with_the_cost_of_a_gpu(v3: dict[str, Footprint]) -> None:
+    machine, model = load_machine("rtx5090-192gb"), ModelCost.of(v3["int4-small"])
+    gpu = plan_recipe(v3["int4-small"], machine, Setting(prompt=2048), CURVES["local"]).gpu
+    assert gpu and gpu.vram and gpu.ram and gpu.decode and gpu.prefill and gpu.problem is None
+    shares = gpu.vram.slots / 14_848, gpu.ram.slots / 14_848
+    demand = GpuDemand.expected(CURVES["local"], *shares)
+    assert (gpu.vram_hit, gpu.hit) == (demand.vram, demand.below.hit) and gpu.hit > gpu.vram_hit > 0.3
+    assert gpu.decode == gpu_decode_cost(model, machine, demand, 2048)
+    prompt_slots = (gpu.vram.slots - gpu.vram.lent) / 14_848
+    assert gpu.prefill == gpu_prefill_cost(model, machine, 2048, 2048, prompt_slots, shares[1], CURVES["local"].alike)
+    assert gpu.ttft_s == gpu.prefill.total_s
+    gains = dict(gpu.gains)
+    assert gains["a link twice as fast"] > gains["a GPU twice as fast"] > gpu.decode.tok_s
+    hybrid = gpu_decode_cost(model, machine, demand, 2048, hybrid=True)
+    assert gains["--split hybrid"] == hybrid.tok_s > gpu.decode.tok_s
+    assert {"8 GiB more VRAM", "32 GiB more RAM", "a drive twice as fast"} <= set(gains)
+    assert min(gains.values()) > gpu.decode.tok_s
+    assert "nothing measured here" in gpu.rests_on
+    values = gpu.to_dict()
+    assert json.loads(json.dumps(values))["bound_by"] == gpu.decode.binding == "link"
+    assert values["vram"]["total"] <= 32 << 30 and values["gains"] == gains
+
+
+def test_the_split_of_vram_is_that_of_the_engine(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device with CUDA's memory: what plan gives to slots is what the engine has."""
+    device = SimulatedDevice(64 << 30)
+    monkeypatch.setattr(device, "driver_nbytes", DRIVER_NBYTES)
+    monkeypatch.setattr(device, "rounding_nbytes", rounding_nbytes)
+    monkeypatch.setattr(ReferenceDeviceKernels, "latent_dtype", GPU_LATENT_DTYPE)
+    monkeypatch.setattr(ReferenceDeviceKernels, "scratch_nbytes", lambda self, *sizes: latent_scratch_nbytes(*sizes))
+    footprint, slot = footprints(store).items[0], ModelCost.of(footprints(store).items[0]).layout.slot_nbytes
+    machine = replace(MACHINE, gpu=Gpu("simulated device", 64 << 30, 1e12, 25e9))
+    whole = plan_recipe(footprint, machine, Setting(context=300), CURVES["local"]).gpu
+    assert whole and whole.vram and whole.ram and whole.vram.slots == whole.vram.experts
+    vram = whole.vram.total - 29 * slot
+    ram = 2 << 30
+    forecast = plan_recipe(footprint, machine, Setting(context=300, vram=vram, ram=ram), CURVES["local"]).gpu
+    options = RuntimeOptions(context=300, vram=vram, ram=ram, kernels="reference", allow_slow=True)
+    with Engine(store, options, [device]) as engine:
+        theirs = engine.vram_plans
+    assert forecast and forecast.problem is None
+    assert [forecast.vram] == theirs and theirs[0].slots < theirs[0].experts
+
+
+def test_a_gpu_may_run_what_ram_alone_cannot(v3: dict[str, Footprint]) -> None:
+    gpu = Gpu("card", 24 << 30, 1e12, 25e9)
+    small = replace(MACHINE, ram_total=24 << 30, ram_available=20 << 30, gpu=gpu)
+    report = plan_model("V3", "checkpoint", [v3["int4-small"]], small)
+    assert report.best is None and report.best_on_gpu is report.plans[0] and report.to_dict()["runs"]
+    text = "\n".join(report.lines())
+    assert "does not run without its GPU on box" in text and "with --device cuda, a forecast" in text
+    assert "with --device cuda" in report.page().html()
+    cramped = plan_recipe(v3["int4"], load_machine("rtx3060-64gb"), Setting(), CURVES["local"]).gpu
+    assert cramped and cramped.decode is None and cramped.problem and "--vram" in cramped.problem
+    report = plan_model("V3", "checkpoint", [v3["int4"]], load_machine("rtx3060-64gb"))
+    assert any("it does not run: --vram" in line for line in report.lines())
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ({}, "nothing measured here"),
+        ({"kernels": 1e12}, "in part"),
+        ({"experts": {"int4-g32": FormatRate(1e12, 1e4)}}, "in part"),
+        (
+            {
+                "experts": {"int4-g32": FormatRate(1e12, 1e4)},
+                "resident": {"int8-g128": FormatRate(1e12, 1e4)},
+            },
+            "kernels measured here",
+        ),
+    ],
+)
+def test_a_forecast_says_what_it_rests_on(v3: dict[str, Footprint], figures: dict[str, Any], words: str) -> None:
+    gpu = replace(Gpu("card", 24 << 30, 1e12, 25e9), **figures)
+    report = plan_model("V3", "checkpoint", [v3["int4"]], replace(MACHINE, gpu=gpu))
+    assert any("a forecast from" in line and words in line for line in report.lines())
 
 
 def test_a_store_is_planned_as_the_engine_loads_it(store: Path) -> None:
@@ -167,7 +244,7 @@ def test_page_of_a_plan(v3: dict[str, Footprint], tmp_path: Path) -> None:
     report = plan_model("V3", "checkpoint", list(v3.values()), load_machine("rtx5090-192gb"))
     html = report.page().html()
     assert report.best and report.best.decode
-    assert f"{report.best.decode.tok_s:.2f} tok/s" in html and html.count("<svg") == 3
+    assert f"{report.best.decode.tok_s:.2f} tok/s" in html and html.count("<svg") == 4
     assert all(f"<th>{name}</th>" in html for name in v3)
     small = replace(MACHINE, ram_total=32 << 30, ram_available=28 << 30)
     refused = plan_model("V3", "checkpoint", [v3["fp8"]], small).page().html()

@@ -6,8 +6,11 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,13 +25,19 @@ from offload.quant import get_codec
 from offload.store import Store
 from offload.store.layout import ExpertLayout
 from offload.tiers.simulated import SimulatedDevice
+from offload.tune import overhead_gpu, surroundings
 from offload.tune import probe as probe_module
-from offload.tune import surroundings
 from offload.tune.attention_shapes import AttentionShapes
-from offload.tune.machine import FormatRate, Gpu, MachineSpec
+from offload.tune.machine import GPU_LAYER_S, FormatRate, Gpu, MachineSpec
 from offload.tune.machine_file import load_machine, parse_machine, to_toml
 from offload.tune.overhead import _decoding, measure_overhead
-from offload.tune.probe import FORMATS, RESIDENT_FORMATS, Effort, _random_expert, probe
+from offload.tune.probe import (
+    FORMATS,
+    RESIDENT_FORMATS,
+    Effort,
+    _random_expert,
+    probe,
+)
 from offload.tune.probe_attention import measure_attention, measure_past
 from offload.tune.surroundings import warnings
 
@@ -72,7 +81,7 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
         return real(extents, seconds)
 
     monkeypatch.setattr(probe_module, "measure_drive", spy)
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     monkeypatch.setattr(probe_module, "Effort", lambda **given: (sizes.update(given), replace(QUICK, **given))[1])
     before = sorted(path.name for path in store.iterdir())
     done = CliRunner().invoke(
@@ -83,6 +92,8 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
     assert {path.parent for path in seen} == {store} and len(seen) == 48
     config = Store.open(store).config
     assert sizes.pop("attention") == AttentionShapes.of(config)
+    # Of a GPU only what this store is made of is measured.
+    assert (sizes.pop("gpu_formats"), sizes.pop("gpu_resident_formats")) == (("int4-g32",), ("int8-g128", "bf16"))
     assert sizes == {name: getattr(config, name) for name in ("hidden_size", "moe_intermediate_size")}
     assert sorted(path.name for path in store.iterdir()) == before
     planned = CliRunner().invoke(cli.cli, ["plan", str(store), "--machine", str(tmp_path / "m.toml")])
@@ -90,20 +101,28 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
 
 
 def test_a_device_is_measured_through_its_interface(tmp_path: Path) -> None:
-    device = SimulatedDevice(16 << 20, seed=1)
+    device, effort = SimulatedDevice(1 << 30), replace(QUICK, gpu_formats=("int4-g32", "fp8"))
     report = probe(
         tmp_path / "m.toml",
         location=tmp_path,
         threads=1,
         kernels="reference",
-        effort=QUICK,
+        effort=effort,
         gpu=(device, ReferenceDeviceKernels()),
+        sampling=lambda vocabulary: lambda: time.sleep(0.02) if vocabulary == 129280 else None,
     )
     gpu = load_machine(tmp_path / "m.toml").gpu
-    assert gpu is not None and gpu.name == device.name and gpu.vram == gpu.free == 16 << 20
-    for name in ("read", "h2d", "h2d_pageable", "h2d_with_reads", "ram_with_copies", "kernels"):
+    assert gpu is not None and gpu.name == device.name and gpu.vram == gpu.free == 1 << 30
+    for name in ("read", "h2d", "h2d_pageable", "h2d_with_reads", "ram_with_copies", "attention_gflops"):
         assert getattr(gpu, name) == pytest.approx(getattr(report.machine.gpu, name), abs=1)
         assert getattr(gpu, name) > 0
+    assert gpu.kernels is None and tuple(gpu.experts) == effort.gpu_formats
+    assert tuple(gpu.resident) == effort.gpu_resident_formats
+    for rate in (*gpu.experts.values(), *gpu.resident.values()):
+        assert rate.read > 0 and rate.gflops > 0
+    times = gpu.layer_s, gpu.prompt_layer_s, gpu.token_time(0), gpu.decide_s, gpu.decide_token_s
+    assert all(0 < seconds < 60 for seconds in times) and gpu.layer_s != GPU_LAYER_S
+    assert gpu.token_time(0) > 0.02, "sampling counts"
     assert any("of it free" in line for line in report.lines())
     assert report.to_dict()["gpu"]["h2d_pageable"] > 0
     with pytest.raises(BudgetError, match=r"has 64\.0 KiB free; measuring it takes .*--device cpu"):
@@ -139,6 +158,27 @@ def test_overheads_are_fractions_of_a_second() -> None:
     assert 0 < found.layer_s < 5 and 0 <= found.miss_s < 5 and 0 <= found.foresee_s < 5
     assert 0 <= found.prompt_miss_s < 5
     assert len(streamed) >= 8 * 3 * 9, "between the layers of three settings, in at least eight rounds"
+
+
+def test_two_depths_tell_layers_from_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each model takes is known here, and so what must be found."""
+    layer, prompt, token, decide, decide_token = 1e-4, 2e-3, 1e-3, 4e-4, 2e-3
+
+    @contextmanager
+    def model(device: object, kernels: object, layers: int, share: float) -> Iterator[overhead_gpu._Run]:
+        decoding = token + layers * layer if share == 1 else token + decide_token + layers * decide
+        yield overhead_gpu._Run(lambda: decoding, lambda: 3e-3 + layers * prompt)
+
+    monkeypatch.setattr(overhead_gpu, "_model", model)
+    monkeypatch.setattr(overhead_gpu, "_products", lambda *given: 3e-5)
+    found = overhead_gpu.measure_gpu_overhead(SimulatedDevice(), ReferenceDeviceKernels(), 0.0)
+    assert found.layer_s == pytest.approx(layer - 3e-5) and found.prompt_layer_s == pytest.approx(prompt)
+    assert (found.token_s, found.decide_s) == (pytest.approx(token), pytest.approx(decide))
+    assert found.decide_token_s == pytest.approx(decide_token)
+
+
+def test_small_products_are_no_overhead() -> None:
+    assert 0 < overhead_gpu._products(SimulatedDevice(), ReferenceDeviceKernels(), 0.0) < 5
 
 
 def test_what_passes_through_the_caches_is_no_overhead() -> None:
@@ -178,7 +218,18 @@ def test_a_machine_file_is_read_back_equal() -> None:
         attention_gflops=40.125,
         formats={"int4-g32": FormatRate(4e10, 400.25), "int8-g128": FormatRate(4e10, 300.5, 3e10)},
         encode=10**8,
-        gpu=Gpu("card", 24 << 30, 1e12, 25e9),
+        gpu=Gpu(
+            "card",
+            24 << 30,
+            1e12,
+            25e9,
+            kernels=4e11,
+            experts={"fp8": FormatRate(5e11, 3e4), "nf4-b64": FormatRate(4e11, 3.5e4)},
+            resident={"int8-g128": FormatRate(6e11, 7.25e4)},
+            attention_gflops=4e4,
+            layer_s=6.25e-5,
+            decide_token_s=1.5e-3,
+        ),
         download=10**8,
         layer_s=2.5e-4,
         miss_s=5e-5,

@@ -13,15 +13,21 @@ from torch import Tensor
 
 from offload.errors import KernelError
 from offload.kernels.api import RouterShape, Wave
-from offload.kernels.device import FEW_TOKENS, GPU_LATENT_DTYPE, ExpertSlab, Groups, SlabLayout, check_alignment
+from offload.kernels.device import (
+    FEW_TOKENS,
+    GPU_LATENT_DTYPE,
+    LATENT_SPLIT,
+    ExpertSlab,
+    Groups,
+    SlabLayout,
+    check_alignment,
+    latent_scratch_nbytes,
+)
 from offload.kernels.triton import attend, experts, linear, mla, route, small
 from offload.kernels.triton.formats import Packed
 from offload.kernels.triton.launch import Launcher, start
 from offload.quant import QuantizedTensor
 from offload.types import ceil_div
-
-SPLIT = 256
-"""Past tokens per program of latent attention while decoding."""
 
 HEADS = 16
 """Heads per program of latent attention. With 32, the cache is read half as often and registers spill."""
@@ -116,8 +122,7 @@ class TritonKernels:
         return self.mla_at(q_latent, q_rope, cache, at, start + q_latent.shape[0], scale)
 
     def scratch_nbytes(self, tokens: int, heads: int, rank: int, limit: int) -> int:
-        splits = ceil_div(limit, SPLIT)
-        return 4 * tokens * heads * splits * (rank + 2) if tokens <= FEW_TOKENS and splits > 1 else 0
+        return latent_scratch_nbytes(tokens, heads, rank, limit)
 
     def mla_at(
         self, q_latent: Tensor, q_rope: Tensor, cache: Tensor, start: Tensor, limit: int, scale: float
@@ -132,7 +137,7 @@ class TritonKernels:
             )
         out = torch.empty_like(q_latent)
         few = tokens <= FEW_TOKENS
-        splits = ceil_div(limit, SPLIT) if few else 1
+        splits = ceil_div(limit, LATENT_SPLIT) if few else 1
         acc, top, total = out, out, out  # one split writes its result at once
         if splits > 1:
             acc = torch.empty((tokens, heads, splits, rank), dtype=torch.float32, device=out.device)
@@ -141,13 +146,13 @@ class TritonKernels:
         self._launch(
             mla.mla_split_kernel, (ceil_div(heads, HEADS), splits, tokens),
             q_latent, q_rope, cache, start, acc, top, total, heads, rank, rope, scale, splits,
-            SPLIT=SPLIT if few else 1 << 30, ALONE=splits == 1, H=HEADS, S=64,
+            SPLIT=LATENT_SPLIT if few else 1 << 30, ALONE=splits == 1, H=HEADS, S=64,
             R=max(_power_of_two(rank), 16), D=max(_power_of_two(rope), 16), num_warps=4, num_stages=2,
         )  # fmt: skip
         if splits > 1:
             self._launch(
                 mla.mla_join_kernel, (heads, tokens), acc, top, total, start, out, heads, rank, splits,
-                SPLIT=SPLIT, R=_power_of_two(rank), num_warps=4,
+                SPLIT=LATENT_SPLIT, R=_power_of_two(rank), num_warps=4,
             )  # fmt: skip
         return out
 
