@@ -8,6 +8,7 @@ machine or the device. Must not know tokenizers, prompts or models.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 from offload.engine.request import SamplingParams
 from offload.errors import OffloadError
 
-_FIRST_CANDIDATES = 1024
-"""How many of the largest logits top-p looks at first; nearly always they hold all of its mass."""
+_BLOCK = 8192
+
+_BINS, _BINS_PER_UNIT = 4096, 64
+"""Of the histogram in which top-p finds its last candidate, by (highest logit - logit) / temperature: the bins that
+matter hold few of a vocabulary each, and what falls into the last one weighs less than 1e-27 of the best."""
 
 
 class Sampler:
@@ -80,28 +84,37 @@ def candidates(row: NDArray[np.float32], params: SamplingParams) -> tuple[NDArra
         order = np.argsort(ids)
         ids, weights = ids[order], weights[order]
     else:
-        ids, weights = np.arange(row.size), _weights(row, best, params.temperature)
-        if top_p < 1.0:
-            ids = np.sort(_nucleus(row, weights, top_p))
-            weights = weights[ids]
+        weights = _weights(row, best, params.temperature)
+        ids = _nucleus(row, weights, params) if top_p < 1.0 else np.arange(row.size)
+        weights = weights[ids]
     if params.min_p > 0.0:
         keep = weights >= np.float32(params.min_p)  # the largest weight is 1
         ids, weights = ids[keep], weights[keep]
     return ids, weights
 
 
-def _nucleus(row: NDArray[np.float32], weights: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
-    """The fewest ids of `row` [vocab], best first, that hold `top_p` of all `weights` [vocab]."""
-    mass = top_p * float(np.cumsum(weights, dtype=np.float64)[-1])
-    looked = min(_FIRST_CANDIDATES, row.size)
-    while True:
-        ranked = _ranked(row, looked)
-        edges = np.cumsum(weights[ranked], dtype=np.float64)
-        if edges[-1] >= mass or looked == row.size:
-            return ranked[: _reach(edges, mass)]
-        # What follows weighs less, so this many are needed at least, and more likely twice as many.
-        needed = looked * mass / max(float(edges[-1]), 1e-30)
-        looked = int(min(row.size, max(8 * looked, 2 * needed)))
+def _nucleus(row: NDArray[np.float32], weights: NDArray[np.float32], params: SamplingParams) -> NDArray[np.int64]:
+    """The fewest ids of `row` [vocab] that hold `top_p` of all `weights` [vocab], ascending.
+
+    A histogram says in which bin the last of them is, and only that bin has to be ranked.
+    """
+    best, width = row.max(), np.float32(params.temperature / _BINS_PER_UNIT)
+    bins, masses = np.empty(row.size, np.uint16), np.zeros(_BINS)
+    for part in _blocks(row.size):
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            below = (best - row[part]) / width
+        below[below != below] = 0.0  # 0 / 0: the best of a temperature that is 0 in fp32
+        bins[part] = np.minimum(below, _BINS - 1)
+        masses += np.bincount(bins[part], weights[part], _BINS)
+    edges = np.cumsum(masses)
+    mass = params.top_p * edges[-1]
+    last = int(np.searchsorted(edges, mass, side="left"))
+    kept = bins < last
+    members = np.flatnonzero(bins == last)
+    ranked = members[_ranked(row[members], members.size)]
+    before = edges[last - 1] if last else 0.0
+    kept[ranked[: _reach(before + np.cumsum(weights[ranked], dtype=np.float64), mass)]] = True
+    return np.flatnonzero(kept)
 
 
 def _reach(edges: NDArray[np.float64], mass: float) -> int:
@@ -129,9 +142,18 @@ def _weights(logits: NDArray[np.float32], highest: np.float32, temperature: floa
     Rounded to float32, which hides the last-bit differences between maths libraries: that keeps draws
     equal across platforms.
     """
-    with np.errstate(over="ignore"):
-        exponents = (logits.astype(np.float64) - np.float64(highest)) / temperature
-    return np.exp(exponents).astype(np.float32)
+    weights = np.empty(logits.size, np.float32)
+    for part in _blocks(logits.size):
+        with np.errstate(over="ignore"):
+            exponents = (logits[part].astype(np.float64) - np.float64(highest)) / temperature
+        weights[part] = np.exp(exponents)
+    return weights
+
+
+def _blocks(size: int) -> Iterator[slice]:
+    """0 .. size in parts so small that memory for what is made of them is at hand: the pages that whole vocabularies
+    would need anew for every token cost more than the arithmetic."""
+    return (slice(at, at + _BLOCK) for at in range(0, size, _BLOCK))
 
 
 def log_probabilities(row: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -63,15 +63,17 @@ def test_filters_do_what_their_definitions_say(
     assert chosen.sample(row, 3) in ids
 
 
-def test_a_large_vocabulary_is_cut_as_a_small_look_and_a_full_sort_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = row_of(1, 20_000, scale=1.0)  # flat: the nucleus has thousands of ids
-    params = SamplingParams(temperature=1.0, top_p=0.9)
-    quick = candidates(row, params)
-    monkeypatch.setattr(sampler, "_FIRST_CANDIDATES", row.size)
-    full = candidates(row, params)
-    assert 1024 < len(quick[0]) < row.size
-    assert np.array_equal(quick[0], full[0])
-    assert np.array_equal(quick[1], full[1])
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 8.0])
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 3.0])
+def test_a_large_vocabulary_is_cut_where_a_full_sort_cuts_it(scale: float, temperature: float) -> None:
+    row = row_of(1, 20_000, scale=scale).round(2)  # with equal logits
+    ids, weights = candidates(row, SamplingParams(temperature=temperature, top_p=0.9))
+    every = np.exp((row.astype(np.float64) - row.max()) / temperature)
+    ranked = np.lexsort((np.arange(row.size), -row))
+    held = np.cumsum(every[ranked])
+    wanted = ranked[: int(np.searchsorted(held, 0.9 * held[-1])) + 1]
+    assert np.array_equal(ids, np.sort(wanted))
+    np.testing.assert_allclose(weights, every[ids], rtol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 7}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 50, "top_p": 0.9}])

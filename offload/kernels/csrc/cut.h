@@ -27,7 +27,9 @@ class Cut {
     while (item < items_.size()) {
       starts_.push_back({item, row});
       const int64_t most = tokens_ <= kFewTokens ? left_ : kManyTokensBytes;
-      int64_t budget = threads_ == 1 ? most : std::min(most, std::max(kSmallest, left_ / (2 * threads_)));
+      // Every piece begins with reads that no prefetcher foresaw, so what is short anyway is cut into few.
+      const int64_t share = std::max(left_ / (2 * threads_), std::min(kShort, 3 * left_ / (4 * threads_)));
+      int64_t budget = threads_ == 1 ? most : std::min(most, std::max(kSmallest, share));
       while (budget > 0 && item < items_.size()) {
         const Item& now = items_[item];
         const int64_t rows = std::min(now.rows - row, ceil_div(ceil_div(budget, now.row_bytes), kUnit) * kUnit);
@@ -60,6 +62,7 @@ class Cut {
  private:
   static constexpr int64_t kUnit = 16;  // rows: whole panels and row blocks of every instruction set
   static constexpr int64_t kSmallest = 12 * 1024;
+  static constexpr int64_t kShort = 640 * 1024;
   static constexpr int64_t kManyTokensBytes = 96 * 1024;
   static constexpr int64_t kFewTokens = 4;
 
