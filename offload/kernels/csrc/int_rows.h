@@ -46,6 +46,7 @@ struct Geometry {
 // streams, which the prefetchers of the hardware follow; asking for lines as well slows it down. Rows that lie side by
 // side are short streams, lost at every end.
 constexpr int kStreams = 4;
+constexpr int64_t kFirstLevel = 32 << 10;  // bytes of the first-level cache
 constexpr int64_t kAhead = 1024;  // bytes, where asking ahead does pay
 
 // The last, partial step of NR rows. Whole groups are read where they lie; a group cut short, from a padded copy.
@@ -132,14 +133,23 @@ inline void int_rows_block(const RowsCall& call, const Geometry<Format>& geometr
   }
 }
 
+template <class Format, int MT, int NR>
+void int_rows_streams(const RowsCall& call, const Geometry<Format>& geometry) {
+  const int64_t apart = (call.last - call.first) / NR;
+  for (int64_t n = call.first; n < call.first + apart; ++n) int_rows_block<Format, MT, NR>(call, geometry, n, apart);
+  for (int64_t n = call.first + NR * apart; n < call.last; ++n) int_rows_block<Format, MT, 1>(call, geometry, n, 1);
+}
+
 template <class Format, int MT>
 void int_rows_few(const RowsCall& call) {
-  // More tokens need the registers, and more time per byte.
-  constexpr int kRows = MT == 1 ? kStreams : MT == 2 ? 2 : 1;
   const Geometry<Format> geometry(*call.weight);
-  const int64_t apart = (call.last - call.first) / kRows;
-  for (int64_t n = call.first; n < call.first + apart; ++n) int_rows_block<Format, MT, kRows>(call, geometry, n, apart);
-  for (int64_t n = call.first + kRows * apart; n < call.last; ++n) int_rows_block<Format, MT, 1>(call, geometry, n, 1);
+  if constexpr (MT == 1) {
+    // The activations are read again with every row of the streams, and should still be in the first-level cache.
+    const int64_t between = kStreams * geometry.row_bytes + geometry.steps * Format::kRecordBytes;
+    if (between > kFirstLevel) return int_rows_streams<Format, MT, kStreams - 1>(call, geometry);
+  }
+  // More tokens need the registers, and more time per byte.
+  int_rows_streams<Format, MT, MT == 1 ? kStreams : MT == 2 ? 2 : 1>(call, geometry);
 }
 
 // Up to four tokens at a time: the piece of the weight stays in the core's cache meanwhile.
