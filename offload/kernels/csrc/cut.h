@@ -28,7 +28,7 @@ class Cut {
       starts_.push_back({item, row});
       const int64_t most = tokens_ <= kFewTokens ? left_ : kManyTokensBytes;
       // Every piece begins with reads that no prefetcher foresaw, so what is short anyway is cut into few.
-      const int64_t share = std::max(left_ / (2 * threads_), std::min(kShort, 3 * left_ / (4 * threads_)));
+      const int64_t share = std::max(left_ / (2 * threads_), std::min(kShort, 7 * left_ / (8 * threads_)));
       int64_t budget = threads_ == 1 ? most : std::min(most, std::max(kSmallest, share));
       while (budget > 0 && item < items_.size()) {
         const Item& now = items_[item];
