@@ -169,7 +169,7 @@ def cell(
             f"{name} predicted tok/s": round(tokens / item.predicted_s, 3),
             f"{name} measured tok/s": round(tokens / item.measured_s, 3),
             f"{name} predicted / measured": round(item.measured_s / item.predicted_s, 3),
-            f"{name} gap by": {part: round(getattr(item, f"{part}_s"), 4) for part in ("hits", "drive", "processor")},
+            f"{name} gap by": {part: round(seconds, 4) for part, seconds in item.causes.items()},
         }
     actual = mean_demand([item.decode.demand(expected.prefetch_depth) for item in warm_samples])
     row["hit rate measured"] = round(actual.hit + actual.ahead, 4)

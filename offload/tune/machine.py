@@ -52,17 +52,15 @@ GPU_PROMPT_LAYER_S = 2.4e-3
 """What prompts of 512 and of 2048 tokens took beyond products, when all experts were in VRAM, apart from what grows
 with the tokens."""
 
-GPU_TOKEN_S = 1.4e-3
-GPU_SAMPLE_S = 2e-8
-"""Per token, and per token and entry of the vocabulary. Decoding with every expert in VRAM took 3.8 ms per token on
-the H100, 1.75 of which its layers and the head explain (vocabulary of 32768, sampling with top-p)."""
+GPU_TOKEN_S = 0.4e-3
+GPU_SAMPLE_S = 7e-9
+"""Per token, and per token and entry of the vocabulary: `probe` found 0.65 ms on the H100 with a vocabulary of 32768, and
+sampling with top-p takes 0.85 ms where it has 129280."""
 
-GPU_DECIDE_S = 0.3e-3
-"""0.26 ms on a Zen 4 processor, the device being simulated; on the H200 and the H100 it was hidden behind the
-device."""
-
-GPU_DECIDE_TOKEN_S = 3e-3
-"""With slots for 95% of the experts the same model took 3.1 ms more per token, and hardly anything was copied."""
+GPU_DECIDE_S = 0.4e-3
+GPU_DECIDE_TOKEN_S = 0.7e-3
+"""What `probe` found beside the H100, on a Xeon: of a layer, while the device computes, and of a token. Greedy decoding
+with slots for 95% of the experts of three layers, all of which hit, took 3.1 ms instead of 1.85."""
 
 
 @dataclass(frozen=True)
