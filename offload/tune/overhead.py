@@ -30,33 +30,41 @@ from offload.tiers.executor import Executor
 from offload.types import PAGE, ExpertId, Extent, align_up
 
 _CONTEXT = 512
-_CONFIG = ModelConfig.from_hf(
-    {
-        "model_type": "deepseek_v3",
-        "vocab_size": 64,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "moe_intermediate_size": 32,
-        "num_hidden_layers": 9,
-        "first_k_dense_replace": 1,
-        "num_attention_heads": 4,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 16,
-        "n_routed_experts": 256,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 8,
-        "n_group": 8,
-        "topk_group": 4,
-        "routed_scaling_factor": 2.5,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": _CONTEXT,
-        "norm_topk_prob": True,
-    }
-)
 
+
+def _config(layers: int) -> ModelConfig:
+    return ModelConfig.from_hf(
+        {
+            "model_type": "deepseek_v3",
+            "vocab_size": 64,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "moe_intermediate_size": 32,
+            "num_hidden_layers": layers,
+            "first_k_dense_replace": 1,
+            "num_attention_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 8,
+            "n_group": 8,
+            "topk_group": 4,
+            "routed_scaling_factor": 2.5,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": _CONTEXT,
+            "norm_topk_prob": True,
+        }
+    )
+
+
+_CONFIG = _config(9)
+
+WHOLE_LAYERS = 33
+"""Layers of the model whose tokens are measured whole: what a token takes once is spread over as many as is usual."""
 
 _PROMPT = [token % _CONFIG.vocab_size for token in range(_CONTEXT // 2)]
 
@@ -130,25 +138,27 @@ def measure_overhead(kernels: Kernels, seconds: float, stream: Stream) -> Overhe
     with as few and reads ahead.
 
     They take turns, since their differences are small beside what other work does to each. What a layer costs is taken
-    with code and data in the caches: the rates of kernels are measured call by call and hold the rest. Deciding and
+    from whole tokens, in as few calls as the backend has for them, with code and data in the caches: the rates of
+    kernels are measured call by call and hold the rest. Deciding and
     reading come on top of them; for these `stream` reads between layers what a layer's weights are, and leaves the
     caches as they do, which nearly doubles their time.
     """
     with ExitStack() as stack:
+        whole = stack.enter_context(_whole_tokens(kernels))
         settings = ((1.0, False), (RESIDENT_SHARE, False), (RESIDENT_SHARE, True))
         runs = [stack.enter_context(_decoding(kernels, share, prefetch)) for share, prefetch in settings]
         begun = time.perf_counter()
         warm: list[_Step] = []
         rounds: list[list[_Step]] = []
         while len(rounds) < ROUNDS or time.perf_counter() - begun < 3 * seconds:
-            warm.append(runs[0](None))
+            warm.append(whole())
             rounds.append([run(stream) for run in runs])
-    layers, routers = _CONFIG.num_hidden_layers, len(_CONFIG.moe_layers)
+    routers = len(_CONFIG.moe_layers)
     reads = [median(step.reads for step in steps) for steps in zip(*rounds, strict=True)]
     missing = median(paged.busy_s - resident.busy_s for resident, paged, _ in rounds)
     miss_s = max(0.0, missing / reads[1]) if reads[1] else 0.0
     foreseeing = median(ahead.busy_s - paged.busy_s for _, paged, ahead in rounds) - (reads[2] - reads[1]) * miss_s
-    layer_s = median(step.busy_s for step in warm) / layers
+    layer_s = median(step.busy_s for step in warm) / WHOLE_LAYERS
     return Overhead(layer_s, miss_s, _prompt_miss_s(kernels), max(0.0, foreseeing / routers))
 
 
@@ -180,22 +190,36 @@ def _timed(executor: Executor, act: Callable[[], object]) -> _Step:
 
 
 @contextmanager
-def _decoding(kernels: Kernels, share: float, prefetch: bool) -> Iterator[Callable[[Stream | None], _Step]]:
+def _whole_tokens(kernels: Kernels) -> Iterator[Callable[[], _Step]]:
+    """Decodes one more token at every call as generation does, all experts resident."""
+    with _model(kernels, 1.0, False, _config(WHOLE_LAYERS)) as (model, cache, executor):
+        model.forward(_PROMPT, cache)  # brings in what these tokens use
+        filled, number = cache.length, count()
+
+        def step() -> _Step:
+            if cache.length == _CONTEXT:
+                cache.truncate(filled)
+            return _timed(executor, partial(model.next_logits, next(number) % _CONFIG.vocab_size, cache))
+
+        yield step
+
+
+@contextmanager
+def _decoding(kernels: Kernels, share: float, prefetch: bool) -> Iterator[Callable[[Stream], _Step]]:
     """Decodes one more token at every call, with slots for `share` of the experts, and calls what it is given after
     every layer."""
     with _model(kernels, share, prefetch) as (model, cache, executor):
         model.forward(_PROMPT, cache)  # brings in what these tokens use
         filled, number = cache.length, count()
 
-        def step(stream: Stream | None) -> _Step:
+        def step(stream: Stream) -> _Step:
             streaming = 0.0
 
             def after_layer(_: int) -> None:
                 nonlocal streaming
-                if stream is not None:
-                    begun = time.perf_counter()
-                    stream()
-                    streaming += time.perf_counter() - begun
+                begun = time.perf_counter()
+                stream()
+                streaming += time.perf_counter() - begun
 
             if cache.length == _CONTEXT:
                 cache.truncate(filled)
@@ -207,9 +231,10 @@ def _decoding(kernels: Kernels, share: float, prefetch: bool) -> Iterator[Callab
 
 
 @contextmanager
-def _model(kernels: Kernels, share: float, prefetch: bool) -> Iterator[tuple[DeepseekV3, KVCache, Executor]]:
+def _model(
+    kernels: Kernels, share: float, prefetch: bool, config: ModelConfig = _CONFIG
+) -> Iterator[tuple[DeepseekV3, KVCache, Executor]]:
     """The model with slots for `share` of its experts."""
-    config = _CONFIG
     slots = round(share * len(config.moe_layers) * config.n_routed_experts)
     with tempfile.TemporaryDirectory(prefix="expertpager-probe-") as folder:
         store = EmptyStore(Path(folder) / "experts", config)
