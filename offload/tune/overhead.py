@@ -29,10 +29,12 @@ from offload.store.layout import ExpertLayout
 from offload.tiers.executor import Executor
 from offload.types import PAGE, ExpertId, Extent, align_up
 
-_CONTEXT = 512
+CONTEXT = 512
+"""Tokens."""
 
 
-def _config(layers: int) -> ModelConfig:
+def small_config(layers: int, **sizes: int) -> ModelConfig:
+    """DeepSeek-V3's routing over 256 experts, matrices too small to matter; `sizes` by their names in config.json."""
     return ModelConfig.from_hf(
         {
             "model_type": "deepseek_v3",
@@ -55,18 +57,19 @@ def _config(layers: int) -> ModelConfig:
             "topk_group": 4,
             "routed_scaling_factor": 2.5,
             "rms_norm_eps": 1e-6,
-            "max_position_embeddings": _CONTEXT,
+            "max_position_embeddings": CONTEXT,
             "norm_topk_prob": True,
         }
+        | sizes
     )
 
 
-_CONFIG = _config(9)
+_CONFIG = small_config(9)
 
 WHOLE_LAYERS = 33
 """Layers of the model whose tokens are measured whole: what a token takes once is spread over as many as is usual."""
 
-_PROMPT = [token % _CONFIG.vocab_size for token in range(_CONTEXT // 2)]
+_PROMPT = [token % _CONFIG.vocab_size for token in range(CONTEXT // 2)]
 
 
 class RandomWeights:
@@ -192,12 +195,12 @@ def _timed(executor: Executor, act: Callable[[], object]) -> _Step:
 @contextmanager
 def _whole_tokens(kernels: Kernels) -> Iterator[Callable[[], _Step]]:
     """Decodes one more token at every call as generation does, all experts resident."""
-    with _model(kernels, 1.0, False, _config(WHOLE_LAYERS)) as (model, cache, executor):
+    with _model(kernels, 1.0, False, small_config(WHOLE_LAYERS)) as (model, cache, executor):
         model.forward(_PROMPT, cache)  # brings in what these tokens use
         filled, number = cache.length, count()
 
         def step() -> _Step:
-            if cache.length == _CONTEXT:
+            if cache.length == CONTEXT:
                 cache.truncate(filled)
             return _timed(executor, partial(model.next_logits, next(number) % _CONFIG.vocab_size, cache))
 
@@ -221,7 +224,7 @@ def _decoding(kernels: Kernels, share: float, prefetch: bool) -> Iterator[Callab
                 stream()
                 streaming += time.perf_counter() - begun
 
-            if cache.length == _CONTEXT:
+            if cache.length == CONTEXT:
                 cache.truncate(filled)
             token = [next(number) % _CONFIG.vocab_size]
             found = _timed(executor, partial(model.forward, token, cache, after_layer))
@@ -241,8 +244,8 @@ def _model(
         settings = {"policy": "ema+tokens", "prefetch": prefetch}
         executor = Executor(store, kernels, slots=slots, max_tokens=len(_PROMPT), **settings)
         try:
-            model = DeepseekV3(config, load_weights(RandomWeights(config), config), kernels, executor, _CONTEXT)
-            yield model, KVCache(config, _CONTEXT), executor
+            model = DeepseekV3(config, load_weights(RandomWeights(config), config), kernels, executor, CONTEXT)
+            yield model, KVCache(config, CONTEXT), executor
         finally:
             executor.close()
 

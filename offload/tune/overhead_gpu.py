@@ -30,7 +30,7 @@ from offload.tiers.device import Device
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare
 from offload.tiers.vram_memory import slot_nbytes
 from offload.tune.attention_shapes import AttentionShapes
-from offload.tune.overhead import EmptyStore, RandomWeights
+from offload.tune.overhead import CONTEXT, EmptyStore, RandomWeights, small_config
 from offload.tune.probe_attention import random_layer
 from offload.tune.probe_gpu_kernels import TOP_K, expert_read, resident_read
 
@@ -43,38 +43,23 @@ PAGED_SHARE = 0.9
 ROUNDS = 8
 """Tokens at least that each of the models decodes."""
 
-_CONTEXT = 512
 _PROMPT_TOKENS = 64
 _LEAST_S = 1e-6
 
 
 def _config(layers: int) -> ModelConfig:
-    """Sizes that all kernels take, and 256 experts to decide about."""
-    return ModelConfig.from_hf(
-        {
-            "model_type": "deepseek_v3",
-            "vocab_size": 512,
-            "hidden_size": 256,
-            "intermediate_size": 320,
-            "moe_intermediate_size": 160,
-            "num_hidden_layers": layers,
-            "first_k_dense_replace": 1,
-            "num_attention_heads": 4,
-            "q_lora_rank": 96,
-            "kv_lora_rank": 128,
-            "qk_nope_head_dim": 48,
-            "qk_rope_head_dim": 32,
-            "v_head_dim": 64,
-            "n_routed_experts": 256,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 8,
-            "n_group": 8,
-            "topk_group": 4,
-            "routed_scaling_factor": 2.5,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": _CONTEXT,
-            "norm_topk_prob": True,
-        }
+    """Sizes that all kernels of a device take."""
+    return small_config(
+        layers,
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=320,
+        moe_intermediate_size=160,
+        q_lora_rank=96,
+        kv_lora_rank=128,
+        qk_nope_head_dim=48,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
     )
 
 
@@ -165,10 +150,10 @@ def _model(device: Device, kernels: DeviceKernels, layers: int, share: float) ->
                 load_weights(PlacedWeights(RandomWeights(config), places), config),
                 kernels,
                 executor,
-                _CONTEXT,
+                CONTEXT,
                 places,
             )
-            cache = KVCache(config, _CONTEXT, [device.torch_device] * layers, kernels.latent_dtype)
+            cache = KVCache(config, CONTEXT, [device.torch_device] * layers, kernels.latent_dtype)
             model.single = SingleToken(model, executor, kernels, cache)
             yield _running(model, executor, cache)
         finally:
@@ -179,7 +164,7 @@ def _running(model: DeepseekV3, executor: DeviceExecutor, cache: KVCache) -> _Ru
     number, vocabulary = count(), model.config.vocab_size
 
     def token() -> float:
-        if cache.length == _CONTEXT:
+        if cache.length == CONTEXT:
             cache.truncate(_PROMPT_TOKENS)
         begun = time.perf_counter()
         model.next_logits(next(number) % vocabulary, cache).cpu()  # as the engine waits for them
