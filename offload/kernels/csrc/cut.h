@@ -3,9 +3,9 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "context.h"
+#include "few.h"
 
 namespace ep {
 
@@ -77,8 +77,8 @@ class Cut {
   int threads_;
   int64_t tokens_;
   int64_t left_ = 0;
-  std::vector<Item> items_;
-  std::vector<Start> starts_;
+  Few<Item, 4> items_;  // of most jobs
+  Few<Start, 12> starts_;
 };
 
 }  // namespace ep

@@ -95,7 +95,46 @@ void multiply(Library& lib, const Product* products, size_t count, int64_t token
   });
 }
 
+namespace {
+
+// A product with one token, for which the workers come while its activations are still being prepared. What they need
+// lies side by side: every line that another core wrote is a way to that core.
+struct OneToken {
+  OneToken(const Library& lib, const ep_weight& w, uint8_t* act, float* out)
+      : weight(w), act(act), out(out), isa(lib.isa), cut(lib.pool.threads(), 1) {
+    cut.add(w.rows, row_bytes(w));
+    cut.finish();
+  }
+  static void compute(void* self, int64_t piece) {
+    const auto& job = *static_cast<const OneToken*>(self);
+    wait_until([&job] { return job.prepared.load(std::memory_order_acquire); });
+    job.cut.each(piece, [&job](size_t, int64_t first, int64_t last) {
+      job.isa->rows({&job.weight, first, last, &job.act, &job.out, 0, 1});
+    });
+  }
+
+  std::atomic<bool> prepared{false};
+  ep_weight weight;
+  const uint8_t* act;
+  float* out;
+  const Isa* isa;
+  Cut cut;
+};
+
+int64_t linear_one(Library& lib, const ep_weight& w, const float* x, float* out) {
+  uint8_t* act = lib.reserve(lib.isa->act_bytes(w));
+  OneToken job(lib, w, act, out);
+  lib.pool.start(job.cut.pieces(), OneToken::compute, &job);
+  const bool finite = lib.isa->prepare(w, x, act);
+  job.prepared.store(true, std::memory_order_release);
+  lib.pool.finish();
+  return finite ? 0 : 1;
+}
+
+}  // namespace
+
 int64_t linear(Library& lib, const ep_weight& w, const float* x, int64_t tokens, float* out) {
+  if (tokens == 1) return linear_one(lib, w, x, out);
   const int64_t stride = lib.isa->act_bytes(w);
   uint8_t* act;
   const uint8_t** act_rows;

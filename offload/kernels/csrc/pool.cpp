@@ -5,21 +5,10 @@
 namespace ep {
 namespace {
 
-// About 50 us: two jobs of one call follow each other within that time.
-constexpr int kSpins = 1500;
-
 // Bridges the Python between two calls of a layer. Waking a sleeping thread costs tens of microseconds,
 // more on virtual machines, and most jobs of a decoding step are not longer. A yielding thread lets
 // every other process have the core.
 constexpr std::chrono::microseconds kYields{1000};
-
-inline void pause_cpu() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 thread_local int worker_number = 0;
 
@@ -27,17 +16,19 @@ thread_local int worker_number = 0;
 
 int Pool::worker() { return worker_number; }
 
-bool Pool::claim_one() {
+// True when there was anything to claim.
+bool Pool::claim_all() {
+  int64_t done = 0;
   uint64_t s = state_.load(std::memory_order_acquire);
   while (next_of(s) < count_of(s)) {
-    if (state_.compare_exchange_weak(s, s + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
-      // The job cannot end before this chunk does, so its fields are stable from here on.
-      body_(context_, static_cast<int64_t>(next_of(s)));
-      finished_.fetch_add(1, std::memory_order_release);
-      return true;
-    }
+    if (!state_.compare_exchange_weak(s, s + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+    // The job cannot end before this chunk is counted, so its fields are stable from here on.
+    body_(context_, static_cast<int64_t>(next_of(s)));
+    ++done;
+    s = state_.load(std::memory_order_acquire);
   }
-  return false;
+  if (done > 0) finished_.fetch_add(done, std::memory_order_release);
+  return done > 0;
 }
 
 void Pool::publish(int64_t chunks, Body body, void* context) {
@@ -61,15 +52,8 @@ void Pool::start(int64_t chunks, Body body, void* context) {
 
 void Pool::finish() {
   if (open_ == 0) return;
-  while (claim_one()) {
-  }
-  for (int spins = 0; finished_.load(std::memory_order_acquire) < open_; ++spins) {
-    if (spins < kSpins) {
-      pause_cpu();
-    } else {
-      std::this_thread::yield();  // a worker with a chunk is not scheduled: give it this core
-    }
-  }
+  claim_all();
+  wait_until([this] { return finished_.load(std::memory_order_acquire) == open_; });
   open_ = 0;
 }
 
@@ -99,7 +83,7 @@ void Pool::work(int number) {
   for (;;) {
     int idle = 0;
     while (idle < kSpins) {
-      if (claim_one()) {
+      if (claim_all()) {
         idle = 0;
       } else {
         ++idle;
@@ -111,7 +95,7 @@ void Pool::work(int number) {
     bool busy = false;
     while (!busy && std::chrono::steady_clock::now() < until) {
       std::this_thread::yield();
-      busy = claim_one();
+      busy = claim_all();
       if (stopping_.load(std::memory_order_relaxed)) return;
     }
     if (busy) continue;

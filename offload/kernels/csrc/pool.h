@@ -10,6 +10,29 @@
 
 namespace ep {
 
+inline void pause_cpu() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// About 50 us: two jobs of one call follow each other within that time.
+constexpr int kSpins = 1500;
+
+// Waits for what another thread is about to do. If that takes long it may not be scheduled, and gets this core.
+template <class Done>
+void wait_until(Done&& done) {
+  for (int spins = 0; !done(); ++spins) {
+    if (spins < kSpins) {
+      pause_cpu();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
 // Chunks of a job are claimed one by one, so a worker that is not scheduled claims none and nobody
 // waits for it. Workers spin briefly after a job, then sleep.
 class Pool {
@@ -42,7 +65,7 @@ class Pool {
  private:
   void stop();
   void work(int number);
-  bool claim_one();
+  bool claim_all();
   void publish(int64_t chunks, Body body, void* context);
 
   // Job number, chunk count and next chunk in one word, so that a claim is valid or fails as a whole.
@@ -51,12 +74,13 @@ class Pool {
   static uint64_t next_of(uint64_t s) { return s & kCountMask; }
   static uint64_t count_of(uint64_t s) { return (s >> kCountBits) & kCountMask; }
 
+  // What a claim needs lies in one cache line, which it fetches from another core.
   alignas(64) std::atomic<uint64_t> state_{0};
+  Body body_ = nullptr;
+  void* context_ = nullptr;
   alignas(64) std::atomic<int64_t> finished_{0};
   alignas(64) std::atomic<int> sleeping_{0};
   std::atomic<bool> stopping_{false};
-  Body body_ = nullptr;
-  void* context_ = nullptr;
   int64_t open_ = 0;  // chunks of a job that was published and not yet waited for
   std::mutex mutex_;
   std::condition_variable wake_;
