@@ -16,8 +16,8 @@ from offload.model.blocks import BLOCK
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout
 from offload.tune.attention_shapes import AttentionShapes
-from offload.tune.layer_clock import Demand, LayerWork, arrival_times, beside, layer_time
-from offload.tune.machine import ROWS, FormatRate, MachineSpec
+from offload.tune.layer_clock import Demand, LayerWork, arrival_times, beside, last_arrivals, layer_time
+from offload.tune.machine import MANY_ROWS, ROWS, FormatRate, MachineSpec
 
 WAVE = 16
 """Experts of a prefill chunk whose reads are under way before the routed part of the layer begins."""
@@ -151,6 +151,16 @@ class ModelCost:
         return self.config.num_hidden_layers * sum(codec.nbytes(*shape) for shape in matrices)
 
     @property
+    def vector_nbytes(self) -> int:
+        """Bytes of vectors that a token of a prompt moves in a layer between products: each is written by one step and
+        read by the next. Norms, sums and the results of experts are as wide as the hidden state; queries, keys and
+        values are expanded, rotated, joined and laid out by heads."""
+        config = self.config
+        wide = (2 * config.num_experts_per_tok + 14) * config.hidden_size
+        heads = 4 * config.num_attention_heads * (2 * config.qk_head_dim + config.v_head_dim)
+        return 4 * (wide + heads)
+
+    @property
     def resident_parameters(self) -> int:
         """Parameters of attention, dense layers, shared experts and routers."""
         return sum(rows * cols for rows, cols in _resident_shapes(self.config))
@@ -241,13 +251,17 @@ def decode_cost(model: ModelCost, machine: MachineSpec, demand: Demand, context:
 def rows_seconds(rate: FormatRate, nbytes: float, parameters: float, rows: float) -> float:
     """Seconds of a product of `parameters` weights with `rows` rows.
 
-    One row takes what streaming the `nbytes` takes, ROWS rows what the products take; between them every further row
-    adds as much, beyond them the products decide.
+    One row takes what streaming the `nbytes` takes, ROWS and MANY_ROWS rows what their products take; between them
+    every further row adds as much, beyond them every row takes the same.
     """
-    one, many = nbytes / rate.read, 2.0 * ROWS * parameters / (rate.gflops * 1e9)
-    if rows >= ROWS:
-        return max(one, many * rows / ROWS)
-    return max(one, one + (many - one) * max(0.0, rows - 1) / (ROWS - 1))
+    times = {1: nbytes / rate.read}
+    for count, gflops in ((ROWS, rate.gflops), (MANY_ROWS, rate.gflops_many or rate.gflops)):
+        times[count] = 2.0 * count * parameters / (gflops * 1e9)
+    if rows >= MANY_ROWS:
+        return max(times[1], times[MANY_ROWS] * rows / MANY_ROWS)
+    low, high = (1, ROWS) if rows < ROWS else (ROWS, MANY_ROWS)
+    each = (times[high] - times[low]) / (high - low)
+    return max(times[1], times[low] + each * max(0.0, rows - low))
 
 
 def distinct_experts(config: ModelConfig, tokens: int, alike: float = inf) -> float:
@@ -280,9 +294,10 @@ def chunk_cost(
     wave = min(WAVE, missing) * model.expert_nbytes / machine.drive_read
     shared = rows_seconds(own, model.shared_nbytes, model.shared_parameters, tokens)
     with_reads, left = beside(machine, shared, wave)
-    # Hits first, then misses as they come: the drive is ahead or behind, and the last one is computed alone.
+    # Hits first, then misses as they come: the drive is ahead or behind, and those that come last are computed alone.
     reading = max(0.0, reading - wave) + left
-    compute, stall = beside(machine, compute, reading + per_expert if missing >= 1 else 0.0)
+    last = last_arrivals(missing, model.expert_nbytes) * per_expert
+    compute, stall = beside(machine, compute, reading + last if missing >= 1 else 0.0)
     if missing >= 1:  # nothing but residents can be computed until the first reads end
         residents = (used - missing) * per_expert / machine.kernels_beside
         begun = arrival_times(machine, round(min(WAVE, missing)), model.expert_nbytes)[0]
@@ -291,11 +306,13 @@ def chunk_cost(
     resident += rows_seconds(own, model.resident_read_nbytes, model.resident_parameters, tokens)
     resident += config.num_hidden_layers * attention_flops(config, tokens, start) / (machine.past_gflops * 1e9)
     miss_s = machine.miss_s if machine.prompt_miss_s is None else machine.prompt_miss_s
+    layer_s = machine.layer_s if machine.prompt_layer_s is None else machine.prompt_layer_s
+    layer_s += tokens * (machine.prompt_token_s + model.vector_nbytes / machine.ram_read)
     return Cost(
         experts_s=layers * compute,
         resident_s=resident,
         stall_s=layers * stall,
-        overhead_s=config.num_hidden_layers * machine.layer_s + layers * missing * miss_s,
+        overhead_s=config.num_hidden_layers * layer_s + layers * missing * miss_s,
         read_nbytes=layers * missing * model.expert_nbytes,
         tokens=tokens,
     )

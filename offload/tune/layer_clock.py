@@ -109,6 +109,13 @@ def arrival_times(machine: MachineSpec, misses: int, nbytes: int) -> list[float]
     return times
 
 
+def last_arrivals(misses: float, nbytes: int) -> float:
+    """How many of `misses` extents of `nbytes`, asked for at once, end together with the last one: of several that are
+    under way together any number may be left for the end, half of them on average."""
+    together = max(1, READERS // -(-nbytes // PART_NBYTES))
+    return min(misses, (1 + together) / 2)
+
+
 def beside(machine: MachineSpec, compute: float, reading: float) -> tuple[float, float]:
     """(seconds of the processor, seconds it then waits) for work and reads of so many seconds each, begun together.
 

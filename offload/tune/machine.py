@@ -6,10 +6,12 @@ Owns the figures and what stands for those nobody measured. Must not read them (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from statistics import fmean, harmonic_mean
+from operator import attrgetter, itemgetter
+from statistics import fmean
+from typing import Any
 
 from offload.quant import get_codec
 from offload.tiers.disk import READERS
@@ -23,6 +25,9 @@ ATTENTION_SHARE = 0.25
 ROWS = 16
 """Rows of the matrix products behind `gflops`: tokens per expert in a prefill chunk of 512, 256 experts, top-8."""
 
+MANY_ROWS = 64
+"""Rows from which on another one takes as much as each of those before: weights have been decoded for all of them."""
+
 
 @dataclass(frozen=True)
 class FormatRate:
@@ -34,6 +39,8 @@ class FormatRate:
     """2 x multiply-adds per second with ROWS rows, in units of 1e9."""
     attention: float | None = None
     """Weight bytes per second of whole blocks of attention with one row: their matrices are smaller than experts."""
+    gflops_many: float | None = None
+    """The same as `gflops` with MANY_ROWS rows; `gflops` if unknown."""
 
 
 PASS_TOKENS = 2048
@@ -185,6 +192,10 @@ class MachineSpec:
     """Time of the processor for every expert that is read."""
     prompt_miss_s: float | None = None
     """The same in a prompt, which asks for many at once; `miss_s` if unknown."""
+    prompt_layer_s: float | None = None
+    """`layer_s` of a chunk of a prompt, which is not computed in one call; `layer_s` if unknown."""
+    prompt_token_s: float = 0.0
+    """What each of its tokens adds to that: choosing experts, learning from the choice."""
     foresee_s: float = 0.0
     """Time of the processor for a router that is applied early, besides its product."""
     warnings: tuple[str, ...] = ()
@@ -218,46 +229,54 @@ class MachineSpec:
         return self.attention_gflops or ATTENTION_SHARE * self.gflops
 
 
+LEAST_TRIMMED = 4
+"""Measurements from which on a mean leaves out extremes."""
+
+
 def mean(machines: Sequence[MachineSpec]) -> MachineSpec:
     """A machine that takes for everything the mean of the times that `machines` take; sizes are those of the first.
 
-    All must have measured the same figures.
+    Of many the shortest and the longest time of every figure are left out: a second in which a virtual machine got no
+    processor at all says nothing of the next one. All must have measured the same figures.
     """
     first = machines[0]
 
-    def formats(name: str) -> FormatRate:
-        found = [machine.formats[name] for machine in machines]
-        attention = [each.attention for each in found if each.attention]
-        return FormatRate(
-            harmonic_mean([each.read for each in found]),
-            harmonic_mean([each.gflops for each in found]),
-            harmonic_mean(attention) if attention else None,
-        )
+    def average(value: Callable[[Any], float | None], of: Sequence[Any] = machines) -> float | None:
+        """The mean of times; None where one is unknown."""
+        found = [each for each in map(value, of) if each is not None]
+        return _trimmed(found) if len(found) == len(of) else None
 
-    def rate(name: str) -> float:
-        return harmonic_mean([getattr(machine, name) for machine in machines])
+    def rate(value: Callable[[Any], float | None], of: Sequence[Any] = machines) -> float | None:
+        """The mean of rates by that of their times."""
+        found = [each for each in map(value, of) if each is not None]
+        return 1 / _trimmed([1 / each for each in found]) if len(found) == len(of) else None
 
-    def rates(name: str) -> dict[str, float]:
+    def rates(name: str) -> dict[str, float | None]:
         found = [getattr(machine, name) for machine in machines]
-        return {key: harmonic_mean([each[key] for each in found]) for key in found[0]}
+        return {key: rate(itemgetter(key), found) for key in found[0]}
 
-    def average(name: str) -> float:
-        return fmean(getattr(machine, name) for machine in machines)
+    def formats(codec: str) -> FormatRate:
+        found = [machine.formats[codec] for machine in machines]
+        times: dict[str, Any] = {item.name: rate(attrgetter(item.name), found) for item in fields(FormatRate)}
+        return FormatRate(**times)
 
+    changed: dict[str, Any] = {name: rate(attrgetter(name)) for name in ("ram_read", "drive_read", "gflops")}
+    changed |= {name: average(attrgetter(name)) for name in _TIMES}
+    changed |= {name: rates(name) for name in ("ram_threads", "depths")}
     return replace(
         first,
-        ram_read=rate("ram_read"),
-        ram_threads=rates("ram_threads"),
-        drive_read=rate("drive_read"),
-        depths=rates("depths"),
-        gflops=rate("gflops"),
-        attention_gflops=rate("past_gflops"),
+        **changed,
+        attention_gflops=rate(attrgetter("past_gflops")),
         formats={name: formats(name) for name in first.formats},
-        drive_latency_s=average("drive_latency_s"),
-        drive_beside=average("drive_beside"),
-        kernels_beside=average("kernels_beside"),
-        layer_s=average("layer_s"),
-        miss_s=average("miss_s"),
-        prompt_miss_s=None if first.prompt_miss_s is None else average("prompt_miss_s"),
-        foresee_s=average("foresee_s"),
     )
+
+
+_TIMES = (
+    *("drive_latency_s", "drive_beside", "kernels_beside", "layer_s", "miss_s", "foresee_s"),
+    *("prompt_miss_s", "prompt_layer_s", "prompt_token_s"),
+)
+
+
+def _trimmed(values: Sequence[float]) -> float:
+    kept = sorted(values)[1:-1] if len(values) >= LEAST_TRIMMED else values
+    return fmean(kept)

@@ -100,6 +100,8 @@ def to_toml(machine: MachineSpec) -> str:
                 "layer_us": 1e6 * machine.layer_s or None,
                 "miss_us": 1e6 * machine.miss_s or None,
                 "prompt_miss_us": None if machine.prompt_miss_s is None else 1e6 * machine.prompt_miss_s,
+                "prompt_layer_us": None if machine.prompt_layer_s is None else 1e6 * machine.prompt_layer_s,
+                "prompt_token_us": 1e6 * machine.prompt_token_s or None,
                 "foresee_us": 1e6 * machine.foresee_s or None,
             },
         ),
@@ -126,7 +128,8 @@ def _gpu_tables(gpu: Gpu | None) -> list[tuple[str, dict[str, Any]]]:
 
 def _toml(key: str, value: Any) -> str:
     if isinstance(value, float):
-        return repr(value) if key.endswith(("gflops", "_us")) or key.startswith("beside") else str(max(1, round(value)))
+        exact = "gflops" in key or key.endswith("_us") or key.startswith("beside")
+        return repr(value) if exact else str(max(1, round(value)))
     # A JSON text or list of texts is one in TOML, too, but for a character that JSON leaves alone.
     return json.dumps(value).replace("\x7f", "\\u007f")
 
@@ -171,8 +174,9 @@ def _lines(value: Any) -> tuple[str, ...]:
 
 
 _GPU_TABLES = ("experts", "resident")
+_ENGINE_TIMES = ("layer", "miss", "prompt_miss", "prompt_layer", "prompt_token", "foresee")
 _GPU_TIMES = ("layer", "prompt_layer", "token", "decide", "decide_token")
-_RATE_TABLE: dict[str, Parser] = {"read": _size, "gflops": _number, "attention": _size}
+_RATE_TABLE: dict[str, Parser] = {"read": _size, "gflops": _number, "attention": _size, "gflops_many": _number}
 _KEYS: dict[str, dict[str, Parser]] = {
     "": {"name": _text, "warnings": _lines},
     "ram": {"total": _size, "available": _size, "read": _size},
@@ -193,7 +197,7 @@ _KEYS: dict[str, dict[str, Parser]] = {
         **dict.fromkeys(("attention_gflops", *(f"{key}_us" for key in _GPU_TIMES)), _number),
     },
     "network": {"download": _size},
-    "engine": {"layer_us": _number, "miss_us": _number, "prompt_miss_us": _number, "foresee_us": _number},
+    "engine": dict.fromkeys((f"{key}_us" for key in _ENGINE_TIMES), _number),
 }
 _TABLES = {"ram": ("threads",), "drive": ("depths",), "cpu": ("formats",), "gpu": _GPU_TABLES}
 """Tables whose keys are counts or formats."""
@@ -217,7 +221,6 @@ class _Reader:
         available = ram.get("available", max(ram["total"] - SYSTEM_NBYTES, ram["total"] // 2))
         if available > ram["total"]:
             raise self._fault("ram", "available", "exceeds ram.total")
-        prompt_miss = found.get("engine", {}).get("prompt_miss_us")
         return MachineSpec(
             name=found[""]["name"],
             warnings=found[""].get("warnings", ()),
@@ -234,14 +237,11 @@ class _Reader:
             threads=cpu["threads"],
             gflops=cpu["gflops"],
             attention_gflops=cpu.get("attention_gflops"),
-            formats=self._formats("cpu", "formats", ("attention",)),
+            formats=self._formats("cpu", "formats", ("attention", "gflops_many")),
             encode=cpu.get("encode"),
             gpu=self._gpu(found),
             download=found.get("network", {}).get("download"),
-            layer_s=found.get("engine", {}).get("layer_us", 0.0) / 1e6,
-            miss_s=found.get("engine", {}).get("miss_us", 0.0) / 1e6,
-            prompt_miss_s=None if prompt_miss is None else prompt_miss / 1e6,
-            foresee_s=found.get("engine", {}).get("foresee_us", 0.0) / 1e6,
+            **{f"{key[:-3]}_s": value / 1e6 for key, value in found.get("engine", {}).items()},
         )
 
     def _sections(self) -> dict[str, dict[str, Any]]:

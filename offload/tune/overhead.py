@@ -15,12 +15,14 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from offload.config import ModelConfig
 from offload.kernels import Kernels
+from offload.kernels.api import Wave
 from offload.model.kv_cache import KVCache
 from offload.model.transformer import DeepseekV3
 from offload.model.weights import load_weights
@@ -114,12 +116,45 @@ class EmptyStore:
 
 Stream = Callable[[], object]
 
+
+class StreamingKernels:
+    """Kernels after whose experts a stream passes through the caches, as the weights of real ones would have."""
+
+    def __init__(self, kernels: Kernels, stream: Stream) -> None:
+        self._kernels, self._stream = kernels, stream
+        self.streaming_s = 0.0
+        """Seconds that the stream took."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels, name)
+
+    def experts(self, x: Tensor, wave: Wave, k: int, partial: Tensor) -> None:
+        self._kernels.experts(x, wave, k, partial)
+        begun = time.perf_counter()
+        self._stream()
+        self.streaming_s += time.perf_counter() - begun
+
 RESIDENT_SHARE = 0.4
 """Share of the experts that have a slot where the cost of a miss is measured."""
 
 
 ROUNDS = 8
 """Tokens at least that each of the settings decodes."""
+
+PROMPT_TURNS = 3
+"""Prompts of either length."""
+
+
+@dataclass(frozen=True)
+class PromptOverhead:
+    """What prompts take besides matrix products and waiting."""
+
+    layer_s: float
+    """Seconds per layer."""
+    token_s: float
+    """Seconds that each token adds to that."""
+    miss_s: float
+    """Seconds for an expert that is read: one of many that are asked for at once."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +165,9 @@ class Overhead:
     """Seconds per layer whose experts are resident."""
     miss_s: float
     """Seconds that the processor spends on every expert that is not."""
-    prompt_miss_s: float
-    """The same for an expert that a prompt reads: one of many that are asked for at once."""
     foresee_s: float
     """Seconds for a router that is applied early, and for choosing what to read ahead."""
+    prompt: PromptOverhead
 
 
 def measure_overhead(kernels: Kernels, seconds: float, stream: Stream) -> Overhead:
@@ -162,18 +196,34 @@ def measure_overhead(kernels: Kernels, seconds: float, stream: Stream) -> Overhe
     miss_s = max(0.0, missing / reads[1]) if reads[1] else 0.0
     foreseeing = median(ahead.busy_s - paged.busy_s for _, paged, ahead in rounds) - (reads[2] - reads[1]) * miss_s
     layer_s = median(step.busy_s for step in warm) / WHOLE_LAYERS
-    return Overhead(layer_s, miss_s, _prompt_miss_s(kernels), max(0.0, foreseeing / routers))
+    return Overhead(layer_s, miss_s, max(0.0, foreseeing / routers), measure_prompts(kernels, stream))
 
 
-def _prompt_miss_s(kernels: Kernels) -> float:
-    """A prompt with slots for everything, of which nothing is there, beside the same prompt once more."""
-    with _model(kernels, 1.0, False) as (model, cache, executor):
-        found = []
-        for tokens in (_PROMPT[:1], _PROMPT, _PROMPT):  # the first makes what is made once
+def measure_prompts(kernels: Kernels, stream: Stream) -> PromptOverhead:
+    """A prompt with slots for everything, of which nothing is there, then long and short ones in turns.
+
+    For the misses `stream` reads what the experts of a call are. Learning from a prompt is left out: that is done when
+    the token after it begins.
+    """
+    short, layers = _PROMPT[: len(_PROMPT) // 8], _CONFIG.num_hidden_layers
+    streaming = StreamingKernels(kernels, stream)
+    with _model(kernels, 1.0, False, routed=streaming) as (model, cache, executor):
+
+        def step(tokens: list[int]) -> _Step:
             cache.truncate(0)
-            found.append(_timed(executor, partial(model.forward, tokens, cache)))
-    _, absent, present = found
-    return max(1e-9, (absent.busy_s - present.busy_s) / absent.reads)
+            before = streaming.streaming_s
+            found = _timed(executor, partial(model.forward, tokens, cache))
+            executor.ram.end_step()
+            return replace(found, busy_s=found.busy_s - (streaming.streaming_s - before))
+
+        step(_PROMPT[:1])  # makes what is made once
+        absent, present = step(_PROMPT), step(_PROMPT)
+        miss_s = max(1e-9, (absent.busy_s - present.busy_s) / absent.reads)
+        turns = [(step(_PROMPT).busy_s, step(short).busy_s) for _ in range(PROMPT_TURNS)]
+    long_s, short_s = (median(times) for times in zip(*turns, strict=True))
+    token_s = max(0.0, long_s - short_s) / (len(_PROMPT) - len(short))
+    layer_s = max(1e-9, short_s - len(short) * token_s)
+    return PromptOverhead(layer_s / layers, token_s / layers, miss_s)
 
 
 @dataclass(frozen=True)
@@ -235,14 +285,14 @@ def _decoding(kernels: Kernels, share: float, prefetch: bool) -> Iterator[Callab
 
 @contextmanager
 def _model(
-    kernels: Kernels, share: float, prefetch: bool, config: ModelConfig = _CONFIG
+    kernels: Kernels, share: float, prefetch: bool, config: ModelConfig = _CONFIG, routed: Kernels | None = None
 ) -> Iterator[tuple[DeepseekV3, KVCache, Executor]]:
-    """The model with slots for `share` of its experts."""
+    """The model with slots for `share` of its experts, which `routed` computes, `kernels` unless given."""
     slots = round(share * len(config.moe_layers) * config.n_routed_experts)
     with tempfile.TemporaryDirectory(prefix="expertpager-probe-") as folder:
         store = EmptyStore(Path(folder) / "experts", config)
         settings = {"policy": "ema+tokens", "prefetch": prefetch}
-        executor = Executor(store, kernels, slots=slots, max_tokens=len(_PROMPT), **settings)
+        executor = Executor(store, routed or kernels, slots=slots, max_tokens=len(_PROMPT), **settings)
         try:
             model = DeepseekV3(config, load_weights(RandomWeights(config), config), kernels, executor, CONTEXT)
             yield model, KVCache(config, CONTEXT), executor

@@ -6,7 +6,7 @@ the decoder and the executor with weights too small to matter.
 
 A processor's speed changes within seconds: other work shares its memory, its clock, or the cores themselves. So
 everything is measured in several passes over all of it, and what counts is the mean of the times, in which a run meets
-slow moments and fast ones as well.
+slow moments and fast ones as well. Of the passes the best and the worst of every figure are left out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from offload.tiers.device import Device
 from offload.tiers.disk import READERS
 from offload.tiers.host import SlotPool
 from offload.tune.attention_shapes import DEEPSEEK_V3, AttentionShapes
-from offload.tune.machine import PASS_TOKENS, ROWS, FormatRate, Gpu, MachineSpec, mean
+from offload.tune.machine import MANY_ROWS, PASS_TOKENS, ROWS, FormatRate, Gpu, MachineSpec, mean
 from offload.tune.machine_file import save_machine
 from offload.tune.overhead import measure_overhead
 from offload.tune.probe_attention import measure_attention, measure_past, random_layer
@@ -63,7 +63,7 @@ class Effort:
 
     seconds: float = 0.8
     """Per measured figure, in all passes together."""
-    passes: int = 3
+    passes: int = 5
     file_nbytes: int = 1 << 30
     hidden_size: int = 7168
     moe_intermediate_size: int = 2048
@@ -105,13 +105,16 @@ class ProbeReport:
             share = rate.read / machine.ram_read
             one = f"{rate.read / 1e9:>6.2f} GB/s ({share:.0%} of RAM) with one row"
             whole = f"; attention {rate.attention / 1e9:.2f} GB/s" if rate.attention else ""
-            yield f"{codec:<10} {one}, {rate.gflops:.0f} GFLOP/s with {ROWS}{whole}"
+            many = f", {rate.gflops_many:.0f} with {MANY_ROWS}" if rate.gflops_many else ""
+            yield f"{codec:<10} {one}, {rate.gflops:.0f} GFLOP/s with {ROWS}{many}{whole}"
         if machine.gpu is not None:
             yield from _gpu_lines(machine.gpu)
         spent = f"layer  {1e6 * machine.layer_s:.0f} us besides matrix products"
         spent += f", {1e6 * machine.miss_s:.0f} us for every expert that is read"
-        spent += f" ({1e6 * (machine.prompt_miss_s or 0):.0f} in a prompt)"
         yield f"{spent}, {1e6 * machine.foresee_s:.0f} us for a router applied early"
+        spent = f"prompt {1e6 * (machine.prompt_layer_s or 0):.0f} us per layer"
+        spent += f", {1e6 * machine.prompt_token_s:.0f} us for each of its tokens"
+        yield f"{spent}, {1e6 * (machine.prompt_miss_s or 0):.0f} us for every expert that is read"
         for text in machine.warnings:
             yield f"warning: {text}"
         yield f"written to {self.path}"
@@ -134,6 +137,8 @@ class ProbeReport:
             "layer_s": machine.layer_s,
             "miss_s": machine.miss_s,
             "prompt_miss_s": machine.prompt_miss_s,
+            "prompt_layer_s": machine.prompt_layer_s,
+            "prompt_token_s": machine.prompt_token_s,
             "foresee_s": machine.foresee_s,
             "gpu": asdict(machine.gpu) if machine.gpu else None,
             "warnings": list(machine.warnings),
@@ -267,7 +272,9 @@ def _measured(kernels: Kernels, threads: int, drive: _Drive, effort: Effort, tel
         kernels_beside=together.kernels,
         layer_s=overhead.layer_s,
         miss_s=overhead.miss_s,
-        prompt_miss_s=overhead.prompt_miss_s,
+        prompt_miss_s=overhead.prompt.miss_s,
+        prompt_layer_s=overhead.prompt.layer_s,
+        prompt_token_s=overhead.prompt.token_s,
         foresee_s=overhead.foresee_s,
     )
 
@@ -312,13 +319,16 @@ def read_once(data: torch.Tensor, kernels: Kernels) -> None:
 
 
 def measure_format(kernels: Kernels, codec: str, effort: Effort) -> FormatRate:
-    """The rate of routed experts in `codec`: one row for the bytes, several rows for the products."""
+    """The rate of routed experts in `codec`: one row for the bytes, several and many rows for the products."""
     experts = _random_experts(codec, effort)
     k = min(8, len(experts))
     one = mean_time(expert_wave(kernels, experts, 1, k), effort.seconds)
-    many = mean_time(expert_wave(kernels, experts, ROWS, 2), effort.seconds)
-    parameters = 3 * effort.hidden_size * effort.moe_intermediate_size
-    return FormatRate(k * experts[0].layout.stride / one, max(1e-3, 2 * ROWS * 2 * parameters / many / 1e9))
+
+    def gflops(rows: int, size: int) -> float:
+        taken = mean_time(expert_wave(kernels, experts, rows, size), effort.seconds)
+        return max(1e-3, 6e-9 * rows * size * effort.hidden_size * effort.moe_intermediate_size / taken)
+
+    return FormatRate(k * experts[0].layout.stride / one, gflops(ROWS, 2), gflops_many=gflops(MANY_ROWS, 1))
 
 
 def expert_wave(kernels: Kernels, experts: Sequence[ExpertWeights], rows: int, size: int) -> Callable[[], None]:

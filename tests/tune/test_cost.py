@@ -24,7 +24,7 @@ from offload.tune.cost import (
     prefill_cost,
     rows_seconds,
 )
-from offload.tune.layer_clock import Demand, arrival_times, beside, layer_seconds
+from offload.tune.layer_clock import Demand, arrival_times, beside, last_arrivals, layer_seconds
 from offload.tune.machine import FormatRate, MachineSpec
 
 MACHINE = MachineSpec(
@@ -190,6 +190,29 @@ def test_rows_between_streaming_and_products() -> None:
     times = [rows_seconds(rate, 1e9, 1e9, rows) for rows in (0.5, 1, 8.5, 16, 32)]
     assert times == pytest.approx([0.1, 0.1, 0.21, 0.32, 0.64])
     assert rows_seconds(rate, 1e10, 1e9, 16) == pytest.approx(1.0)
+    # 64 rows at 200 GFLOP/s are 640 ms; between 16 and 64 rows each adds a 48th of the difference.
+    quick = FormatRate(10e9, 100.0, gflops_many=200.0)
+    times = [rows_seconds(quick, 1e9, 1e9, rows) for rows in (1, 8.5, 16, 40, 64, 128)]
+    assert times == pytest.approx([0.1, 0.21, 0.32, 0.48, 0.64, 1.28])
+
+
+def test_a_prompt_ends_each_layer_with_what_came_last(v3: dict[str, Footprint]) -> None:
+    """Eight parts are under way: of experts of one part up to eight end together, of larger ones fewer."""
+    part = PART_NBYTES
+    found = [last_arrivals(256, nbytes) for nbytes in (part // 2, part, part + 1, 3 * part, 8 * part, 9 * part)]
+    assert found == [4.5, 4.5, 2.5, 1.5, 1.0, 1.0]
+    assert last_arrivals(3, part) == 3 and last_arrivals(0.5, part) == 0.5
+
+
+def test_a_prompt_has_overheads_of_its_own(v3: dict[str, Footprint]) -> None:
+    model = ModelCost.of(v3["int4"])
+    # 61 layers; vectors of 30 hidden states and of 4 x 128 heads with two keys and a value, in fp32, at 72 GB/s.
+    moved = 4 * (30 * 7168 + 4 * 128 * (2 * 192 + 128)) / 72e9
+    plain = replace(MACHINE, layer_s=1e-4)
+    own = replace(plain, prompt_layer_s=2e-3, prompt_token_s=1e-5)
+    spent = [chunk_cost(model, machine, 512, 0, 1.0).overhead_s for machine in (plain, own)]
+    assert spent == pytest.approx([61 * (1e-4 + 512 * moved), 61 * (2e-3 + 512 * (1e-5 + moved))])
+    assert decode_cost(model, own, Demand(1.0)) == decode_cost(model, plain, Demand(1.0))
 
 
 def test_uneven_misses_wait_longer_than_the_average(v3: dict[str, Footprint]) -> None:

@@ -89,6 +89,7 @@ def test_drive_rate_by_reads_under_way() -> None:
         ("gflops = 400", 'gflops = "many"', 17, "cpu.formats.int4-g32.gflops"),
         ("gflops = 400", "", 15, "cpu.formats.int4-g32"),
         ("gflops = 400", 'gflops = 400\nattention = "slow"', 18, "cpu.formats.int4-g32.attention"),
+        ("gflops = 400", "gflops = 400\ngflops_many = 0", 18, "cpu.formats.int4-g32.gflops_many"),
         ("gflops = 400", "gflops = 400\nother = 1", 15, "cpu.formats.int4-g32"),
         ("[gpu]", "[gppu]", 18, "gppu"),
         ('h2d = "25GB"', "", 18, "gpu"),
@@ -110,6 +111,7 @@ def test_drive_rate_by_reads_under_way() -> None:
         ("threads = 8", "threads = 8\nbeside_drive = 0", 14, "cpu.beside_drive"),
         ('total = "64GiB"', 'total = "64GiB"\navailable = "65GiB"', 4, "ram.available"),
         ("[engine]\nlayer_us = 250", "engine.layer_us = 'x'", 33, "network.engine"),
+        ("layer_us = 250", "layer_us = 250\nprompt_token_us = -1", 35, "engine.prompt_token_us"),
         ('read = "50GB"', f'read = "{"9" * 400}GB"', 4, "ram.read"),
         ('read = "50GB"', f"read = 1{'0' * 400}", 4, "ram.read"),
         ('read = "50GB"', 'read = "9EB"', 4, "ram.read"),
@@ -205,3 +207,15 @@ def test_a_mean_of_machines_takes_the_mean_of_their_times() -> None:
     assert both.layer_s == pytest.approx(2e-4) and both.ram_threads == {"1": pytest.approx(4.0)}
     assert both.formats["bf16"].read == pytest.approx(4.0) and both.formats["bf16"].gflops == pytest.approx(16.0)
     assert both.formats["bf16"].attention is None and both.attention_gflops == pytest.approx(8.0)
+
+
+def test_a_mean_of_many_leaves_out_what_was_disturbed() -> None:
+    one = MachineSpec("one", 8, 4, ram_read=10.0, drive_read=2.0, threads=2, gflops=60.0, miss_s=1e-4)
+    one = replace(one, formats={"bf16": FormatRate(6.0, 10.0, gflops_many=20.0)}, prompt_layer_s=1e-3)
+    stuck = replace(one, ram_read=0.1, miss_s=5.0, formats={"bf16": FormatRate(0.01, 10.0, gflops_many=0.5)})
+    assert mean([one, one, stuck]).miss_s > 1
+    found = mean([one, stuck, one, one, one])
+    assert (found.ram_read, found.miss_s) == (pytest.approx(10.0), pytest.approx(1e-4))
+    assert found.formats["bf16"] == FormatRate(pytest.approx(6.0), pytest.approx(10.0), None, pytest.approx(20.0))
+    assert found.prompt_layer_s == pytest.approx(1e-3)
+    assert mean([one, replace(one, prompt_layer_s=None)]).prompt_layer_s is None

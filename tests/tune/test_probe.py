@@ -30,7 +30,7 @@ from offload.tune import probe as probe_module
 from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.machine import GPU_LAYER_S, FormatRate, Gpu, MachineSpec
 from offload.tune.machine_file import load_machine, parse_machine, to_toml
-from offload.tune.overhead import _decoding, measure_overhead
+from offload.tune.overhead import PROMPT_TURNS, _decoding, measure_overhead, measure_prompts
 from offload.tune.probe import (
     FORMATS,
     RESIDENT_FORMATS,
@@ -156,8 +156,20 @@ def test_overheads_are_fractions_of_a_second() -> None:
     streamed: list[int] = []
     found = measure_overhead(select("reference"), 0.01, lambda: streamed.append(1))
     assert 0 < found.layer_s < 5 and 0 <= found.miss_s < 5 and 0 <= found.foresee_s < 5
-    assert 0 <= found.prompt_miss_s < 5
+    assert 0 < found.prompt.miss_s < 5 and 0 < found.prompt.layer_s < 5 and 0 <= found.prompt.token_s < 5
     assert len(streamed) >= 8 * 3 * 9, "between the layers of three settings, in at least eight rounds"
+
+
+def test_what_passes_through_the_caches_is_no_overhead_of_a_prompt() -> None:
+    kernels, streamed = select("reference"), []
+
+    def stream() -> None:
+        streamed.append(1)
+        time.sleep(2e-3)
+
+    slow, quick = measure_prompts(kernels, stream), measure_prompts(kernels, _nothing)
+    assert len(streamed) >= 8 * (3 + 2 * PROMPT_TURNS)  # once at least in every MoE layer of every prompt
+    assert slow.layer_s < quick.layer_s + 1e-3
 
 
 def test_two_depths_tell_layers_from_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +232,7 @@ def test_a_machine_file_is_read_back_equal() -> None:
         drive_latency_s=8.5e-5,
         drive_free=10**12,
         attention_gflops=40.125,
-        formats={"int4-g32": FormatRate(4e10, 400.25), "int8-g128": FormatRate(4e10, 300.5, 3e10)},
+        formats={"int4-g32": FormatRate(4e10, 400.25), "int8-g128": FormatRate(4e10, 300.5, 3e10, 350.125)},
         encode=10**8,
         gpu=Gpu(
             "card",
@@ -238,6 +250,8 @@ def test_a_machine_file_is_read_back_equal() -> None:
         layer_s=2.5e-4,
         miss_s=5e-5,
         prompt_miss_s=2.5e-5,
+        prompt_layer_s=1.25e-3,
+        prompt_token_s=1.5e-5,
         drive_beside=0.875,
         kernels_beside=0.75,
         warnings=("one", "two = 2"),
@@ -245,9 +259,10 @@ def test_a_machine_file_is_read_back_equal() -> None:
         ram_threads={"1": 2e10},
     )
     again = parse_machine(to_toml(machine), "f")
-    assert replace(again, drive_latency_s=8.5e-5, layer_s=2.5e-4, miss_s=5e-5, prompt_miss_s=2.5e-5) == machine
-    assert again.drive_latency_s == pytest.approx(8.5e-5) and again.layer_s == pytest.approx(2.5e-4)
-    assert again.miss_s == pytest.approx(5e-5)
+    times = {"drive_latency_s": 8.5e-5, "layer_s": 2.5e-4, "miss_s": 5e-5}
+    times |= {"prompt_miss_s": 2.5e-5, "prompt_layer_s": 1.25e-3, "prompt_token_s": 1.5e-5}
+    assert {name: getattr(again, name) for name in times} == pytest.approx(times)
+    assert replace(again, **times) == machine
 
 
 def test_warnings_of_a_system(tmp_path: Path) -> None:
