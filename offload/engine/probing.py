@@ -15,8 +15,8 @@ from offload.engine.options import RuntimeOptions
 from offload.engine.request import SamplingParams
 from offload.engine.sampler import Sampler
 from offload.kernels import select_device
-from offload.tune.probe import ProbeReport
 from offload.tune.probe import probe as measure
+from offload.tune.probe_report import ProbeReport
 
 
 def probe(output: str, *, device: str = "auto", kernels: str = "auto", **arguments: Any) -> ProbeReport:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from operator import attrgetter, itemgetter
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from offload.quant import get_codec
@@ -229,27 +229,27 @@ class MachineSpec:
         return self.attention_gflops or ATTENTION_SHARE * self.gflops
 
 
-LEAST_TRIMMED = 4
-"""Measurements from which on a mean leaves out extremes."""
+STUCK = 2.0
+"""Times of the median that a measurement takes at least where something else had the processor or the drive."""
 
 
 def mean(machines: Sequence[MachineSpec]) -> MachineSpec:
     """A machine that takes for everything the mean of the times that `machines` take; sizes are those of the first.
 
-    Of many the shortest and the longest time of every figure are left out: a second in which a virtual machine got no
-    processor at all says nothing of the next one. All must have measured the same figures.
+    A run meets slow moments as well, so they count. What took more than STUCK times the median does not: a second in
+    which a virtual machine got no processor says nothing of the next one. All must have measured the same figures.
     """
     first = machines[0]
 
     def average(value: Callable[[Any], float | None], of: Sequence[Any] = machines) -> float | None:
         """The mean of times; None where one is unknown."""
         found = [each for each in map(value, of) if each is not None]
-        return _trimmed(found) if len(found) == len(of) else None
+        return _typical(found) if len(found) == len(of) else None
 
     def rate(value: Callable[[Any], float | None], of: Sequence[Any] = machines) -> float | None:
         """The mean of rates by that of their times."""
         found = [each for each in map(value, of) if each is not None]
-        return 1 / _trimmed([1 / each for each in found]) if len(found) == len(of) else None
+        return 1 / _typical([1 / each for each in found]) if len(found) == len(of) else None
 
     def rates(name: str) -> dict[str, float | None]:
         found = [getattr(machine, name) for machine in machines]
@@ -277,6 +277,6 @@ _TIMES = (
 )
 
 
-def _trimmed(values: Sequence[float]) -> float:
-    kept = sorted(values)[1:-1] if len(values) >= LEAST_TRIMMED else values
-    return fmean(kept)
+def _typical(values: Sequence[float]) -> float:
+    longest = STUCK * median(values) if len(values) > 2 else max(values)
+    return fmean(value for value in values if value <= longest)

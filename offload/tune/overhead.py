@@ -1,7 +1,6 @@
 """What layers and misses cost besides matrix products: measured with a model whose matrices are too small to matter.
 
-Owns that model: random weights in memory, a file of zeros as its experts. It runs the decoder, the residency and the
-executor exactly as a real model does.
+Owns the measurements. They run the decoder, the residency and the executor exactly as a real model does.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from offload.config import ModelConfig
@@ -26,45 +24,8 @@ from offload.kernels.api import Wave
 from offload.model.kv_cache import KVCache
 from offload.model.transformer import DeepseekV3
 from offload.model.weights import load_weights
-from offload.quant import QuantizedTensor, get_codec
-from offload.store.layout import ExpertLayout
 from offload.tiers.executor import Executor
-from offload.types import PAGE, ExpertId, Extent, align_up
-
-CONTEXT = 512
-"""Tokens."""
-
-
-def small_config(layers: int, **sizes: int) -> ModelConfig:
-    """DeepSeek-V3's routing over 256 experts, matrices too small to matter; `sizes` by their names in config.json."""
-    return ModelConfig.from_hf(
-        {
-            "model_type": "deepseek_v3",
-            "vocab_size": 64,
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "moe_intermediate_size": 32,
-            "num_hidden_layers": layers,
-            "first_k_dense_replace": 1,
-            "num_attention_heads": 4,
-            "q_lora_rank": 32,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 16,
-            "n_routed_experts": 256,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 8,
-            "n_group": 8,
-            "topk_group": 4,
-            "routed_scaling_factor": 2.5,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": CONTEXT,
-            "norm_topk_prob": True,
-        }
-        | sizes
-    )
-
+from offload.tune.small_model import CONTEXT, EmptyStore, RandomWeights, small_config
 
 _CONFIG = small_config(9)
 
@@ -72,47 +33,6 @@ WHOLE_LAYERS = 33
 """Layers of the model whose tokens are measured whole: what a token takes once is spread over as many as is usual."""
 
 _PROMPT = [token % _CONFIG.vocab_size for token in range(CONTEXT // 2)]
-
-
-class RandomWeights:
-    """Random resident weights of a model by HF name."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._config = config
-        self._shapes = _shapes(config)
-        self._rng = torch.Generator().manual_seed(0)
-
-    def resident(self, module: str) -> QuantizedTensor:
-        last = module.rsplit(".", 1)[-1]
-        rows, cols = self._shapes[f"shared {last}" if "shared_experts" in module else last]
-        weight = torch.randn(rows, cols, generator=self._rng).mul(cols**-0.5).to(torch.bfloat16)
-        return QuantizedTensor(get_codec("bf16"), rows, cols, {"weight": weight})
-
-    def tensor(self, name: str) -> Tensor:
-        c = self._config
-        if name.endswith("norm.weight"):
-            size = {"q_a_layernorm": c.q_lora_rank, "kv_a_layernorm": c.kv_lora_rank}.get(name.split(".")[-2])
-            return torch.ones(size or c.hidden_size)
-        if name.endswith("bias"):
-            return torch.zeros(c.n_routed_experts)
-        return torch.randn(c.n_routed_experts, c.hidden_size, generator=self._rng).to(torch.bfloat16)
-
-
-class EmptyStore:
-    """Experts of zeros in one file."""
-
-    def __init__(self, path: Path, config: ModelConfig) -> None:
-        self.config = config
-        self.layout = ExpertLayout(get_codec("int4-g32"), config.hidden_size, config.moe_intermediate_size)
-        self.path = path
-        self._step = align_up(self.layout.stride)
-        with path.open("wb") as file:
-            file.truncate(len(config.moe_layers) * config.n_routed_experts * self._step + PAGE)
-
-    def locate(self, expert: ExpertId) -> Extent:
-        index = (expert.layer - self.config.moe_layers[0]) * self.config.n_routed_experts + expert.expert
-        return Extent(self.path, index * self._step, self.layout.stride)
-
 
 Stream = Callable[[], object]
 
@@ -134,9 +54,9 @@ class StreamingKernels:
         self._stream()
         self.streaming_s += time.perf_counter() - begun
 
+
 RESIDENT_SHARE = 0.4
 """Share of the experts that have a slot where the cost of a miss is measured."""
-
 
 ROUNDS = 8
 """Tokens at least that each of the settings decodes."""
@@ -176,9 +96,8 @@ def measure_overhead(kernels: Kernels, seconds: float, stream: Stream) -> Overhe
 
     They take turns, since their differences are small beside what other work does to each. What a layer costs is taken
     from whole tokens, in as few calls as the backend has for them, with code and data in the caches: the rates of
-    kernels are measured call by call and hold the rest. Deciding and
-    reading come on top of them; for these `stream` reads between layers what a layer's weights are, and leaves the
-    caches as they do, which nearly doubles their time.
+    kernels are measured call by call and hold the rest. Deciding and reading come on top of them; for these `stream`
+    reads between layers what a layer's weights are, and leaves the caches as they do, which nearly doubles their time.
     """
     with ExitStack() as stack:
         whole = stack.enter_context(_whole_tokens(kernels))
@@ -298,24 +217,3 @@ def _model(
             yield model, KVCache(config, CONTEXT), executor
         finally:
             executor.close()
-
-
-def _shapes(c: ModelConfig) -> dict[str, tuple[int, int]]:
-    """[out, in] by the last part of a module's name."""
-    heads, hidden, rank = c.num_attention_heads, c.hidden_size, c.q_lora_rank or 0
-    shared = c.moe_intermediate_size * c.n_shared_experts
-    return {
-        "q_a_proj": (rank, hidden),
-        "q_b_proj": (heads * c.qk_head_dim, rank),
-        "kv_a_proj_with_mqa": (c.latent_dim, hidden),
-        "kv_b_proj": (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank),
-        "o_proj": (hidden, heads * c.v_head_dim),
-        "gate_proj": (c.intermediate_size, hidden),
-        "up_proj": (c.intermediate_size, hidden),
-        "down_proj": (hidden, c.intermediate_size),
-        "shared gate_proj": (shared, hidden),
-        "shared up_proj": (shared, hidden),
-        "shared down_proj": (hidden, shared),
-        "embed_tokens": (c.vocab_size, hidden),
-        "lm_head": (c.vocab_size, hidden),
-    }

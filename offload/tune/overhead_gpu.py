@@ -30,9 +30,9 @@ from offload.tiers.device import Device
 from offload.tiers.device_executor import DeviceExecutor, DeviceShare
 from offload.tiers.vram_memory import slot_nbytes
 from offload.tune.attention_shapes import AttentionShapes
-from offload.tune.overhead import CONTEXT, EmptyStore, RandomWeights, small_config
 from offload.tune.probe_attention import random_layer
 from offload.tune.probe_gpu_kernels import TOP_K, expert_read, resident_read
+from offload.tune.small_model import CONTEXT, EmptyStore, RandomWeights, small_config
 
 DEPTHS = (5, 9)
 """Layers, one of them dense."""

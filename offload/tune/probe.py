@@ -6,14 +6,14 @@ the decoder and the executor with weights too small to matter.
 
 A processor's speed changes within seconds: other work shares its memory, its clock, or the cores themselves. So
 everything is measured in several passes over all of it, and what counts is the mean of the times, in which a run meets
-slow moments and fast ones as well. Of the passes the best and the worst of every figure are left out.
+slow moments and fast ones as well. A figure for which a pass took twice as long as usual leaves that out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,16 @@ from offload.tiers.device import Device
 from offload.tiers.disk import READERS
 from offload.tiers.host import SlotPool
 from offload.tune.attention_shapes import DEEPSEEK_V3, AttentionShapes
-from offload.tune.machine import MANY_ROWS, PASS_TOKENS, ROWS, FormatRate, Gpu, MachineSpec, mean
+from offload.tune.machine import MANY_ROWS, ROWS, FormatRate, Gpu, MachineSpec, mean
 from offload.tune.machine_file import save_machine
 from offload.tune.overhead import measure_overhead
 from offload.tune.probe_attention import measure_attention, measure_past, random_layer
 from offload.tune.probe_drive import extents_at, measure_drive, measure_together
 from offload.tune.probe_gpu import measure_gpu
+from offload.tune.probe_report import ProbeReport
 from offload.tune.surroundings import OtherWork, warnings
 from offload.tune.timing import mean_time
-from offload.types import Extent, align_up, format_size
+from offload.types import Extent, align_up
 
 FORMATS = ("int4-g32", "int4-g128", "int8-g128", "nf4-b64", "int3-g32", "int2-g32", "fp8", "bf16")
 RESIDENT_FORMATS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "bf16")
@@ -81,86 +82,6 @@ class Effort:
 
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class ProbeReport:
-    """The measured machine and where its file is."""
-
-    machine: MachineSpec
-    path: Path
-    kernels: str
-
-    def lines(self) -> Iterator[str]:
-        """For people."""
-        machine = self.machine
-        depths = ", ".join(f"{n}: {rate / 1e9:.2f}" for n, rate in machine.depths.items())
-        threads = ", ".join(f"{n}: {rate / 1e9:.1f}" for n, rate in machine.ram_threads.items())
-        yield f"{machine.name}: {format_size(machine.ram_total)} RAM, {machine.threads} threads, {self.kernels} kernels"
-        yield f"drive  {machine.drive_read / 1e9:.2f} GB/s at the runtime's depth; by reads under way: {depths}"
-        beside = f"{machine.drive_beside:.0%} of it beside the kernels, which do {machine.kernels_beside:.0%} of theirs"
-        yield f"       {beside}"
-        yield f"RAM    {machine.ram_read / 1e9:.1f} GB/s; by threads: {threads}"
-        for codec, rate in machine.formats.items():
-            share = rate.read / machine.ram_read
-            one = f"{rate.read / 1e9:>6.2f} GB/s ({share:.0%} of RAM) with one row"
-            whole = f"; attention {rate.attention / 1e9:.2f} GB/s" if rate.attention else ""
-            many = f", {rate.gflops_many:.0f} with {MANY_ROWS}" if rate.gflops_many else ""
-            yield f"{codec:<10} {one}, {rate.gflops:.0f} GFLOP/s with {ROWS}{many}{whole}"
-        if machine.gpu is not None:
-            yield from _gpu_lines(machine.gpu)
-        spent = f"layer  {1e6 * machine.layer_s:.0f} us besides matrix products"
-        spent += f", {1e6 * machine.miss_s:.0f} us for every expert that is read"
-        yield f"{spent}, {1e6 * machine.foresee_s:.0f} us for a router applied early"
-        spent = f"prompt {1e6 * (machine.prompt_layer_s or 0):.0f} us per layer"
-        spent += f", {1e6 * machine.prompt_token_s:.0f} us for each of its tokens"
-        yield f"{spent}, {1e6 * (machine.prompt_miss_s or 0):.0f} us for every expert that is read"
-        for text in machine.warnings:
-            yield f"warning: {text}"
-        yield f"written to {self.path}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """For machines."""
-        machine = self.machine
-        return {
-            "path": str(self.path),
-            "kernels": self.kernels,
-            "drive_read": machine.drive_read,
-            "drive_latency_s": machine.drive_latency_s,
-            "depths": dict(machine.depths),
-            "drive_beside": machine.drive_beside,
-            "kernels_beside": machine.kernels_beside,
-            "ram_read": machine.ram_read,
-            "ram_threads": dict(machine.ram_threads),
-            "formats": {name: vars(rate) for name, rate in machine.formats.items()},
-            "attention_gflops": machine.attention_gflops,
-            "layer_s": machine.layer_s,
-            "miss_s": machine.miss_s,
-            "prompt_miss_s": machine.prompt_miss_s,
-            "prompt_layer_s": machine.prompt_layer_s,
-            "prompt_token_s": machine.prompt_token_s,
-            "foresee_s": machine.foresee_s,
-            "gpu": asdict(machine.gpu) if machine.gpu else None,
-            "warnings": list(machine.warnings),
-        }
-
-
-def _gpu_lines(gpu: Gpu) -> Iterator[str]:
-    yield f"GPU    {gpu.name}: {format_size(gpu.vram)}, {format_size(gpu.free or 0)} of it free"
-    yield f"       memory {gpu.read / 1e9:.0f} GB/s"
-    yield f"       from pinned RAM {gpu.h2d / 1e9:.1f} GB/s, not pinned {(gpu.h2d_pageable or 0) / 1e9:.1f} GB/s"
-    together = (gpu.h2d_with_reads or 0) / 1e9, (gpu.ram_with_copies or 0) / 1e9
-    yield f"       {together[0]:.1f} GB/s while the processor reads {together[1]:.1f} GB/s"
-    for what, rates in (("experts", gpu.experts), ("attention", gpu.resident)):
-        for codec, rate in rates.items():
-            share = f"{rate.read / 1e9:.0f} GB/s ({rate.read / gpu.read:.0%} of its memory)"
-            yield f"       {what} {codec}: {share} with one token, {rate.gflops / 1e3:.1f} TFLOP/s with {PASS_TOKENS}"
-    yield f"       tokens before a long pass: {gpu.past_gflops / 1e3:.1f} TFLOP/s"
-    deciding = f"deciding {1e6 * gpu.decide_s:.0f} us per layer, {1e6 * gpu.decide_token_s:.0f} per token"
-    yield (
-        f"       layer {1e6 * gpu.layer_s:.0f} us besides weights ({1e6 * gpu.prompt_layer_s:.0f} in a prompt), token "
-        f"{1e6 * (gpu.token_s or 0):.0f} us; {deciding}"
-    )
 
 
 def probe(

@@ -213,8 +213,10 @@ def test_a_mean_of_many_leaves_out_what_was_disturbed() -> None:
     one = MachineSpec("one", 8, 4, ram_read=10.0, drive_read=2.0, threads=2, gflops=60.0, miss_s=1e-4)
     one = replace(one, formats={"bf16": FormatRate(6.0, 10.0, gflops_many=20.0)}, prompt_layer_s=1e-3)
     stuck = replace(one, ram_read=0.1, miss_s=5.0, formats={"bf16": FormatRate(0.01, 10.0, gflops_many=0.5)})
-    assert mean([one, one, stuck]).miss_s > 1
+    assert mean([one, stuck]).miss_s > 1
     found = mean([one, stuck, one, one, one])
+    slow = replace(one, miss_s=1.9e-4)
+    assert mean([one, slow, one, one, stuck]).miss_s == pytest.approx((3 * 1e-4 + 1.9e-4) / 4)
     assert (found.ram_read, found.miss_s) == (pytest.approx(10.0), pytest.approx(1e-4))
     assert found.formats["bf16"] == FormatRate(pytest.approx(6.0), pytest.approx(10.0), None, pytest.approx(20.0))
     assert found.prompt_layer_s == pytest.approx(1e-3)
