@@ -1,7 +1,8 @@
 """Builds the native CPU kernels; everything else about the package is in pyproject.toml.
 
-The library has a plain C interface and is opened by path (offload/kernels/native_library.py), so it needs no
-Python headers. It is optional: without a C++17 compiler the package installs and runs on torch.
+The library has a plain C interface and is opened by path (offload/kernels/native_library.py). Python's headers are
+not needed; where they are, one function is called without ctypes (csrc/python.cpp). It is optional: without a C++17
+compiler the package installs and runs on torch.
 """
 
 from pathlib import Path

@@ -63,6 +63,7 @@ class NativeKernels:
         # At exit the process ends with its threads; joining them then could hang after a fork.
         weakref.finalize(self, library.ep_destroy, self._context).atexit = False
         self.isa: str = library.ep_isa(self._context).decode()
+        self._linear = native_library.linear()
         self._described = Descriptions()
         self._every: dict[int, Tensor] = {}  # positions 0..n-1 by n
         # Results are made as `tensor.new_empty(sizes)`: with code and data out of the processor's caches, as between
@@ -78,7 +79,7 @@ class NativeKernels:
         pointer, described = self._described.weight(weight)
         tokens = check_rows(x, described.cols)
         out = x.new_empty(tokens, described.rows)
-        bad = self._library.ep_linear(self._context, pointer, x.data_ptr(), tokens, out.data_ptr())
+        bad = self._linear(self._context, pointer, x.data_ptr(), tokens, out.data_ptr())
         if bad:
             raise not_finite(bad)
         return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from ctypes import byref
+from ctypes import addressof
 from typing import Any
 
 import torch
@@ -27,14 +27,14 @@ class Descriptions:
     """By identity: looking one up takes less time than a small product's dispatch."""
 
     def __init__(self) -> None:
-        self._weights: dict[int, tuple[weakref.ref[QuantizedTensor], Any, Weight]] = {}
+        self._weights: dict[int, tuple[weakref.ref[QuantizedTensor], int, Weight]] = {}
         self._layouts: dict[int, tuple[Any, Any]] = {}
         self._attentions: dict[int, tuple[AttentionLayer, Attention]] = {}
         self._blocks: dict[int, tuple[Block, Moe]] = {}
         self._ends: list[ModelEnds] = []
 
-    def weight(self, weight: QuantizedTensor) -> tuple[Any, Weight]:
-        """A pointer to the description of `weight`, and the description."""
+    def weight(self, weight: QuantizedTensor) -> tuple[int, Weight]:
+        """The address of the description of `weight`, and the description."""
         key = id(weight)
         known = self._weights.get(key)
         if known is None:
@@ -48,7 +48,7 @@ class Descriptions:
             def forget(_: object) -> None:
                 weights.pop(key, None)
 
-            known = weights[key] = (weakref.ref(weight, forget), byref(described), described)
+            known = weights[key] = (weakref.ref(weight, forget), addressof(described), described)
         return known[1], known[2]
 
     def of_expert(self, expert: Expert) -> Any:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import importlib.util
+from collections.abc import Callable
 from ctypes import Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -147,6 +149,19 @@ def library() -> ctypes.CDLL:
     if opened.ep_abi() != _ABI:
         raise KernelError(f"{path} has interface {opened.ep_abi()}, not {_ABI}; reinstall the package to rebuild it")
     return opened
+
+
+@lru_cache(maxsize=1)
+def linear() -> Callable[[int, int, int, int, int], int]:
+    """`ep_linear`, addresses as integers: without ctypes where the library was built with Python's headers."""
+    opened, path = library(), library_path()
+    spec = importlib.util.spec_from_file_location("offload.kernels._native", path)
+    assert spec is not None
+    try:
+        function: Callable[[int, int, int, int, int], int] = importlib.util.module_from_spec(spec).linear
+    except ImportError:
+        return opened.ep_linear
+    return function
 
 
 def available() -> str | None:

@@ -372,6 +372,32 @@ NativeKernels(threads=2)
     assert "does not start 1000 threads" in done.stdout
 
 
+def test_a_product_without_pythons_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that was built without them has no module in it, and is called through ctypes."""
+    weight, x = random_weight(torch.Generator().manual_seed(0), 48, 96, "int4-g32"), torch.randn(1, 96)
+    expected = NativeKernels(threads=1).linear(x, weight)
+
+    def without(spec: object) -> None:
+        raise ImportError("dynamic module does not define module export function")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native_library.importlib.util, "module_from_spec", without)
+        native_library.linear.cache_clear()
+        try:
+            assert native_library.linear() is native_library.library().ep_linear
+            assert torch.equal(NativeKernels(threads=1).linear(x, weight), expected)
+        finally:
+            native_library.linear.cache_clear()
+
+
+def test_the_quick_call_checks_its_arguments() -> None:
+    call = native_library.linear()
+    if call is native_library.library().ep_linear:
+        pytest.skip("built without Python's headers")
+    for wrong, error in (((1, 2), TypeError), ((1, 2, 3, "1", 5), TypeError), ((1, 2, 3, 1, -5), OverflowError)):
+        with pytest.raises(error):
+            call(*wrong)
+
 
 def test_a_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_library, "library_path", lambda: None)
