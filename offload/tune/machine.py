@@ -195,7 +195,7 @@ class MachineSpec:
     prompt_layer_s: float | None = None
     """`layer_s` of a chunk of a prompt, which is not computed in one call; `layer_s` if unknown."""
     prompt_token_s: float = 0.0
-    """What each of its tokens adds to that: choosing experts, learning from the choice."""
+    """What each of its tokens adds to that, such as choosing its experts. Learning from it is the next token's."""
     foresee_s: float = 0.0
     """Time of the processor for a router that is applied early, besides its product."""
     warnings: tuple[str, ...] = ()
@@ -257,8 +257,8 @@ def mean(machines: Sequence[MachineSpec]) -> MachineSpec:
 
     def formats(codec: str) -> FormatRate:
         found = [machine.formats[codec] for machine in machines]
-        times: dict[str, Any] = {item.name: rate(attrgetter(item.name), found) for item in fields(FormatRate)}
-        return FormatRate(**times)
+        values: dict[str, Any] = {item.name: rate(attrgetter(item.name), found) for item in fields(FormatRate)}
+        return FormatRate(**values)
 
     changed: dict[str, Any] = {name: rate(attrgetter(name)) for name in ("ram_read", "drive_read", "gflops")}
     changed |= {name: average(attrgetter(name)) for name in _TIMES}

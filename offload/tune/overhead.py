@@ -37,22 +37,32 @@ _PROMPT = [token % _CONFIG.vocab_size for token in range(CONTEXT // 2)]
 Stream = Callable[[], object]
 
 
+class TimedStream:
+    """A stream that passes through the caches between two steps, and whose time is none of theirs."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.seconds = 0.0
+        """All that it has taken."""
+
+    def __call__(self, _: int = 0) -> None:
+        begun = time.perf_counter()
+        self._stream()
+        self.seconds += time.perf_counter() - begun
+
+
 class StreamingKernels:
     """Kernels after whose experts a stream passes through the caches, as the weights of real ones would have."""
 
-    def __init__(self, kernels: Kernels, stream: Stream) -> None:
+    def __init__(self, kernels: Kernels, stream: TimedStream) -> None:
         self._kernels, self._stream = kernels, stream
-        self.streaming_s = 0.0
-        """Seconds that the stream took."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kernels, name)
 
     def experts(self, x: Tensor, wave: Wave, k: int, partial: Tensor) -> None:
         self._kernels.experts(x, wave, k, partial)
-        begun = time.perf_counter()
         self._stream()
-        self.streaming_s += time.perf_counter() - begun
 
 
 RESIDENT_SHARE = 0.4
@@ -125,15 +135,15 @@ def measure_prompts(kernels: Kernels, stream: Stream) -> PromptOverhead:
     the token after it begins.
     """
     short, layers = _PROMPT[: len(_PROMPT) // 8], _CONFIG.num_hidden_layers
-    streaming = StreamingKernels(kernels, stream)
-    with _model(kernels, 1.0, False, routed=streaming) as (model, cache, executor):
+    timed = TimedStream(stream)
+    with _model(kernels, 1.0, False, routed=StreamingKernels(kernels, timed)) as (model, cache, executor):
 
         def step(tokens: list[int]) -> _Step:
             cache.truncate(0)
-            before = streaming.streaming_s
+            before = timed.seconds
             found = _timed(executor, partial(model.forward, tokens, cache))
             executor.ram.end_step()
-            return replace(found, busy_s=found.busy_s - (streaming.streaming_s - before))
+            return replace(found, busy_s=found.busy_s - (timed.seconds - before))
 
         step(_PROMPT[:1])  # makes what is made once
         absent, present = step(_PROMPT), step(_PROMPT)
@@ -165,15 +175,8 @@ def _timed(executor: Executor, act: Callable[[], object]) -> _Step:
 def _whole_tokens(kernels: Kernels) -> Iterator[Callable[[], _Step]]:
     """Decodes one more token at every call as generation does, all experts resident."""
     with _model(kernels, 1.0, False, small_config(WHOLE_LAYERS)) as (model, cache, executor):
-        model.forward(_PROMPT, cache)  # brings in what these tokens use
-        filled, number = cache.length, count()
-
-        def step() -> _Step:
-            if cache.length == CONTEXT:
-                cache.truncate(filled)
-            return _timed(executor, partial(model.next_logits, next(number) % _CONFIG.vocab_size, cache))
-
-        yield step
+        tokens = _tokens(model, cache)
+        yield lambda: _timed(executor, partial(model.next_logits, next(tokens), cache))
 
 
 @contextmanager
@@ -181,25 +184,24 @@ def _decoding(kernels: Kernels, share: float, prefetch: bool) -> Iterator[Callab
     """Decodes one more token at every call, with slots for `share` of the experts, and calls what it is given after
     every layer."""
     with _model(kernels, share, prefetch) as (model, cache, executor):
-        model.forward(_PROMPT, cache)  # brings in what these tokens use
-        filled, number = cache.length, count()
+        tokens = _tokens(model, cache)
 
         def step(stream: Stream) -> _Step:
-            streaming = 0.0
-
-            def after_layer(_: int) -> None:
-                nonlocal streaming
-                begun = time.perf_counter()
-                stream()
-                streaming += time.perf_counter() - begun
-
-            if cache.length == CONTEXT:
-                cache.truncate(filled)
-            token = [next(number) % _CONFIG.vocab_size]
-            found = _timed(executor, partial(model.forward, token, cache, after_layer))
-            return replace(found, busy_s=found.busy_s - streaming)
+            timed = TimedStream(stream)
+            found = _timed(executor, partial(model.forward, [next(tokens)], cache, timed))
+            return replace(found, busy_s=found.busy_s - timed.seconds)
 
         yield step
+
+
+def _tokens(model: DeepseekV3, cache: KVCache) -> Iterator[int]:
+    """Token after token behind a prompt that brings in what they use; the cache has room for each."""
+    model.forward(_PROMPT, cache)
+    filled = cache.length
+    for number in count():
+        if cache.length == CONTEXT:
+            cache.truncate(filled)
+        yield number % _CONFIG.vocab_size
 
 
 @contextmanager

@@ -165,11 +165,11 @@ def test_what_passes_through_the_caches_is_no_overhead_of_a_prompt() -> None:
 
     def stream() -> None:
         streamed.append(1)
-        time.sleep(2e-3)
+        time.sleep(0.05)
 
     slow, quick = measure_prompts(kernels, stream), measure_prompts(kernels, _nothing)
     assert len(streamed) >= 8 * (3 + 2 * PROMPT_TURNS)  # once at least in every MoE layer of every prompt
-    assert slow.layer_s < quick.layer_s + 1e-3
+    assert slow.layer_s < quick.layer_s + 0.05 / 2
 
 
 def test_two_depths_tell_layers_from_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
