@@ -109,11 +109,16 @@ def chosen(cells: list[Cell], arguments: argparse.Namespace) -> list[Cell]:
 def recorded(store: Path, trace: Path, arguments: argparse.Namespace) -> Path:
     """The routing of other prompts, recorded as a run of `bench`."""
     prompts = trace.with_suffix(".txt")
-    prompts.write_text("\n".join(json.dumps(text)[1:-1] for text in OTHER_PROMPTS), encoding="utf-8")
+    write_prompts(prompts)
     ram = ram_for_share(store, 0.6, arguments.context)
     sizes = ["--warm", "3", "--prompt-tokens", "16", "-n", "48", "--context", str(arguments.context), "--ram", str(ram)]
     program("bench", str(store), "--profile", "none", "--prompts", str(prompts), "--trace", str(trace), *sizes)
     return trace
+
+
+def write_prompts(file: Path) -> None:
+    """OTHER_PROMPTS, one in a line."""
+    file.write_text("\n".join(json.dumps(text)[1:-1] for text in OTHER_PROMPTS), encoding="utf-8")
 
 
 def probed(store: Path, folder: Path) -> MachineSpec:

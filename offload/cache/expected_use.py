@@ -101,7 +101,7 @@ class ExpectedUse(CachePolicy):
         self._offset = (np.arange(shape.layers) * shape.experts)[:, None]
         self._refine_at = -1 if large else int(REFINE * shape.layers)
         self._tokens: list[int] = []
-        self._routing: list[Routing] = []  # of the layers of this step that have run
+        self._routing: list[Routing | NDArray[np.intp]] = []  # of the layers of this step that have run
 
     @property
     def long_run(self) -> NDArray[np.float32]:
@@ -137,13 +137,14 @@ class ExpectedUse(CachePolicy):
     def observe(self, layer: int, ids: Routing) -> None:
         lift = self.successors.lift(layer, ids[-1])
         after, row, row_at = self._rows[layer]
-        self._routing.append(ids)
         if len(ids) > 1:
-            rates = self._rates[:, layer]
-            self._observe_many(rates, ids)
+            rates, used = self._rates[:, layer], np.asarray(ids, np.intp)
+            self._routing.append(used)
+            self._observe_many(rates, used)
             np.multiply(np.dot(self._frequency, rates), self._far[layer], out=after)
             np.add(lift, after, row)
             return
+        self._routing.append(ids)
         np.add(lift, after, row)
         bump = self._bump[layer]
         for expert in ids[0]:
@@ -162,7 +163,7 @@ class ExpectedUse(CachePolicy):
             for layer, ids in enumerate(routing):
                 self.successors.lift(layer, ids[-1])
                 if len(ids) > 1:
-                    self._observe_many(self._rates[:, layer], ids)
+                    self._observe_many(self._rates[:, layer], np.asarray(ids, np.intp))
         self._routing = list(routing)
         self._learn()
 
@@ -204,12 +205,11 @@ class ExpectedUse(CachePolicy):
         self._rates[...] = state["rates"]
         self.values[...] = self._frequencies(self._frequency)
 
-    def _observe_many(self, rates: NDArray[np.float32], ids: Routing) -> None:
-        used = np.asarray(ids, np.intp)
-        age = np.arange(len(ids) - 1, -1, -1)
+    def _observe_many(self, rates: NDArray[np.float32], used: NDArray[np.intp]) -> None:
+        age = np.arange(len(used) - 1, -1, -1)
         for index, keep in enumerate(self._keep.tolist()):
             weight = np.repeat((1.0 - keep) * keep**age, used.shape[1])
-            rates[index] *= keep ** len(ids)
+            rates[index] *= keep ** len(used)
             np.add.at(rates[index], used.reshape(-1), weight.astype(np.float32))
 
     def _learn(self) -> bool:
@@ -226,11 +226,12 @@ class ExpectedUse(CachePolicy):
             keys = (steps[0] + self._offset).reshape(-1)
             for rates, gain in self._gains:  # much faster than all at once
                 rates[keys] += gain
-        for token, ids in zip(self._tokens, steps, strict=True):
-            if many:
-                for layer, chosen in enumerate(ids.tolist()):
-                    self.successors.lift(layer, chosen)
-            self.successors.learn(ids, self.long_run)
-            self.table.learn(token, ids)
-            self.recall.add(token, ids)
+        if many:
+            self.successors.learn_all(steps, self.long_run)
+            self.table.learn_all(self._tokens, steps)
+            self.recall.add_all(self._tokens, steps)
+        else:
+            self.successors.learn(steps[0], self.long_run)
+            self.table.learn(self._tokens[0], steps[0])
+            self.recall.add(self._tokens[0], steps[0])
         return True

@@ -10,7 +10,7 @@ expert. What was never observed has a lift of zero.
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +25,12 @@ Floats = NDArray[np.float32]
 PRIOR = 4.0
 """Sightings of a token id after which its table counts as much as the long-run rate."""
 
+
+SEEN = 250
+"""Sightings of a token id after which all of its counts are halved: they have a byte each."""
+
+AT_ONCE = 32
+"""Token ids that are learned from together: what is compared for them stays in a processor's cache."""
 
 LARGE = 16 << 20
 """Bytes that weights of four sources would take, above which the work per layer is bounded."""
@@ -63,21 +69,30 @@ class TokenTable:
         """`token` used experts `ids` [L, K]."""
         row = self._row(token)
         table, counts = self._ids[row], self._counts[row]
-        used = ids.T.astype(table.dtype, "C")
-        same = used[:, None] == table  # [K, W, L]
-        counts += np.logical_or.reduce(same, 0)
-        new = ~np.logical_or.reduce(same, 1)
-        # As many new experts of a layer as it has places of the least count, if that is at most 1, take those.
-        cheap = counts == np.minimum(np.minimum.reduce(counts, 0), 1)
-        rank, place = np.add.accumulate(new, 0, np.int16), np.add.accumulate(cheap, 0, np.int16)
-        new &= rank <= place[-1]
-        cheap &= place <= rank[-1]
-        table.T[cheap.T] = used.T[new.T]
-        counts[cheap] = 1
+        _count(table, counts, ids.T.astype(table.dtype, "C"))
         self._seen[row] += 1
-        if self._seen[row] >= 250:
+        if self._seen[row] >= SEEN:
             counts //= 2
             self._seen[row] //= 2
+
+    def learn_all(self, tokens: Sequence[int], steps: NDArray[np.intp]) -> None:
+        """`learn` of `tokens` [T] one after another, which used `steps` [T, L, K]; those that differ at once."""
+        if len(set(tokens)) > self._capacity:  # some lose their row to others on the way
+            for token, ids in zip(tokens, steps, strict=True):
+                self.learn(token, ids)
+            return
+        rows = np.array([self._row(token) for token in tokens])
+        used = steps.transpose(0, 2, 1).astype(self._ids.dtype, "C")
+        for turn in _turns(tokens):
+            for first in range(0, len(turn), AT_ONCE):
+                at = turn[first : first + AT_ONCE]
+                row = rows[at]
+                table, counts, seen = self._ids[row], self._counts[row], self._seen[row] + 1
+                _count(table, counts, used[at])
+                old = seen >= SEEN
+                counts[old] //= 2
+                seen[old] //= 2
+                self._ids[row], self._counts[row], self._seen[row] = table, counts, seen
 
     def add_lift(self, out: Floats, token: int, rate: Floats, scale: float) -> bool:
         """Add `scale` times the lift of every expert [L, E]; False if `token` was never seen."""
@@ -141,6 +156,32 @@ class TokenTable:
         return row
 
 
+def _count(table: NDArray[Any], counts: NDArray[np.uint8], used: NDArray[Any]) -> None:
+    """Experts `used` [.., K, L] count in their places in `table` [.., W, L]; new ones take cheap places."""
+    same = used[..., :, None, :] == table[..., None, :, :]  # [.., K, W, L]
+    counts += np.logical_or.reduce(same, -3)
+    new = ~np.logical_or.reduce(same, -2)
+    # As many new experts of a layer as it has places of the least count, if that is at most 1, take those.
+    cheap = counts == np.minimum(np.minimum.reduce(counts, -2, keepdims=True), 1)
+    rank, place = np.add.accumulate(new, -2, np.int16), np.add.accumulate(cheap, -2, np.int16)
+    new &= rank <= place[..., -1:, :]
+    cheap &= place <= rank[..., -1:, :]
+    table.swapaxes(-1, -2)[cheap.swapaxes(-1, -2)] = used.swapaxes(-1, -2)[new.swapaxes(-1, -2)]
+    counts[cheap] = 1
+
+
+def _turns(tokens: Sequence[int]) -> list[list[int]]:
+    """Places of `tokens`: the first of every id, the second of those that come again, and so on."""
+    turns: list[list[int]] = []
+    times: Counter[int] = Counter()
+    for at, token in enumerate(tokens):
+        if times[token] == len(turns):
+            turns.append([])
+        turns[times[token]].append(at)
+        times[token] += 1
+    return turns
+
+
 class Successors:
     """Which experts a layer uses at the next token, from those that it and the layers below it use at this one.
 
@@ -190,8 +231,7 @@ class Successors:
         self._learned = np.empty((2, turn, self.sources * top_k, experts), np.float32)
         self._offset = (np.arange(layers) * (self._nowhere + 1))[:, None]
         self._first = (np.arange(turn) * experts)[:, None]
-        turns = [slice(first, first + turn) for first in range(0, layers, turn)]
-        self._parts = [(part, self._lifts[part, None]) for part in turns]
+        self._parts = [slice(first, first + turn) for first in range(0, layers, turn)]
         self._seen = 0  # tokens learned from
         # What was predicted of the token under way: of which layers, by which rows of the weights, and minus lifts.
         self._before: tuple[slice, NDArray[np.intp], Floats] | None = None
@@ -217,16 +257,41 @@ class Successors:
 
     def lift_all(self, ids: Sequence[Sequence[int]]) -> None:
         """`lift` of every layer, for ids [L, K]."""
+        self._place(ids)
+        for part in self._parts:  # as many layers as there is a buffer for
+            self._foretell(part, self._flat(part))
+
+    def learn_all(self, steps: NDArray[np.intp], rate: Floats) -> None:
+        """`lift` and `learn` of tokens one after another that used `steps` [T, L, K]; lifts that nothing will be
+        learned from are left out."""
+        for ids in steps:
+            self._place(ids)
+            part = self._turn(self._seen + (self._before is not None))
+            self._foretell(part, self._flat(part))
+            self.learn(ids, rate)
+
+    def _place(self, ids: Sequence[Sequence[int]] | NDArray[np.intp]) -> None:
+        """Ids [L, K] and what each layer's sources make of them."""
         rows, k, experts = self._rows, self.shape.top_k, self.shape.experts
         rows[:, :k] = ids
         for source in range(1, self.sources):
             np.add(rows[:-source, :k], source * experts, rows[source:, source * k : (source + 1) * k])
-        flat = np.minimum(rows, self._nowhere)
-        flat += self._offset
-        for part, lifts in self._parts:  # as many layers as there is a buffer for
-            gathered = self._learned[0, : len(lifts)]
-            self.weights.reshape(-1, experts).take(flat[part], 0, gathered, "clip")
-            np.matmul(self._scaled[part], gathered, lifts)
+
+    def _turn(self, token: int) -> slice:
+        """Layers whose turn it is to learn what a token teaches."""
+        return slice(token % self._turns, None, self._turns)
+
+    def _flat(self, part: slice) -> NDArray[np.intp]:
+        """Rows of all weights that the layers `part` have as sources, [l, S * K]."""
+        flat: NDArray[np.intp] = np.minimum(self._rows[part], self._nowhere)
+        flat += self._offset[part]
+        return flat
+
+    def _foretell(self, part: slice, flat: NDArray[np.intp]) -> None:
+        """Lifts of the layers `part`, whose sources are the rows `flat`."""
+        gathered = self._learned[0, : len(flat)]
+        self.weights.reshape(-1, self.shape.experts).take(flat, 0, gathered, "clip")
+        np.matmul(self._scaled[part], gathered, self._lifts[part, None])
 
     def learn(self, ids: NDArray[np.intp], rate: Floats) -> None:
         """A token has used `ids` [L, K] and `lift` has seen it: correct what was predicted of it before.
@@ -248,10 +313,8 @@ class Successors:
             table[flat] = learned
             self.weights[part, self._nowhere] = 0.0
             self._seen += 1
-        part = slice(self._seen % self._turns, None, self._turns)
-        rows = np.minimum(self._rows[part], self._nowhere)
-        rows += self._offset[part]
-        self._before = part, rows, self._lifts[part] * self._unscale[part]
+        part = self._turn(self._seen)
+        self._before = part, self._flat(part), self._lifts[part] * self._unscale[part]
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Arrays that `restore` takes."""

@@ -12,6 +12,7 @@ what precedes those, so it is carried from token to token and no two places are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,8 @@ class Recall:
         self._equal = np.zeros((count, capacity), bool)
         self._matches = np.zeros(capacity, np.uint8)
         self._compared = 0  # marked layers of the token under way that `_score` includes
+        # Tokens after which what precedes them is forgotten in single precision.
+        self._lasting = math.ceil(math.log(np.finfo(np.float32).eps) / math.log(likeness.fade))
         self._steps = np.arange(1, 1 + len(likeness.discounts))
         self._discounts = np.array(likeness.discounts)
 
@@ -98,6 +101,23 @@ class Recall:
         self._tokens[head] = token
         self._head = (head + 1) % self.capacity
         self._count = min(n + 1, self.capacity)
+
+    def add_all(self, tokens: Sequence[int], steps: NDArray[np.intp]) -> None:
+        """`add` of `tokens` [T] one after another, which used `steps` [T, L, K].
+
+        What precedes a place fades: only the last of them are compared with what is remembered, the others are stored.
+        """
+        compared = max(0, len(tokens) - self._lasting)
+        stored = slice(max(0, compared - self.capacity), compared)
+        places = np.arange(self._head + stored.start, self._head + stored.stop) % self.capacity
+        ids = steps[stored]
+        self._marks[:, places] = ids[:, self._marked, 0].T
+        self._keys[places] = ids + self._offset
+        self._tokens[places] = tokens[stored]
+        self._head = (self._head + stored.stop) % self.capacity
+        self._count = min(self._count + len(places), self.capacity)
+        for token, ids in zip(tokens[compared:], steps[compared:], strict=True):
+            self.add(token, ids)
 
     def begin(self, token: int, upcoming: Sequence[int] = ()) -> None:
         """The token after those in memory is `token`; its layers have yet to run. `upcoming` follow it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,11 +40,7 @@ class Sampler:
         if self.params.temperature == 0.0:
             return int(row.argmax())
         ids, weights = candidates(row, self.params)
-        # [C] running sums in id order; the last one is the total, whatever the rounding.
-        edges = np.cumsum(weights, dtype=np.float64)
-        drawn = np.searchsorted(edges, uniform(self.seed, step) * edges[-1], side="right")
-        last = np.searchsorted(edges, edges[-1], side="left")  # ids after it have no weight at all
-        return int(ids[min(drawn, last)])
+        return int(ids[_drawn(weights, uniform(self.seed, step))])
 
 
 def finite_row(logits: ArrayLike, step: int) -> NDArray[np.float32]:
@@ -66,6 +62,24 @@ def uniform(seed: int, step: int) -> float:
     """A number in [0, 1) that belongs to (seed, step): 53 bits of Philox keyed and counted by them."""
     bits: Any = np.random.Philox(key=seed, counter=step).random_raw()
     return (int(bits) >> 11) * 2.0**-53
+
+
+def _drawn(weights: NDArray[np.float32], share: float) -> int:
+    """The place in `weights` [C] where their running sum, in order, passes `share` (0..1) of the whole."""
+    sums: list[NDArray[np.float64]] = []
+    for part in _blocks(weights.size):
+        terms = weights[part].astype(np.float64)
+        if sums:
+            terms[0] += sums[-1][-1]
+        sums.append(np.cumsum(terms))
+    ends = np.array([block[-1] for block in sums])
+    total = ends[-1]  # whatever the rounding
+
+    def first(mass: float, side: Literal["left", "right"]) -> int:
+        block = min(int(np.searchsorted(ends, mass, side=side)), len(sums) - 1)
+        return block * _BLOCK + int(np.searchsorted(sums[block], mass, side=side))
+
+    return min(first(share * total, "right"), first(total, "left"))  # what comes after that has no weight at all
 
 
 def candidates(row: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -97,6 +97,24 @@ def test_the_token_table_keeps_the_frequent_and_forgets_the_oldest_ids():
     assert table.likely(5)
 
 
+@pytest.mark.parametrize("capacity", [5, 40, 200])  # fewer rows than a chunk has ids, rows that are taken, rows for all
+@pytest.mark.parametrize("experts", [64, 300])
+def test_a_chunk_fills_the_token_table_as_its_tokens_one_by_one(capacity, experts):
+    shape = CacheShape(layers=4, experts=experts, top_k=3)
+    one, chunk = TokenTable(shape, capacity, width=5), TokenTable(shape, capacity, width=5)
+    rng = random.Random(capacity)
+    for length in (1, 30, 700, 300):
+        tokens = [int(rng.paretovariate(1.0)) % 60 for _ in range(length)]  # some come hundreds of times
+        steps = [[rng.sample(range(token % 7, token % 7 + 9), 3) for _ in range(4)] for token in tokens]
+        for token, ids in zip(tokens, steps, strict=True):
+            one.learn(token, np.array(ids))
+        chunk.learn_all(tokens, np.array(steps))
+        ours, theirs = chunk.state(), one.state()
+        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert capacity < 40 or theirs["seen"].max() > 100
+    assert (theirs["counts"] > 1).any()
+
+
 def test_successors_correct_every_prediction_by_the_delta_rule():
     successors = Successors(SHAPE)
     rng = random.Random(2)

@@ -105,3 +105,21 @@ def test_an_upcoming_token_decides_between_places():
         recall.begin(7, [upcoming])
         future = recall.future(*recall.neighbours())
         assert future[multi_hot(ids) > 0].min() > 0.6
+
+
+@pytest.mark.parametrize("capacity", [64, 100, 1000])
+def test_a_chunk_is_remembered_as_its_tokens_one_by_one(capacity):
+    one, chunk = Recall(SHAPE, capacity), Recall(SHAPE, capacity)
+    for tokens in (passage(1, 150), passage(2, 7), passage(3, 220), passage(1, 150)[:40]):
+        remember(one, tokens)
+        chunk.add_all([token for token, _ in tokens], np.array([ids for _, ids in tokens]))
+    ours, theirs = chunk.state(), one.state()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    following = passage(1, 150)[40]
+    for recall in (one, chunk):
+        recall.begin(following[0])
+    for left, right in zip(chunk.neighbours(), one.neighbours(), strict=True):
+        assert np.sort(left) == pytest.approx(np.sort(right), abs=1e-5)
+    places = chunk.neighbours()
+    assert chunk.present(*places) == pytest.approx(one.present(*one.neighbours()), abs=1e-5)
+    assert chunk.future(*places) == pytest.approx(one.future(*one.neighbours()), abs=1e-5)
