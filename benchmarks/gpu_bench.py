@@ -1,6 +1,6 @@
 """What `expertpager bench` measures on a GPU beside what `expertpager probe` lets expect, over budgets.
 
-    python benchmarks/gpu_bench.py --folder SCRATCH [--vram 6500MB 8GB 16GB] [--ram 24GB 5GB] [--max-tokens 64]
+    python benchmarks/gpu_bench.py --folder SCRATCH [--vram 6500MB 8GB 16GB] [--ram 24GB 5GB] [--max-tokens 256]
 
 SCRATCH takes one dense and three MoE layers of 64 experts in DeepSeek-V3's shapes (bench_model.py; 14 GB with their
 checkpoint). The machine is probed, the routing of other prompts is recorded, as a user would before asking `plan`, and
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--vram", nargs="+", default=["6500MB", "8GB", "16GB"])
     parser.add_argument("--ram", nargs="+", default=["24GB", "5GB"])
     parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--keep", type=Path, help="folder for the machine file and the reports of bench")
     arguments = parser.parse_args()
     store = bench_model.store(arguments.folder, shape="v3")

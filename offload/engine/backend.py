@@ -113,9 +113,13 @@ def load_on_devices(
         below=processor if options.split == "hybrid" else None,
         **_tier_options(store, options, record),
     )
+    model = DeepseekV3(config, weights, kernels, executor, context, places)
+    model.rehearse(sorted({min(tokens, chunk) for tokens in kernels.pass_lengths}), cache, executor.rehearsal())
+    for device in devices:
+        with device.guard():
+            device.synchronize()
     warmed = _warm(executor, options.warm)
     executor.preload()
-    model = DeepseekV3(config, weights, kernels, executor, context, places)
     model.single = SingleToken(model, executor, kernels, cache)
     return Backend(kernels, executor, model, cache, plan, vram_plans, devices, warmed)
 

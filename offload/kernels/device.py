@@ -134,6 +134,9 @@ class DeviceKernels(Kernels, Protocol):
     uses_blas: bool
     """Whether it multiplies with cuBLAS, which takes workspaces from the memory of the tensors and keeps them."""
 
+    pass_lengths: tuple[int, ...]
+    """Numbers of tokens, one for every choice of kernels that the length of a pass makes, ascending."""
+
     def check_experts(self, layout: SlabLayout) -> None:
         """Raise KernelError, saying what to do, if experts of this layout cannot be read in a slab."""
         ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offload.kernels.device import LEAST_TILE, ExpertSlab, Groups, SlabLayout, check_alignment
+from offload.kernels.device import FEW_TOKENS, LEAST_TILE, ExpertSlab, Groups, SlabLayout, check_alignment
 from offload.kernels.reference import ReferenceKernels
 
 
@@ -18,6 +18,7 @@ class ReferenceDeviceKernels(ReferenceKernels):
 
     latent_dtype = torch.float32
     uses_blas = True
+    pass_lengths: tuple[int, ...] = (FEW_TOKENS, 16)
 
     def check_experts(self, layout: SlabLayout) -> None:
         check_alignment(layout)

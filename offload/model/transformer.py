@@ -6,7 +6,7 @@ state but the cache it is handed. Must not know tiers, stores or tokenizers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -17,7 +17,7 @@ from torch import Tensor
 from offload.config import ModelConfig
 from offload.kernels import Block, FusedKernels, Kernels, ModelEnds, OneToken
 from offload.model.attention import EXPAND_FROM, AttentionWeights, attention_layer, mla
-from offload.model.blocks import blocks
+from offload.model.blocks import BLOCK, blocks
 from offload.model.kv_cache import KVCache
 from offload.model.moe import (
     ExpertsAtHand,
@@ -165,6 +165,44 @@ class DeepseekV3:
         """Logits [T, vocab] of final hidden states [T, H]."""
         with self.places[-1].scope():
             return self.kernels.linear(hidden, self.weights.head)
+
+    def rehearse(self, lengths: Sequence[int], cache: KVCache, routed: RoutedExperts) -> None:
+        """Run passes of so many tokens through the first layer of each kind on each device, and the head, with `routed`
+        in place of the experts. Nothing is kept.
+
+        The first launch of a kernel compiles it, or loads what was compiled before, and the first call of a library
+        makes what it needs: seconds on a new installation and a fifth of one later, which belong to loading.
+        """
+        assert cache.length == 0, "a rehearsal overwrites the first rows"
+        passes = [(0, min(tokens, cache.capacity)) for tokens in lengths]
+        if passes:  # one that follows others, too
+            passes.append((min(BLOCK, cache.capacity // 2, max(lengths)),) * 2)
+        own, self.routed = self.routed, routed
+        try:
+            for start, tokens in dict.fromkeys(passes):
+                cache.advance(start)
+                self._rehearse_pass(start, tokens, cache)
+                cache.truncate(0)
+        finally:
+            self.routed = own
+            cache.truncate(0)
+
+    def _rehearse_pass(self, start: int, tokens: int, cache: KVCache) -> None:
+        self.routed.begin_step([0] * tokens)
+        kinds = {(place, layer.moe is None): index for index, (layer, place) in self._backwards()}
+        for (place, _), index in kinds.items():
+            parts = _parts(self.rotary[place.device], start, tokens)
+            with place.scope():
+                hidden = torch.zeros(tokens, self.config.hidden_size, device=place.device)
+                hidden = self._layer(index, self.weights.layers[index], hidden, cache, parts)
+            if place == self.places[-1]:
+                with place.scope():
+                    last = self.kernels.rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)[-1:]
+                self.logits(last)
+
+    def _backwards(self) -> Iterable[tuple[int, tuple[LayerWeights, Place]]]:
+        """Layers and where they are, the last one first."""
+        return reversed([*enumerate(zip(self.weights.layers, self.places, strict=True))])
 
     def _layer(
         self,

@@ -25,6 +25,7 @@ from offload.telemetry import Telemetry, TierCounters
 from offload.tiers.device import Device, Event
 from offload.tiers.launches import LayerJob
 from offload.tiers.ram import RamTier
+from offload.tiers.rehearsal import RehearsedExperts
 from offload.tiers.slot_reads import ExpertStore
 from offload.tiers.vram import VramTier
 
@@ -304,6 +305,10 @@ class DeviceExecutor:
         for tier in self.tiers:
             tier.residency.refresh()
         return count
+
+    def rehearsal(self) -> RehearsedExperts:
+        """What stands for the experts while the kernels around them are made ready; before anything is resident."""
+        return RehearsedExperts([desk.tier for desk in self._desks], self.kernels, self.ram.layers[0])
 
     def preload(self) -> None:
         """Fill tiers that have room for all of their experts."""

@@ -12,6 +12,7 @@ from offload.engine.dispatch import dispatch_layers
 from offload.engine.engine import Engine
 from offload.engine.options import RuntimeOptions
 from offload.errors import BudgetError, DeviceError, KernelError, UsageError
+from offload.kernels.reference_device import ReferenceDeviceKernels
 from offload.store import Store
 from offload.tiers.simulated import SimulatedDevice
 
@@ -64,6 +65,37 @@ def test_a_bound_on_chunks_makes_room_for_slots(store, chunk):
         (plan,) = engine._backend.vram
         assert engine.plan.chunk == chunk and plan.fixed < unbounded
         assert torch.allclose(engine.logits(PROMPT), whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("slots", [7, 20, 1000])
+def test_kernels_of_prompts_have_run_before_the_first_prompt(store, expected, monkeypatch, slots):
+    kernels = "offload.kernels.reference_device.ReferenceDeviceKernels"
+    fixed, slot = fixed_nbytes(store)
+    monkeypatch.setattr(f"{kernels}.pass_lengths", (3, 16, 40, 4096))
+    ran = {"router": [], "slot_experts": [], "group_experts": [], "mla_absorbed": []}
+
+    def spy(name, inputs):
+        original = getattr(ReferenceDeviceKernels, name)
+
+        def run(self, *args):
+            ran[name].append(args[inputs].shape[0])
+            return original(self, *args)
+
+        monkeypatch.setattr(f"{kernels}.{name}", run)
+
+    for name, inputs in (("router", 0), ("slot_experts", 1), ("group_experts", 1), ("mla_absorbed", 0)):
+        spy(name, inputs)
+    with load(store, [SimulatedDevice()], vram=fixed + slots * slot) as engine:
+        assert {3, 16, 40, 64, 32} <= set(ran["router"])  # the context has 64 tokens; a second half follows a first
+        assert {3, 16, 40, 64, 32} <= {*ran["slot_experts"], *ran["group_experts"]}
+        assert 32 in ran["mla_absorbed"]
+        counters = engine.counters()
+        assert counters["vram"]["hits"] == counters["choices"] == engine._cache.length == 0
+        assert counters["vram"]["misses"] == (engine._backend.vram[0].experts if slots == 1000 else 0)  # brought in
+        for calls in ran.values():
+            calls.clear()
+        assert tokens(engine) == expected
+        assert set(ran["router"]) <= {len(PROMPT), 1}
 
 
 @pytest.mark.parametrize("uses_blas", [True, False])

@@ -39,6 +39,7 @@ class TritonKernels:
     name = "triton"
     latent_dtype = GPU_LATENT_DTYPE
     uses_blas = False
+    pass_lengths: tuple[int, ...] = (FEW_TOKENS, 16, 64, 512, 2048)
 
     def __init__(self, launch: Launcher = start) -> None:
         self._launch = launch
