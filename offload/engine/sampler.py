@@ -7,6 +7,7 @@ machine or the device. Must not know tokenizers, prompts or models.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -85,9 +86,19 @@ def _drawn(weights: NDArray[np.float32], share: float) -> int:
 def candidates(row: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Ids [C] that may be drawn, ascending, and their weights [C], proportional to probability.
 
-    Temperature first, then top-k, top-p within what top-k kept, then min-p. Equal logits are ranked
-    by id. At least the most probable token stays.
+    Temperature first, then top-k, top-p within what top-k kept, then min-p. Equal logits are ranked by id. At least the
+    most probable token stays. Where most of a vocabulary is so improbable that all of it together weighs less than the
+    rounding of the best's weight to fp32, that part is left out: it would take most of the time.
     """
+    likely = row >= row.max() - np.float32(params.temperature * math.log(row.size * 2.0**24))
+    if 2 * np.count_nonzero(likely) > row.size:
+        return _filtered(row, params)
+    some = np.flatnonzero(likely)
+    ids, weights = _filtered(row[some], params)
+    return some[ids], weights
+
+
+def _filtered(row: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     best, top_p = row.max(), params.top_p
     if params.top_k and params.top_k < row.size:
         ids = _ranked(row, params.top_k)

@@ -50,7 +50,7 @@ def absorb_rows_kernel(
             tl.store(out_ptr + vector * rank + col, out, mask=col < rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def absorb_tiles_kernel(
     raw_ptr, scale_ptr, q_ptr, out_ptr, tokens, heads, nope, head_rows, rank, row_bytes, scale_cols, aid,
     KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,

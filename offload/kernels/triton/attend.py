@@ -13,7 +13,7 @@ from offload.kernels.triton.dot import bf16, dot
 from offload.kernels.triton.mla import LOG2E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "tokens"])
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, start, tokens, heads, key_dim, value_dim, scale,
     M: tl.constexpr, S: tl.constexpr, D: tl.constexpr, V: tl.constexpr,

@@ -6,6 +6,9 @@ A `Launcher` is called with a kernel, its grid, its arguments and its constants.
 Triton looks a compiled kernel up by the text of all its options and takes longer for it than most kernels of a
 decode step run. `start` keeps what it found: a launch with the same numbers, the same types and the same
 alignment of pointers is of the same compiled kernel.
+
+Numbers that the length of a pass decides are not specialized by (`do_not_specialize`): a prompt of 500 tokens would
+wait for a kernel to be compiled that one of 512 did without.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import triton.language as tl
 SPLIT = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def logits_kernel(
     x_ptr, weight_ptr, parts_ptr, tokens, experts, hidden, SPLIT: tl.constexpr, E: tl.constexpr, K: tl.constexpr
 ):
@@ -30,7 +30,7 @@ def logits_kernel(
     tl.store(parts_ptr + (split * tokens + token) * experts + e, tl.sum(acc, 1), mask=e < experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def logit_tiles_kernel(
     x_ptr, weight_ptr, parts_ptr, tokens, experts, hidden,
     SPLIT: tl.constexpr, T: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
@@ -51,7 +51,7 @@ def logit_tiles_kernel(
     tl.store(at, acc, mask=(t < tokens)[:, None] & (e < experts)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def choose_kernel(
     parts_ptr, bias_ptr, ids_ptr, weights_ptr, tokens, splits, experts, group_size, scaling,
     n_group: tl.constexpr, topk_group: tl.constexpr, top_k: tl.constexpr, NORM: tl.constexpr,

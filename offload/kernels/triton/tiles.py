@@ -128,7 +128,7 @@ def tile_products(
         return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def tiles_kernel(
     raw_ptr,
     scale_ptr,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.gpu_kernels import layer
+from offload.kernels.triton import absorb, attend, experts, groups, linear, mla, route, rows, slots, small, tiles
 from offload.kernels.triton.compiled import ARCHITECTURES, SHARED_LIMIT
 
 REGISTERS = 65536
@@ -47,3 +48,16 @@ def test_all(architecture: int, tokens: int, experts: str, resident: str) -> Non
 )
 def test_small_formats(architecture: int, tokens: int, experts: str, resident: str) -> None:
     check(architecture, tokens, experts, resident)
+
+
+def test_a_prompt_of_another_length_compiles_nothing() -> None:
+    def compiled() -> dict[str, int]:
+        modules = (absorb, attend, experts, groups, linear, mla, route, rows, small, slots, tiles)
+        kernels = {name: each for module in modules for name, each in vars(module).items() if name.endswith("_kernel")}
+        return {name: sum(len(kept[0]) for kept in kernel.device_caches.values()) for name, kernel in kernels.items()}
+
+    layer(90, 512, "int4-g32", "int8-g128")
+    before = compiled()
+    assert before["tiles_kernel"] and before["attend_kernel"] and before["grouped_down_kernel"]
+    layer(90, 499, "int4-g32", "int8-g128")
+    assert compiled() == before
