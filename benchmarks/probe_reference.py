@@ -5,11 +5,11 @@
 Needs `fio` (a package of every distribution) and a C compiler. fio reads one of the store's expert files by direct I/O
 at random in blocks of an expert's size with as many threads as `probe` has reads under way. Every thread of fio reads
 into one buffer, which few threads keep in the processor's caches, where a virtual drive copies to faster; a C program
-reads the same blocks into one slot after another of as much memory as `probe` uses. Another sums a buffer of huge
-pages, much larger than the caches, in four streams a thread that are asked for ahead of time, with each number of
-threads; they take pieces of it until none is left. Probe and reference take turns of half a second: on a machine that
-others use, too, longer ones meet different moments. The row holds the means of both and the median of their ratios,
-which should lie within 10% of 1.
+reads the same blocks into one slot after another of as much memory as `probe` uses, and for comparison into one buffer,
+too. Another sums a buffer of huge pages, much larger than the caches, in four streams a thread that are asked for ahead
+of time, with each number of threads; they take pieces of it until none is left. Probe and reference take turns of half
+a second: on a machine that others use, too, longer ones meet different moments. The row holds the means of both and the
+median of their ratios, which should lie within 10% of 1.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ from offload.tune.probe_drive import drive_rate  # noqa: E402
 from offload.types import ExpertId, Extent, align_up  # noqa: E402
 
 DEPTHS = (1, 2, 4, 8, 16)
+FEW = (1, 2)
+FEW_BUFFERS = "read loop into one buffer a thread, as fio, over the same into many"
+HUGE_PAGE = 2 << 20
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 LEAST_HUGE_PAGES = 200
 
@@ -152,8 +155,8 @@ def main() -> None:
     store, seconds = Store.open(arguments.store), arguments.seconds
     layers = store.config.moe_layers
     extents = [store.locate(ExpertId(layers[0], expert)) for expert in range(store.config.n_routed_experts)]
-    memory = align_up(Effort().buffer_nbytes, 2 << 20)
-    numbers: dict[str, dict[str, Any]] = {"drive by fio": {}, "drive": {}, "RAM": {}}
+    memory = align_up(Effort().buffer_nbytes, HUGE_PAGE)
+    numbers: dict[str, dict[str, Any]] = {"drive by fio": {}, "drive": {}, FEW_BUFFERS: {}, "RAM": {}}
     with tempfile.TemporaryDirectory(prefix="expertpager-reference-") as folder:
         program, reader = compiled(Path(folder), "read", READ_LOOP), compiled(Path(folder), "drive", DRIVE_LOOP)
         data = SlotPool(1, memory).bytes
@@ -164,6 +167,12 @@ def main() -> None:
                 ("drive", partial(drive_by_loop, reader, extents[0], memory, depth, seconds)),
             ):
                 numbers[name][str(depth)] = beside(mine, reference, arguments.turns)
+        for depth in FEW:
+            few, many = (
+                partial(drive_by_loop, reader, extents[0], nbytes, depth, seconds)
+                for nbytes in (depth * align_up(extents[0].nbytes, HUGE_PAGE), memory)
+            )
+            numbers[FEW_BUFFERS][str(depth)] = beside(few, many, arguments.turns)
         for count in range(1, usable_cpus() + 1):
             mine = partial(ram_rate, data, count, seconds)
             reference = partial(ram_by_loop, program, memory, count, seconds)
