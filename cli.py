@@ -382,6 +382,9 @@ def serve(store: str, host: str, port: int, max_waiting: int, api_key: str | Non
 @click.option("--recipe", "recipes", multiple=True, help="Recipe to plan; several are allowed.  [default: all]")
 @click.option("--ram", type=SIZE, help="All RAM the process may use. Default: a share of what is free.")
 @click.option("--vram", type=SIZE, help="All the VRAM it may use. Default: what a run takes, 94% of what is free.")
+@click.option(
+    "--split", type=click.Choice(["gpu", "hybrid"]), default="gpu", show_default=True, help="As for `generate`."
+)
 @click.option("--context", type=click.IntRange(1), help="Longest prompt plus answer, in tokens. Default: 4096.")
 @click.option("--prompt-tokens", "prompt", type=click.IntRange(1), default=1024, show_default=True)
 @click.option(

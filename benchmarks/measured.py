@@ -183,8 +183,10 @@ def _tuning() -> Iterator[tuple[str, str, str]]:
         )
     for row in rows("probe_reference")[-1:]:
         n = row["numbers"]
-        ratios = {link: [item["ratio"] for item in n[link].values()] for link in n if link != "load_average"}
+        ratios = {link: [item["ratio"] for item in n[link].values()] for link in ("drive by fio", "drive", "RAM")}
         text = ", ".join(f"{link} {min(found)} to {max(found)}" for link, found in ratios.items())
+        for what, found in [(key, values["1"]["ratio"]) for key, values in n.items() if "one buffer" in key]:
+            text += f" ({what}, 1 thread: {found})"
         yield "figures of `probe` over those of fio and of read loops in C", text, _load(row)
 
 
@@ -199,6 +201,7 @@ def _gpu() -> Iterator[tuple[str, str, str]]:
         names = {"head": "head bf16", "`o_proj`": "o int8-g128", "`q_b_proj`": "q_b int8-g128"}
         shares = (f"{name} {kernels[f'{key}, 1 token']['share_of_read']:.2f}" for name, key in names.items())
         yield "the same, resident weights", ", ".join(shares), "-"
+    yield from _gpu_runs()
     steps = [row for row in rows("gpu") if "decode" in row["numbers"]]
     for row in [row for row in steps if row["numbers"]["plan"]["slots"] < row["numbers"]["plan"]["experts"]][-1:]:
         n = row["numbers"]
@@ -237,6 +240,26 @@ def _gpu() -> Iterator[tuple[str, str, str]]:
             f"{1e3 * n['layer_s']:.2f} : {1e3 * ours['layer_s']:.2f} ms = {n['kt_over_ours']:.2f}",
             "-",
         )
+
+
+def _gpu_runs() -> Iterator[tuple[str, str, str]]:
+    for row in [row for row in rows("gpu_bench") if "runs" in row["numbers"]][-1:]:
+        n = row["numbers"]
+        figures = (
+            f"{what} {n[f'{what} median']} ({n[f'{what} range'][0]} to {n[f'{what} range'][1]})"
+            for what in ("decode", "prefill")
+        )
+        yield "speed foretold over speed measured on a GPU (NVIDIA H200, three MoE layers)", ", ".join(figures), "-"
+    for row in rows("gpu_bench"):
+        before, after = (_first_prompts(row, key) for key in ("before kernels were run at load", "none compiled before"))
+        if before and after:
+            text = f"{before['512'][0]:.0f} ms before kernels were run at load, {after['512'][0]:.0f} now, later ones"
+            yield "first prompt of 512 tokens on a new installation (NVIDIA H200)", f"{text} {after['512'][1]:.0f}", "-"
+
+
+def _first_prompts(row: Row, key: str) -> dict[str, list[float]]:
+    """Milliseconds of the first and the second prompt by length; empty where the row has none."""
+    return next((values for name, values in row["numbers"].items() if key in name), {})
 
 
 def _speeds(row: Row) -> Row:

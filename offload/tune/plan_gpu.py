@@ -41,6 +41,8 @@ class GpuForecast:
     problem: str | None = None
     vram: VramPlan | None = None
     ram: RamPlan | None = None
+    split: str = Setting.split
+    """Who computes what VRAM lacks."""
     vram_hit: float = 0.0
     """Share of the demands of decoding whose expert is in VRAM."""
     hit: float = 0.0
@@ -62,6 +64,7 @@ class GpuForecast:
         return values | {
             "vram": {**asdict(self.vram), "layers": [*self.vram.layers], "total": self.vram.total},
             "ram": {**asdict(self.ram), "total": self.ram.total},
+            "split": self.split,
             "vram_hit": self.vram_hit,
             "hit": self.hit,
             "decode_tok_s": self.decode.tok_s,
@@ -92,6 +95,7 @@ def plan_gpu(footprint: Footprint, machine: MachineSpec, setting: Setting, curve
         None,
         loaded.vram,
         loaded.ram,
+        setting.split,
         demand.vram,
         demand.below.hit,
         decode,
@@ -121,12 +125,13 @@ class _Loaded:
     vram: VramPlan
     ram: RamPlan
     context: int
+    hybrid: bool
 
     def demand(self, curve: HitCurve) -> GpuDemand:
         return GpuDemand.expected(curve, self.vram.slots / self.vram.experts, self.ram.slots / self.ram.experts)
 
-    def decode(self, model: ModelCost, machine: MachineSpec, curve: HitCurve, hybrid: bool = False) -> GpuCost:
-        return gpu_decode_cost(model, machine, self.demand(curve), self.context // 2, hybrid=hybrid)
+    def decode(self, model: ModelCost, machine: MachineSpec, curve: HitCurve) -> GpuCost:
+        return gpu_decode_cost(model, machine, self.demand(curve), self.context // 2, hybrid=self.hybrid)
 
     def prefill(self, model: ModelCost, machine: MachineSpec, prompt: int, curve: HitCurve) -> GpuCost:
         vram = prompt_share([self.vram])
@@ -171,7 +176,7 @@ def _load(footprint: Footprint, model: ModelCost, machine: MachineSpec, setting:
     free = GPU_PROCESS_NBYTES + int(machine.ram_available * FREE_SHARE)
     limit = setting.ram or min(free, ram_for_slots(config, model.expert_count, **demand))
     ram = plan_ram(config, limit=limit, allow_slow=setting.allow_slow, **demand)
-    return _Loaded(vram, replace(ram, chunk=chunk), context)
+    return _Loaded(vram, replace(ram, chunk=chunk), context, setting.split == "hybrid")
 
 
 def _gains(
@@ -199,8 +204,9 @@ def _gains(
         return replace(machine, gpu=replace(gpu, h2d=2 * gpu.h2d))
 
     assert given.ram is not None
+    other = "gpu" if loaded.hybrid else "hybrid"
     found = [
-        ("--split hybrid", loaded.decode(model, machine, curve, hybrid=True).tok_s),
+        (f"--split {other}", replace(loaded, hybrid=other == "hybrid").decode(model, machine, curve).tok_s),
         ("8 GiB more VRAM", memory(asked=replace(given, vram=limit + 8 * _GIB))),
         ("32 GiB more RAM", memory(asked=replace(given, ram=given.ram + 32 * _GIB))),
         ("a link twice as fast", loaded.decode(model, link(), curve).tok_s),

@@ -11,6 +11,7 @@ from offload.report import Page, stacked_bars
 from offload.tune.cost import ModelCost, ceiling_tok_s
 from offload.tune.machine import Gpu
 from offload.tune.plan_gpu import GpuForecast
+from offload.tune.setting import Setting
 from offload.types import format_size, format_time
 
 
@@ -20,7 +21,8 @@ def gpu_lines(forecast: GpuForecast, model: ModelCost, gpu: Gpu) -> Iterator[str
         yield f"with --device cuda on {forecast.name} it does not run: {forecast.problem}"
         return
     decode, prefill = forecast.decode, forecast.prefill
-    yield f"with --device cuda, a forecast from {forecast.rests_on}:"
+    split = "" if forecast.split == Setting.split else f" --split {forecast.split}"
+    yield f"with --device cuda{split}, a forecast from {forecast.rests_on}:"
     yield f"  {forecast.vram.describe()}"
     yield f"  {forecast.ram.describe()}"
     yield (

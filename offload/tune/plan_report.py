@@ -91,6 +91,8 @@ def _check_setting(setting: Setting, machine: MachineSpec, config: ModelConfig) 
     if setting.vram and (machine.gpu is None or setting.vram > machine.gpu.vram):
         has = format_size(machine.gpu.vram) if machine.gpu else "no GPU"
         raise UsageError(f"--vram {format_size(setting.vram)}: {machine.name} has {has}")
+    if setting.split != Setting.split and machine.gpu is None:
+        raise UsageError(f"--split {setting.split}: {machine.name} has no GPU")
     if setting.context and not 1 <= setting.context <= config.max_position_embeddings:
         raise UsageError(
             f"--context {setting.context}: the model's positions allow 1 to {config.max_position_embeddings}"

@@ -46,6 +46,7 @@ def plan(
     hits: str | None = None,
     allow_slow: bool = False,
     prefill_chunk: int | None = None,
+    split: str = Setting.split,
 ) -> PlanReport:
     """Plan `model`. Raises UsageError for files that are missing or malformed."""
     if machine is None and not Path(MACHINE_FILE).exists():
@@ -59,7 +60,7 @@ def plan(
         model.kind,
         model.items,
         load_machine(machine or MACHINE_FILE),
-        Setting(ram, vram, context, prompt, allow_slow, prefill_chunk),
+        Setting(ram, vram, context, prompt, allow_slow, prefill_chunk, split),
         hit_curve(hits, model.items[0].config),
     )
 

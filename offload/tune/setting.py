@@ -24,6 +24,8 @@ class Setting:
     allow_slow: bool = False
     prefill_chunk: int | None = None
     """Most tokens of a prompt that share one sweep; None: as many as context and memory allow."""
+    split: str = "gpu"
+    """Who computes what VRAM lacks, `gpu` or `hybrid`, where there is a GPU."""
 
     def context_of(self, config: ModelConfig) -> int:
         """Tokens of the context of a run."""

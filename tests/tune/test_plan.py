@@ -28,6 +28,7 @@ from offload.tune.hits import CURVES
 from offload.tune.machine import FormatRate, Gpu, MachineSpec
 from offload.tune.machine_file import load_machine
 from offload.tune.plan import least_ram, plan_ram_of, plan_recipe, ram_demand
+from offload.tune.plan_gpu_report import gpu_lines
 from offload.tune.plan_report import plan_model
 from offload.tune.setting import Setting
 
@@ -94,6 +95,7 @@ def test_settings_are_checked(v3: dict[str, Footprint]) -> None:
     for setting, message in (
         (Setting(ram=1 << 40), "--ram"),
         (Setting(vram=1 << 30), "no GPU"),
+        (Setting(split="hybrid"), "--split hybrid: .* has no GPU"),
         (Setting(context=1 << 20), "--context"),
         (Setting(prefill_chunk=0), "--prefill-chunk 0"),
     ):
@@ -127,6 +129,10 @@ def test_a_gpu_is_foretold_with_the_cost_of_a_gpu(v3: dict[str, Footprint]) -> N
     assert gains["--split hybrid"] == hybrid.tok_s > gpu.decode.tok_s
     assert {"8 GiB more VRAM", "32 GiB more RAM", "a drive twice as fast"} <= set(gains)
     assert min(gains.values()) > gpu.decode.tok_s
+    other = plan_recipe(v3["int4-small"], machine, Setting(prompt=2048, split="hybrid"), CURVES["local"]).gpu
+    assert other and other.decode == hybrid and other.vram == gpu.vram and other.to_dict()["split"] == "hybrid"
+    assert "--split hybrid" not in dict(other.gains) and dict(other.gains)["a link twice as fast"] > hybrid.tok_s
+    assert next(gpu_lines(other, model, machine.gpu)).startswith("with --device cuda --split hybrid, a forecast")  # type: ignore[arg-type]
     assert "nothing measured here" in gpu.rests_on
     values = gpu.to_dict()
     assert json.loads(json.dumps(values))["bound_by"] == gpu.decode.binding == "link"
