@@ -251,7 +251,8 @@ def _gpu_runs() -> Iterator[tuple[str, str, str]]:
         )
         yield "speed foretold over speed measured on a GPU (NVIDIA H200, three MoE layers)", ", ".join(figures), "-"
     for row in rows("gpu_bench"):
-        before, after = (_first_prompts(row, key) for key in ("before kernels were run at load", "none compiled before"))
+        before = _first_prompts(row, "before kernels were run at load")
+        after = _first_prompts(row, "none compiled before")
         if before and after:
             text = f"{before['512'][0]:.0f} ms before kernels were run at load, {after['512'][0]:.0f} now, later ones"
             yield "first prompt of 512 tokens on a new installation (NVIDIA H200)", f"{text} {after['512'][1]:.0f}", "-"
