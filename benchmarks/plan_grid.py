@@ -5,17 +5,12 @@
 
 SCRATCH takes the 10B checkpoint of bench_model.py and its stores; with --store the grid is over that store alone, for
 instance the embedded model's (`expertpager demo --keep FOLDER`). For every store the routing of other prompts than the
-benchmark's is recorded, as a user would before asking `plan`. For every cell `expertpager bench` runs in a process of
-its own between two probes of the machine, which does not stay the same for long where others use it, too; the
-prediction is that of the mean of both and of the trace. A row per cell holds predicted and measured speed of warm
-decoding and of a cold prompt, and their ratios, medians of `--repeats` runs, all of whose ratios are kept, and by how
-much the forecasts of the two probes differed; the last row, the spread. A minute for every run on two cores, besides a
-recording for every store.
-
-A forecast is one of the machine that was probed. Where the host gives a virtual machine half as much memory bandwidth
-again for some minutes, a run may meet another one. So RAM is read before and after every run, and a run does not count
-whose two probes foretell speeds more than OTHER apart, or around which RAM was that much faster or slower than in both;
-it is made again, up to `--tries` times in all. Rows say how many did not count.
+benchmark's is recorded, as a user would before asking `plan`. For every cell passes of `expertpager probe` and runs of
+`expertpager bench`, each in a process of its own, take turns (A B A B A): a machine that others use, too, does not stay
+the same for long, and what a run meets has to be what the probes met. The forecast is that of the mean of all passes,
+as in a probe, and of the trace; the speeds are medians of all runs. A row per cell holds both for warm decoding and for
+a cold prompt, their ratios, and those of every run to the passes right before and after it; the last row, the spread.
+Half a minute for every run on two cores, besides a recording for every store.
 """
 
 from __future__ import annotations
@@ -44,20 +39,15 @@ from offload.engine.beside_plan import model_cost  # noqa: E402
 from offload.engine.engine import ram_for_share  # noqa: E402
 from offload.engine.summary import Phase  # noqa: E402
 from offload.store import Store  # noqa: E402
-from offload.tiers.host import SlotPool  # noqa: E402
+from offload.tune.compare import Comparison  # noqa: E402
 from offload.tune.machine import MachineSpec, mean  # noqa: E402
 from offload.tune.planner import hit_curve  # noqa: E402
-from offload.tune.probe import effort_for, probe, ram_rate  # noqa: E402
+from offload.tune.probe import Effort, effort_for, probe  # noqa: E402
 
 FORMATS, RESIDENT_FORMATS = ("int4-g32", "int8-g128", "bf16"), ("int8-g128",)
 
 TARGET = 0.15
 """Gap between predicted and measured speed that is aimed at."""
-
-OTHER = 0.12
-"""Part by which a machine's figures may change around a run that counts."""
-
-DIFFER, RAM = "forecasts of both probes differ by", "RAM around the run over RAM when probed"
 
 OTHER_PROMPTS = (
     "The lighthouse keeper counted the waves, as he had every evening since",
@@ -77,8 +67,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=["ema+tokens", "lru"])
     parser.add_argument("--experts", nargs="+", default=["int4-g32", "int8-g128"])
     parser.add_argument("--cells", type=int, help="Only so many cells, spread over the grid.")
-    parser.add_argument("--repeats", type=int, default=3, help="Runs of every cell, each between two probes.")
-    parser.add_argument("--tries", type=int, default=5, help="Runs of a cell at most, those that do not count, too.")
+    parser.add_argument("--rounds", type=int, default=4, help="Runs of every cell, each between two passes of probe.")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=20)
     parser.add_argument("--context", type=int, default=512)
@@ -91,22 +80,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="expertpager-grid-") as folder:
         used = dict.fromkeys(store for store, *_ in cells)
         traces = {store: recorded(store, Path(folder) / f"{store.name}.npz", arguments) for store in used}
-        before = probed(cells[0][0], Path(folder))
         for store, share, policy in cells:
-            found: list[dict[str, Any]] = []
-            others: list[dict[str, Any]] = []
-            while len(found) < arguments.repeats and len(found) + len(others) < arguments.tries:
-                paces = [ram_pace(before.threads)]
-                report = measured(store, share, policy, arguments)
-                paces.append(ram_pace(before.threads))
-                after = probed(store, Path(folder))
-                run = cell(store, policy, report, (before, after), traces[store], arguments)
-                run[RAM] = beside(paces, (before, after))
-                same = run[DIFFER] <= OTHER and all(abs(ratio - 1) <= OTHER for ratio in run[RAM])
-                (found if same else others).append(run)
-                print(json.dumps(run), file=sys.stderr, flush=True)
-                before = after
-            rows.append(middle(found or others) | left_out(others))
+            reports, probes = [], [probed(store, Path(folder))]
+            for _ in range(arguments.rounds):
+                reports.append(measured(store, share, policy, arguments))
+                probes.append(probed(store, Path(folder)))
+            rows.append(cell(store, policy, reports, probes, traces[store], arguments))
             append("plan_grid", f"python benchmarks/plan_grid.py {options(arguments)}", rows[-1])
             print(json.dumps(rows[-1]), flush=True)
     numbers = spread(rows)
@@ -140,7 +119,7 @@ def write_prompts(file: Path) -> None:
 
 
 def probed(store: Path, folder: Path) -> MachineSpec:
-    """What `probe` says of the machine now, of the formats that the grid's stores have.
+    """What a pass of `probe` says of the machine now, of the formats that the grid's stores have.
 
     The whole store is read before: a virtual drive serves what was read lately several times as fast, and a run comes
     back to the same experts where the probe reads any of them.
@@ -151,24 +130,10 @@ def probed(store: Path, folder: Path) -> MachineSpec:
 
 
 def probe_alone(store: Path, file: Path) -> MachineSpec:
-    effort = replace(effort_for(Store.open(store)), formats=FORMATS, resident_formats=RESIDENT_FORMATS)
+    """One of the passes of a whole probe."""
+    one = {"passes": 1, "seconds": Effort.seconds / Effort.passes}
+    effort = replace(effort_for(Store.open(store)), formats=FORMATS, resident_formats=RESIDENT_FORMATS, **one)
     return probe(file, location=store, effort=effort).machine
-
-
-def ram_pace(threads: int) -> float:
-    """Bytes per second that all threads read now."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
-        return apart.submit(ram_alone, threads).result()
-
-
-def ram_alone(threads: int) -> float:
-    return ram_rate(SlotPool(1, 256 << 20).bytes, threads, 0.3)
-
-
-def beside(paces: Sequence[float], probes: Sequence[MachineSpec]) -> list[float]:
-    """Each pace over the nearest of what the probes say, 1 between them."""
-    slowest, fastest = min(each.ram_read for each in probes), max(each.ram_read for each in probes)
-    return [round(pace / min(max(pace, slowest), fastest), 3) for pace in paces]
 
 
 def measured(store: Path, share: float, policy: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -184,63 +149,44 @@ def measured(store: Path, share: float, policy: str, arguments: argparse.Namespa
 def cell(
     store: Path,
     policy: str,
-    report: dict[str, Any],
-    probes: tuple[MachineSpec, MachineSpec],
+    reports: Sequence[dict[str, Any]],
+    probes: Sequence[MachineSpec],
     trace: Path,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """A run beside its prediction from the probes before and after."""
+    """Runs beside their prediction from the passes before, between and after them."""
     opened = Store.open(store)
-    curve = hit_curve(str(trace), opened.config, policy)
-    cold, warm_samples = ([sample(item) for item in report[kind]] for kind in ("cold", "warm"))
-    expected = curve.demand(report["share"])
-    compared, *alone = (
-        predictions(model_cost(opened), machine, cold, warm_samples, expected, report["chunk"], curve.alike)
-        for machine in (mean(probes), *probes)
-    )
-    row: dict[str, Any] = {"store": store.name, "share": round(report["share"], 3), "policy": policy}
-    row["ram"] = report["ram"]
-    pairs = [(first.predicted_s, second.predicted_s) for first, second in zip(*alone, strict=True)]
-    row[DIFFER] = round(max(max(pair) / min(pair) for pair in pairs) - 1, 3)
-    for item in compared:
+    model, curve = model_cost(opened), hit_curve(str(trace), opened.config, policy)
+    first = reports[0]
+    expected = curve.demand(first["share"])
+
+    def foretold(machines: Sequence[MachineSpec], runs: Sequence[dict[str, Any]]) -> list[Comparison]:
+        cold, warm = ([sample(item) for run in runs for item in run[kind]] for kind in ("cold", "warm"))
+        return predictions(model, mean(machines), cold, warm, expected, first["chunk"], curve.alike)
+
+    row: dict[str, Any] = {"store": store.name, "share": round(first["share"], 3), "policy": policy}
+    row["ram"] = first["ram"]
+    rounds = [foretold(probes[n : n + 2], [report]) for n, report in enumerate(reports)]
+    for item, *each in zip(foretold(probes, reports), *rounds, strict=True):
         name, tokens = ("decode", 1) if item.what.startswith("warm decode") else ("prefill", arguments.prompt_tokens)
         row |= {
             f"{name} predicted tok/s": round(tokens / item.predicted_s, 3),
             f"{name} measured tok/s": round(tokens / item.measured_s, 3),
             f"{name} predicted / measured": round(item.measured_s / item.predicted_s, 3),
             f"{name} gap by": {part: round(seconds, 4) for part, seconds in item.causes.items()},
+            f"{name} measured tok/s, rounds": [round(tokens / one.measured_s, 3) for one in each],
+            f"{name} predicted / measured, rounds": [round(one.measured_s / one.predicted_s, 3) for one in each],
         }
-    actual = mean_demand([item.decode.demand(expected.prefetch_depth) for item in warm_samples])
+    warm = [sample(item) for report in reports for item in report["warm"]]
+    actual = mean_demand([item.decode.demand(expected.prefetch_depth) for item in warm])
     row["hit rate measured"] = round(actual.hit + actual.ahead, 4)
     row["hit rate predicted"] = round(expected.hit + expected.ahead, 4)
     row["read ahead measured"] = round(actual.ahead, 4)
     row["read ahead predicted"] = round(expected.ahead, 4)
-    waited = [item.decode.stall_s / item.decode.tokens for item in warm_samples]
-    row["decode stall measured s"] = round(statistics.median(waited), 4)
+    row["decode stall measured s"] = round(statistics.median(i.decode.stall_s / i.decode.tokens for i in warm), 4)
+    cold = [sample(item) for report in reports for item in report["cold"]]
     row["prefill stall measured s"] = round(statistics.median(item.prefill.stall_s for item in cold), 4)
     return row
-
-
-def middle(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The medians of every figure of a cell's repetitions, whose ratios are kept: a run may meet another machine than
-    the probes on both sides of it."""
-    row: dict[str, Any] = {key: value for key, value in found[0].items() if isinstance(value, str)}
-    row |= {
-        key: round(statistics.median(each[key] for each in found), 4)
-        for key, value in found[0].items()
-        if isinstance(value, (int, float))
-    }
-    for key in [key for key in found[0] if key.endswith("gap by")]:
-        row[key] = {part: round(statistics.median(each[key][part] for each in found), 4) for part in found[0][key]}
-    ratios = [key for key in found[0] if key.endswith("predicted / measured")]
-    return row | {f"{key}, repetitions": [each[key] for each in found] for key in ratios}
-
-
-def left_out(others: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is kept of runs that met another machine than their probes."""
-    ratios = [key for key in (others or [{}])[0] if key.endswith("predicted / measured")]
-    kept = {f"{key}, runs that do not count": [each[key] for each in others] for key in ratios}
-    return {"runs that met another machine than their probes": len(others)} | kept
 
 
 def sample(values: dict[str, Any]) -> Sample:
@@ -270,7 +216,7 @@ def options(arguments: argparse.Namespace) -> str:
             yield f"--{name} " + " ".join(map(str, getattr(arguments, name)))
         if arguments.cells:
             yield f"--cells {arguments.cells}"
-        yield f"--repeats {arguments.repeats}"
+        yield f"--rounds {arguments.rounds}"
         yield f"--prompt-tokens {arguments.prompt_tokens} --max-tokens {arguments.max_tokens}"
 
     return " ".join(texts())
