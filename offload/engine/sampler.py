@@ -90,7 +90,8 @@ def candidates(row: NDArray[np.float32], params: SamplingParams) -> tuple[NDArra
     most probable token stays. Where most of a vocabulary is so improbable that all of it together weighs less than the
     rounding of the best's weight to fp32, that part is left out: it would take most of the time.
     """
-    likely = row >= row.max() - np.float32(params.temperature * math.log(row.size * 2.0**24))
+    with np.errstate(over="ignore"):
+        likely = row >= row.max() - np.float32(params.temperature * math.log(row.size * 2.0**24))
     if 2 * np.count_nonzero(likely) > row.size:
         return _filtered(row, params)
     some = np.flatnonzero(likely)

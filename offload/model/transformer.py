@@ -175,8 +175,9 @@ class DeepseekV3:
         """
         assert cache.length == 0, "a rehearsal overwrites the first rows"
         passes = [(0, min(tokens, cache.capacity)) for tokens in lengths]
-        if passes:  # one that follows others, too
-            passes.append((min(BLOCK, cache.capacity // 2, max(lengths)),) * 2)
+        half = min(BLOCK, cache.capacity // 2, max(lengths, default=0))
+        if half:  # one that follows others, too
+            passes.append((half, half))
         own, self.routed = self.routed, routed
         try:
             for start, tokens in dict.fromkeys(passes):

@@ -98,6 +98,11 @@ def test_kernels_of_prompts_have_run_before_the_first_prompt(store, expected, mo
         assert set(ran["router"]) <= {len(PROMPT), 1}
 
 
+def test_a_context_of_one_token_has_kernels_of_prompts_too(store):
+    with load(store, [SimulatedDevice()], context=1) as engine:
+        assert engine.logits([5]).shape[0] == 1
+
+
 @pytest.mark.parametrize("uses_blas", [True, False])
 def test_workspaces_of_cublas_are_set_aside_where_it_is_used(store, monkeypatch, uses_blas):
     fixed, _ = fixed_nbytes(store)

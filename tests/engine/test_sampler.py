@@ -192,3 +192,19 @@ def test_log_probabilities_are_those_of_the_unmodified_logits() -> None:
 
 RECORDED_UNIFORM = [0.011546754286331562, 0.5023796042735054, 0.6865660636114761]
 RECORDED_TOKENS = [4253, 1966, 4633, 242, 4932, 4808, 4440, 1966]
+
+
+def test_a_tail_that_weighs_nothing_changes_nothing() -> None:
+    rng = np.random.default_rng(5)
+    row = np.concatenate([rng.normal(0.0, 2.0, 30000), rng.normal(30.0, 3.0, 400)]).astype(np.float32)
+    for options in ({"top_p": 0.95}, {"top_p": 1.0}, {"top_k": 300, "top_p": 0.9}, {"top_p": 1.0, "min_p": 0.001}):
+        params = SamplingParams(temperature=0.7, seed=3, **options)
+        ids, weights = candidates(row, params)
+        whole, theirs = sampler._filtered(row, params)
+        kept = np.isin(whole, ids)
+        assert ids.max() >= 30000 and np.array_equal(whole[kept], ids) and np.array_equal(theirs[kept], weights)
+        assert theirs[~kept].sum() <= 2.0**-24
+    ids, _ = candidates(row, SamplingParams(temperature=0.7, top_p=1.0))
+    assert len(ids) < len(row) / 2
+    whole, _ = candidates(row, SamplingParams(temperature=1e300, top_p=1.0))
+    assert len(whole) == len(row)
