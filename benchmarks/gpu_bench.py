@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import bench_model  # noqa: E402
 import torch  # noqa: E402
-from plan_grid import TARGET, program, write_prompts  # noqa: E402
+from plan_grid import program, spread, write_prompts  # noqa: E402
 from record import append  # noqa: E402
 
 
@@ -43,18 +42,19 @@ def main() -> None:
         machine, trace, prompts = (folder / name for name in ("machine.toml", "routing.npz", "prompts.txt"))
         program("probe", str(store), "-o", str(machine))
         write_prompts(prompts)
-        on_gpu = ["--device", "cuda", "--profile", "none", "--prompt-tokens"]
-        program("bench", str(store), *on_gpu, "32", "-n", "64", "--prompts", str(prompts), "--trace", str(trace))
+        on_gpu = ["bench", str(store), "--device", "cuda", "--profile", "none"]
+        program(*on_gpu, "--prompt-tokens", "32", "-n", "64", "--prompts", str(prompts), "--trace", str(trace))
         for number, setting in enumerate(settings(arguments.vram, arguments.ram)):
-            sizes = [str(arguments.prompt_tokens), "-n", str(arguments.max_tokens), *setting]
+            options = ["--prompt-tokens", str(arguments.prompt_tokens), "-n", str(arguments.max_tokens), *setting]
             foretold = ["--machine", str(machine), "--hits", str(trace)]
-            report = json.loads(program("bench", str(store), *on_gpu, *sizes, *foretold, "--json")[-1])
+            report = json.loads(program(*on_gpu, *options, *foretold, "--json")[-1])
             (folder / f"report-{number}.json").write_text(json.dumps(report), encoding="utf-8")
             rows.append(row(report))
-            append("gpu_bench", " ".join(["python benchmarks/gpu_bench.py, bench with", *sizes[1:]]), rows[-1])
+            append("gpu_bench", " ".join(["python benchmarks/gpu_bench.py, bench with", *options]), rows[-1])
             print(json.dumps(rows[-1], indent=1), flush=True)
-    append("gpu_bench", "python benchmarks/gpu_bench.py --folder SCRATCH", spread(rows))
-    print(json.dumps(spread(rows), indent=1))
+    numbers = spread(rows, "runs")
+    append("gpu_bench", "python benchmarks/gpu_bench.py --folder SCRATCH", numbers)
+    print(json.dumps(numbers, indent=1))
 
 
 def settings(vram: list[str], ram: list[str]) -> list[list[str]]:
@@ -77,17 +77,6 @@ def row(report: dict[str, Any]) -> dict[str, Any]:
         numbers[f"{name} seconds"] = {key: value for key, value in compared.items() if key.endswith("_s")}
     counted = {key: sum(phase["vram"][key] for phase in phases) / tokens for key in ("hits", "misses", "reads")}
     return numbers | {"vram per warm token": {key: round(value, 3) for key, value in counted.items()}}
-
-
-def spread(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the ratios of all runs: median, range, how many are within the target."""
-    numbers: dict[str, Any] = {"runs": len(rows)}
-    for name in ("decode", "prefill"):
-        ratios = [each[f"{name} predicted / measured"] for each in rows]
-        numbers[f"{name} median"] = round(statistics.median(ratios), 3)
-        numbers[f"{name} range"] = [min(ratios), max(ratios)]
-        numbers[f"{name} within {TARGET:.0%}"] = sum(abs(ratio - 1) <= TARGET for ratio in ratios)
-    return numbers
 
 
 if __name__ == "__main__":

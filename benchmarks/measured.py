@@ -168,9 +168,7 @@ def _tuning() -> Iterator[tuple[str, str, str]]:
     for row in [row for row in rows("plan_grid") if "cells" in row["numbers"]][-1:]:
         n = row["numbers"]
         figures = (
-            f"{what} {n[f'{what} median']} ({n[f'{what} range'][0]} to {n[f'{what} range'][1]}; "
-            f"within 15%: {n[f'{what} within 15%']})"
-            for what in ("decode", "prefill")
+            f"{what} {_spread(n, what)}; within 15%: {n[f'{what} within 15%']})" for what in ("decode", "prefill")
         )
         yield "speed foretold over speed measured, 10B stores, RAM budgets and policies", ", ".join(figures), _load(row)
     for row in rows("tune")[-1:]:
@@ -188,6 +186,12 @@ def _tuning() -> Iterator[tuple[str, str, str]]:
         for what, found in [(key, values["1"]["ratio"]) for key, values in n.items() if "one buffer" in key]:
             text += f" ({what}, 1 thread: {found})"
         yield "figures of `probe` over those of fio and of read loops in C", text, _load(row)
+
+
+def _spread(n: Row, what: str) -> str:
+    """Median and range of the ratios of a grid, the bracket left open."""
+    least, largest = n[f"{what} range"]
+    return f"{n[f'{what} median']} ({least} to {largest}"
 
 
 def _gpu() -> Iterator[tuple[str, str, str]]:
@@ -245,10 +249,7 @@ def _gpu() -> Iterator[tuple[str, str, str]]:
 def _gpu_runs() -> Iterator[tuple[str, str, str]]:
     for row in [row for row in rows("gpu_bench") if "runs" in row["numbers"]][-1:]:
         n = row["numbers"]
-        figures = (
-            f"{what} {n[f'{what} median']} ({n[f'{what} range'][0]} to {n[f'{what} range'][1]})"
-            for what in ("decode", "prefill")
-        )
+        figures = (f"{what} {_spread(n, what)})" for what in ("decode", "prefill"))
         yield "speed foretold over speed measured on a GPU (NVIDIA H200, three MoE layers)", ", ".join(figures), "-"
     for row in rows("gpu_bench"):
         before = _first_prompts(row, "before kernels were run at load")

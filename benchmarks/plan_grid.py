@@ -160,14 +160,16 @@ def cell(
     first = reports[0]
     expected = curve.demand(first["share"])
 
-    def foretold(machines: Sequence[MachineSpec], runs: Sequence[dict[str, Any]]) -> list[Comparison]:
-        cold, warm = ([sample(item) for run in runs for item in run[kind]] for kind in ("cold", "warm"))
+    runs = [[[sample(item) for item in report[kind]] for kind in ("cold", "warm")] for report in reports]
+    cold, warm = ([item for run in runs for item in run[kind]] for kind in (0, 1))
+
+    def foretold(machines: Sequence[MachineSpec], cold: Sequence[Sample], warm: Sequence[Sample]) -> list[Comparison]:
         return predictions(model, mean(machines), cold, warm, expected, first["chunk"], curve.alike)
 
     row: dict[str, Any] = {"store": store.name, "share": round(first["share"], 3), "policy": policy}
     row["ram"] = first["ram"]
-    rounds = [foretold(probes[n : n + 2], [report]) for n, report in enumerate(reports)]
-    for item, *each in zip(foretold(probes, reports), *rounds, strict=True):
+    rounds = [foretold(probes[n : n + 2], *run) for n, run in enumerate(runs)]
+    for item, *each in zip(foretold(probes, cold, warm), *rounds, strict=True):
         name, tokens = ("decode", 1) if item.what.startswith("warm decode") else ("prefill", arguments.prompt_tokens)
         row |= {
             f"{name} predicted tok/s": round(tokens / item.predicted_s, 3),
@@ -177,14 +179,12 @@ def cell(
             f"{name} measured tok/s, rounds": [round(tokens / one.measured_s, 3) for one in each],
             f"{name} predicted / measured, rounds": [round(one.measured_s / one.predicted_s, 3) for one in each],
         }
-    warm = [sample(item) for report in reports for item in report["warm"]]
     actual = mean_demand([item.decode.demand(expected.prefetch_depth) for item in warm])
     row["hit rate measured"] = round(actual.hit + actual.ahead, 4)
     row["hit rate predicted"] = round(expected.hit + expected.ahead, 4)
     row["read ahead measured"] = round(actual.ahead, 4)
     row["read ahead predicted"] = round(expected.ahead, 4)
     row["decode stall measured s"] = round(statistics.median(i.decode.stall_s / i.decode.tokens for i in warm), 4)
-    cold = [sample(item) for report in reports for item in report["cold"]]
     row["prefill stall measured s"] = round(statistics.median(item.prefill.stall_s for item in cold), 4)
     return row
 
@@ -194,9 +194,10 @@ def sample(values: dict[str, Any]) -> Sample:
     return Sample(Phase(**values["prefill"]), Phase(**values["decode"]), values["layer_stall_s"])
 
 
-def spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the ratios of all cells: median, least, largest, and the share within the target."""
-    numbers: dict[str, Any] = {"cells": len(rows)}
+def spread(rows: Sequence[dict[str, Any]], what: str = "cells") -> dict[str, Any]:
+    """Of the ratios of all rows, whose number is that of `what`: median, least, largest, how many are within the
+    target."""
+    numbers: dict[str, Any] = {what: len(rows)}
     for name in ("decode", "prefill"):
         ratios = [row[f"{name} predicted / measured"] for row in rows]
         numbers |= {

@@ -161,7 +161,6 @@ class ExpectedUse(CachePolicy):
             self.successors.lift_all([ids[0] for ids in routing])
         else:
             for layer, ids in enumerate(routing):
-                self.successors.lift(layer, ids[-1])
                 if len(ids) > 1:
                     self._observe_many(self._rates[:, layer], np.asarray(ids, np.intp))
         self._routing = list(routing)

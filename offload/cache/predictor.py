@@ -259,15 +259,14 @@ class Successors:
         """`lift` of every layer, for ids [L, K]."""
         self._place(ids)
         for part in self._parts:  # as many layers as there is a buffer for
-            self._foretell(part, self._flat(part))
+            self._foretell(part)
 
     def learn_all(self, steps: NDArray[np.intp], rate: Floats) -> None:
         """`lift` and `learn` of tokens one after another that used `steps` [T, L, K]; lifts that nothing will be
         learned from are left out."""
         for ids in steps:
             self._place(ids)
-            part = self._turn(self._seen + (self._before is not None))
-            self._foretell(part, self._flat(part))
+            self._foretell(self._turn(self._seen + (self._before is not None)))
             self.learn(ids, rate)
 
     def _place(self, ids: Sequence[Sequence[int]] | NDArray[np.intp]) -> None:
@@ -287,8 +286,9 @@ class Successors:
         flat += self._offset[part]
         return flat
 
-    def _foretell(self, part: slice, flat: NDArray[np.intp]) -> None:
-        """Lifts of the layers `part`, whose sources are the rows `flat`."""
+    def _foretell(self, part: slice) -> None:
+        """Lifts of the layers `part`."""
+        flat = self._flat(part)
         gathered = self._learned[0, : len(flat)]
         self.weights.reshape(-1, self.shape.experts).take(flat, 0, gathered, "clip")
         np.matmul(self._scaled[part], gathered, self._lifts[part, None])

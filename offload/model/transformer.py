@@ -167,43 +167,41 @@ class DeepseekV3:
             return self.kernels.linear(hidden, self.weights.head)
 
     def rehearse(self, lengths: Sequence[int], cache: KVCache, routed: RoutedExperts) -> None:
-        """Run passes of so many tokens through the first layer of each kind on each device, and the head, with `routed`
-        in place of the experts. Nothing is kept.
+        """Run passes of so many tokens, as many as `cache` holds at most, through the first layer of each kind on each
+        device, and the head, with `routed` in place of the experts. Nothing is kept.
 
         The first launch of a kernel compiles it, or loads what was compiled before, and the first call of a library
         makes what it needs: seconds on a new installation and a fifth of one later, which belong to loading.
         """
         assert cache.length == 0, "a rehearsal overwrites the first rows"
-        passes = [(0, min(tokens, cache.capacity)) for tokens in lengths]
+        passes = [(0, tokens) for tokens in lengths]
         half = min(BLOCK, cache.capacity // 2, max(lengths, default=0))
         if half:  # one that follows others, too
             passes.append((half, half))
+        kinds: dict[tuple[Place, bool], int] = {}
+        for index, (layer, place) in enumerate(zip(self.weights.layers, self.places, strict=True)):
+            kinds.setdefault((place, layer.moe is None), index)
         own, self.routed = self.routed, routed
         try:
-            for start, tokens in dict.fromkeys(passes):
+            for start, tokens in passes:
                 cache.advance(start)
-                self._rehearse_pass(start, tokens, cache)
+                self._rehearse_pass(kinds.values(), tokens, cache)
                 cache.truncate(0)
         finally:
             self.routed = own
             cache.truncate(0)
 
-    def _rehearse_pass(self, start: int, tokens: int, cache: KVCache) -> None:
+    def _rehearse_pass(self, layers: Iterable[int], tokens: int, cache: KVCache) -> None:
         self.routed.begin_step([0] * tokens)
-        kinds = {(place, layer.moe is None): index for index, (layer, place) in self._backwards()}
-        for (place, _), index in kinds.items():
-            parts = _parts(self.rotary[place.device], start, tokens)
+        for index in layers:
+            place = self.places[index]
+            parts = _parts(self.rotary[place.device], cache.length, tokens)
             with place.scope():
                 hidden = torch.zeros(tokens, self.config.hidden_size, device=place.device)
                 hidden = self._layer(index, self.weights.layers[index], hidden, cache, parts)
-            if place == self.places[-1]:
-                with place.scope():
-                    last = self.kernels.rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)[-1:]
-                self.logits(last)
-
-    def _backwards(self) -> Iterable[tuple[int, tuple[LayerWeights, Place]]]:
-        """Layers and where they are, the last one first."""
-        return reversed([*enumerate(zip(self.weights.layers, self.places, strict=True))])
+        with self.places[-1].scope():  # where the last of these layers is
+            last = self.kernels.rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)[-1:]
+        self.logits(last)
 
     def _layer(
         self,
