@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help install demo test test-all check lint bench clean
+.PHONY: help install demo test test-all check clean
 
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,8 +25,8 @@ test: $(READY)   ## run the tests
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n 2 -m "not slow and not cuda"
 
-test-all: $(READY) ## run all tests, also those that take minutes
-	$(BIN)/python -m pytest -q -n 2 -m "not cuda"
+test-all: $(READY) ## run all tests, also those that take minutes; property tests with new examples each time
+	$(BIN)/python -m pytest -q -n 2 -m "not cuda" --hypothesis-profile default
 
 check: $(READY)  ## types, sanitizers and everything `make test` leaves out
 	$(BIN)/mypy

@@ -15,9 +15,14 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from convert import convert
 from convert.synthetic import write_checkpoint
+
+# The same examples everywhere, so that a failure tells of a change. `make test-all` draws new ones each time.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
