@@ -4,10 +4,11 @@
 
 SCRATCH takes the 10B checkpoint of bench_model.py, its int4-g32 store and a Q4_0 GGUF (27 GB while they are
 made). TREE is a source tree of llama.cpp (for instance vendor/llama.cpp in the source distribution of
-llama-cpp-python) in which `llama-bench` and `llama-quantize` were built under build/. Turns of a few seconds alternate,
-ours first: one engine stays loaded and sleeps while the other runs. Prompts take turns in every fourth round. The row
-holds every turn, medians, and the median of the ratios of neighbouring turns: absolute speeds say little on a shared
-machine, and any other process that runs costs threads that wait for each other most of their speed.
+llama-cpp-python) in which `llama-bench` and `llama-quantize` were built under build/. Turns of a few seconds
+alternate, ours first: one engine stays loaded and sleeps while the other runs, and begins when the memory that the
+other left behind has gone (settle.py). Prompts take turns in every fourth round. The row holds every turn, what the
+host took away meanwhile, medians, and the median of the ratios of neighbouring turns: absolute speeds say little on a
+shared machine, and any other process that runs costs threads that wait for each other most of their speed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
 import bench_model  # noqa: E402
 from convert_gguf import to_gguf  # noqa: E402
 from record import append  # noqa: E402
+from settle import settle, with_stolen  # noqa: E402
 
 OURS = """
 import json, random, sys
@@ -97,16 +100,21 @@ def main() -> None:
     store = bench_model.store(arguments.folder, resident="int4-g32", head="int4-g32")
     gguf = to_gguf(arguments.llama_cpp, bench_model.checkpoint(arguments.folder), arguments.folder / "10b-q4_0.gguf")
     turns: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
+    stolen: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
     engine = Ours(store, arguments)
     try:
         llama_turn("decode", gguf, arguments)  # the file is in the page cache from now on
         for number in range(arguments.rounds):
             for what in ("decode", "prefill") if number % PREFILL_EVERY == 0 else ("decode",):
-                turns[what].append((engine.turn(what), llama_turn(what, gguf, arguments)))
-                print(what, *(round(speed, 2) for speed in turns[what][-1]), file=sys.stderr, flush=True)
+                settle()
+                ours, lost = with_stolen(partial(engine.turn, what))
+                theirs, also_lost = with_stolen(partial(llama_turn, what, gguf, arguments))
+                turns[what].append((ours, theirs))
+                stolen[what].append((round(lost, 3), round(also_lost, 3)))
+                print(what, f"{ours:.2f} {theirs:.2f}, stolen {lost:.1%} {also_lost:.1%}", file=sys.stderr, flush=True)
     finally:
         engine.close()
-    write_row(arguments, turns)
+    write_row(arguments, turns, stolen)
 
 
 def llama_turn(what: str, gguf: Path, arguments: argparse.Namespace) -> float:
@@ -117,9 +125,14 @@ def llama_turn(what: str, gguf: Path, arguments: argparse.Namespace) -> float:
     return float(json.loads(_output(command))[0]["avg_ts"])
 
 
-def write_row(arguments: argparse.Namespace, turns: dict[str, list[tuple[float, float]]]) -> None:
+Pairs = dict[str, list[tuple[float, float]]]
+"""Figures of our turns and of those of llama.cpp, by what was run."""
+
+
+def write_row(arguments: argparse.Namespace, turns: Pairs, stolen: Pairs) -> None:
     """Append medians, ratios and every turn to the results."""
     numbers: dict[str, Any] = {"turns of ours and llama.cpp Q4_0, tok/s": turns}
+    numbers["share of the processor that the host took away"] = stolen
     for what, pairs in turns.items():
         ours, theirs = (statistics.median(speeds) for speeds in zip(*pairs, strict=True))
         numbers |= {f"{what} tok/s": round(ours, 2), f"llama.cpp {what} tok/s": round(theirs, 2)}

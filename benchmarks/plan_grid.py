@@ -33,6 +33,7 @@ sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import bench_model  # noqa: E402
 from record import append  # noqa: E402
+from settle import settle  # noqa: E402
 
 from offload.engine.bench import Sample, mean_demand, predictions  # noqa: E402
 from offload.engine.beside_plan import model_cost  # noqa: E402
@@ -84,6 +85,7 @@ def main() -> None:
             reports, probes = [], [probed(store, Path(folder))]
             for _ in range(arguments.rounds):
                 reports.append(measured(store, share, policy, arguments))
+                settle()  # gigabytes of slots; what a probe leaves is little
                 probes.append(probed(store, Path(folder)))
             rows.append(cell(store, policy, reports, probes, traces[store], arguments))
             append("plan_grid", f"python benchmarks/plan_grid.py {options(arguments)}", rows[-1])
