@@ -52,6 +52,9 @@ with offload.load(store, threads=threads, kernels="native", context=prompt + dec
 PREFILL_EVERY = 4
 """Rounds from one turn of prompts to the next: they take ten times as long."""
 
+Pairs = dict[str, list[tuple[float, float]]]
+"""Figures of our turns and of those of llama.cpp, by what was run."""
+
 
 class Ours:
     """This project in a process of its own, loaded once."""
@@ -99,8 +102,8 @@ def main() -> None:
     # 4.5 bits per weight in every matrix, as in Q4_0; llama.cpp keeps the head at 6.6 bits.
     store = bench_model.store(arguments.folder, resident="int4-g32", head="int4-g32")
     gguf = to_gguf(arguments.llama_cpp, bench_model.checkpoint(arguments.folder), arguments.folder / "10b-q4_0.gguf")
-    turns: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
-    stolen: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
+    turns: Pairs = {"prefill": [], "decode": []}
+    stolen: Pairs = {"prefill": [], "decode": []}
     engine = Ours(store, arguments)
     try:
         llama_turn("decode", gguf, arguments)  # the file is in the page cache from now on
@@ -123,10 +126,6 @@ def llama_turn(what: str, gguf: Path, arguments: argparse.Namespace) -> float:
     program = arguments.llama_cpp / "build" / "bin" / "llama-bench"
     command = [str(program), "-m", str(gguf), "-t", str(arguments.threads), *tokens, "-r", "1", "-o", "json"]
     return float(json.loads(_output(command))[0]["avg_ts"])
-
-
-Pairs = dict[str, list[tuple[float, float]]]
-"""Figures of our turns and of those of llama.cpp, by what was run."""
 
 
 def write_row(arguments: argparse.Namespace, turns: Pairs, stolen: Pairs) -> None:

@@ -10,7 +10,8 @@ benchmark's is recorded, as a user would before asking `plan`. For every cell pa
 the same for long, and what a run meets has to be what the probes met. The forecast is that of the mean of all passes,
 as in a probe, and of the trace; the speeds are medians of all runs. A row per cell holds both for warm decoding and for
 a cold prompt, their ratios, and those of every run to the passes right before and after it; the last row, the spread.
-Half a minute for every run on two cores, besides a recording for every store.
+A minute and a half for every run and its pass on two cores, half a minute of which settle.py may wait, besides a
+recording for every store.
 """
 
 from __future__ import annotations
@@ -85,7 +86,6 @@ def main() -> None:
             reports, probes = [], [probed(store, Path(folder))]
             for _ in range(arguments.rounds):
                 reports.append(measured(store, share, policy, arguments))
-                settle()  # gigabytes of slots; what a probe leaves is little
                 probes.append(probed(store, Path(folder)))
             rows.append(cell(store, policy, reports, probes, traces[store], arguments))
             append("plan_grid", f"python benchmarks/plan_grid.py {options(arguments)}", rows[-1])
@@ -111,7 +111,7 @@ def recorded(store: Path, trace: Path, arguments: argparse.Namespace) -> Path:
     write_prompts(prompts)
     ram = ram_for_share(store, 0.6, arguments.context)
     sizes = ["--warm", "3", "--prompt-tokens", "16", "-n", "48", "--context", str(arguments.context), "--ram", str(ram)]
-    program("bench", str(store), "--profile", "none", "--prompts", str(prompts), "--trace", str(trace), *sizes)
+    bench(store, "--prompts", str(prompts), "--trace", str(trace), *sizes)
     return trace
 
 
@@ -142,10 +142,17 @@ def measured(store: Path, share: float, policy: str, arguments: argparse.Namespa
     """What `bench` says of a store with slots for `share` of its experts."""
     ram = ram_for_share(store, share, arguments.context)
     sizes = ["--prompt-tokens", str(arguments.prompt_tokens), "-n", str(arguments.max_tokens), "--warm", "2"]
-    sizes += ["--context", str(arguments.context), "--ram", str(ram), "--policy", policy, "--profile", "none"]
+    sizes += ["--context", str(arguments.context), "--ram", str(ram), "--policy", policy]
     program("verify", str(store))  # as before a probe
-    report: dict[str, Any] = json.loads(program("bench", str(store), "--json", *sizes)[-1])
+    report: dict[str, Any] = json.loads(bench(store, "--json", *sizes)[-1])
     return report | {"ram": ram}
+
+
+def bench(store: Path, *options: str) -> list[str]:
+    """Standard output of `expertpager bench`. Its slots are gigabytes: returns when they cost nobody anything."""
+    lines = program("bench", str(store), "--profile", "none", *options)
+    settle()
+    return lines
 
 
 def cell(
