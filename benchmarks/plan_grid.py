@@ -8,8 +8,9 @@ instance the embedded model's (`expertpager demo --keep FOLDER`). For every stor
 benchmark's is recorded, as a user would before asking `plan`. For every cell passes of `expertpager probe` and runs of
 `expertpager bench`, each in a process of its own, take turns (A B A B A): a machine that others use, too, does not stay
 the same for long, and what a run meets has to be what the probes met. The forecast is that of the mean of all passes,
-as in a probe, and of the trace; the speeds are medians of all runs. A row per cell holds both for warm decoding and for
-a cold prompt, their ratios, and those of every run to the passes right before and after it; the last row, the spread.
+as in a probe, and of the trace; the speeds are the same mean of all runs: on a machine that has two paces a median
+tells the one that lasted longer. A row per cell holds both for warm decoding and for a cold prompt, their ratios, and
+those of every run to the passes right before and after it; the last row, the spread.
 A minute and a half for every run and its pass on two cores, half a minute of which settle.py may wait, besides a
 recording for every store.
 """
@@ -42,7 +43,7 @@ from offload.engine.engine import ram_for_share  # noqa: E402
 from offload.engine.summary import Phase  # noqa: E402
 from offload.store import Store  # noqa: E402
 from offload.tune.compare import Comparison  # noqa: E402
-from offload.tune.machine import MachineSpec, mean  # noqa: E402
+from offload.tune.machine import MachineSpec, mean, typical  # noqa: E402
 from offload.tune.planner import hit_curve  # noqa: E402
 from offload.tune.probe import Effort, effort_for, probe  # noqa: E402
 
@@ -173,7 +174,7 @@ def cell(
     cold, warm = ([item for run in runs for item in run[kind]] for kind in (0, 1))
 
     def foretold(machines: Sequence[MachineSpec], cold: Sequence[Sample], warm: Sequence[Sample]) -> list[Comparison]:
-        return predictions(model, mean(machines), cold, warm, expected, first["chunk"], curve.alike)
+        return predictions(model, mean(machines), cold, warm, expected, first["chunk"], curve.alike, typical)
 
     row: dict[str, Any] = {"store": store.name, "share": round(first["share"], 3), "policy": policy}
     row["ram"] = first["ram"]

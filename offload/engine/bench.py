@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -274,18 +274,19 @@ def predictions(
     expected: Demand,
     chunk: int,
     alike: float,
+    average: Callable[[Iterable[float]], float] = median,
 ) -> list[Comparison]:
     """Warm decode and cold prefill against the cost model.
 
     `expected` is what is assumed for decoding, `chunk` the number of tokens that share one sweep of the experts,
-    `alike` how alike they are.
+    `alike` how alike they are; `average` is taken over runs.
     """
     decode = [sample.decode for sample in warm]
     context = warm[0].prefill.tokens + warm[0].decode.tokens // 2
     per_token = Measured(
-        median(phase.seconds / phase.tokens for phase in decode),
-        median(phase.stall_s / phase.tokens for phase in decode),
-        median(phase.bytes_read / phase.tokens for phase in decode),
+        average(phase.seconds / phase.tokens for phase in decode),
+        average(phase.stall_s / phase.tokens for phase in decode),
+        average(phase.bytes_read / phase.tokens for phase in decode),
     )
     actual = mean_demand([phase.demand(expected.prefetch_depth) for phase in decode])
     found = [
@@ -299,10 +300,10 @@ def predictions(
     prefill = [sample.prefill for sample in cold]
     tokens = prefill[0].tokens
     sweep = prefill_cost(model, machine, tokens, chunk, 0.0, alike)
-    read = median(phase.bytes_read for phase in prefill)
+    read = average(phase.bytes_read for phase in prefill)
     # Fewer bytes than a sweep: the prompt used fewer experts than foretold.
     swept = prefill_cost(model, machine, tokens, chunk, max(0.0, 1 - read / sweep.read_nbytes), alike)
-    whole = Measured(median(p.seconds for p in prefill), median(p.stall_s for p in prefill), read)
+    whole = Measured(average(p.seconds for p in prefill), average(p.stall_s for p in prefill), read)
     return [*found, compare(f"cold prefill of {tokens} tokens", whole, sweep, swept)]
 
 

@@ -6,7 +6,7 @@ Owns the figures and what stands for those nobody measured. Must not read them (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from operator import attrgetter, itemgetter
@@ -31,7 +31,8 @@ MANY_ROWS = 64
 
 @dataclass(frozen=True)
 class FormatRate:
-    """What the CPU kernels do with one weight format."""
+    """What the CPU kernels do with one weight format, besides what a call takes with hardly any weights: that is part
+    of a layer's time."""
 
     read: float
     """Weight bytes per second with one row of activations."""
@@ -244,12 +245,12 @@ def mean(machines: Sequence[MachineSpec]) -> MachineSpec:
     def average(value: Callable[[Any], float | None], of: Sequence[Any] = machines) -> float | None:
         """The mean of times; None where one is unknown."""
         found = [each for each in map(value, of) if each is not None]
-        return _typical(found) if len(found) == len(of) else None
+        return typical(found) if len(found) == len(of) else None
 
     def rate(value: Callable[[Any], float | None], of: Sequence[Any] = machines) -> float | None:
         """The mean of rates by that of their times."""
         found = [each for each in map(value, of) if each is not None]
-        return 1 / _typical([1 / each for each in found]) if len(found) == len(of) else None
+        return 1 / typical([1 / each for each in found]) if len(found) == len(of) else None
 
     def rates(name: str) -> dict[str, float | None]:
         found = [getattr(machine, name) for machine in machines]
@@ -277,6 +278,8 @@ _TIMES = (
 )
 
 
-def _typical(values: Sequence[float]) -> float:
+def typical(values: Iterable[float]) -> float:
+    """The mean of times without those of more than STUCK times their median."""
+    values = list(values)
     longest = STUCK * median(values) if len(values) > 2 else max(values)
     return fmean(value for value in values if value <= longest)

@@ -28,22 +28,23 @@ from offload.kernels.native import NativeKernels, usable_cpus
 from offload.kernels.native_library import available
 from offload.quant import get_codec
 from offload.store import Store
-from offload.store.layout import ExpertLayout, ExpertWeights
+from offload.store.layout import ExpertLayout
 from offload.store.manifest import MANIFEST_NAME
 from offload.tiers.device import Device
 from offload.tiers.disk import READERS
 from offload.tiers.host import SlotPool
 from offload.tune.attention_shapes import DEEPSEEK_V3, AttentionShapes
-from offload.tune.machine import MANY_ROWS, ROWS, FormatRate, Gpu, MachineSpec, mean
+from offload.tune.machine import ROWS, Gpu, MachineSpec, mean
 from offload.tune.machine_file import save_machine
 from offload.tune.overhead import measure_overhead
 from offload.tune.probe_attention import measure_attention, measure_past, random_layer
 from offload.tune.probe_drive import extents_at, measure_drive, measure_together
+from offload.tune.probe_experts import expert_wave, measure_format, measure_least, random_expert, random_experts
 from offload.tune.probe_gpu import measure_gpu
 from offload.tune.probe_report import ProbeReport
 from offload.tune.surroundings import OtherWork, warnings
 from offload.tune.timing import mean_time
-from offload.types import Extent, align_up
+from offload.types import Extent
 
 FORMATS = ("int4-g32", "int4-g128", "int8-g128", "nf4-b64", "int3-g32", "int2-g32", "fp8", "bf16")
 RESIDENT_FORMATS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "bf16")
@@ -80,6 +81,10 @@ class Effort:
     gpu_resident_formats: tuple[str, ...] = GPU_RESIDENT_FORMATS
     """Of blocks of attention there."""
 
+    def layout(self, codec: str) -> ExpertLayout:
+        """Of its experts in `codec`."""
+        return ExpertLayout(get_codec(codec), self.hidden_size, self.moe_intermediate_size)
+
 
 Tell = Callable[[str], None]
 
@@ -110,9 +115,8 @@ def probe(
         raise UsageError(f"--output {target}: there is no folder {target.absolute().parent}")
     others = OtherWork()
     backend = select(kernels, threads)
-    layout = ExpertLayout(get_codec("int4-g32"), effort.hidden_size, effort.moe_intermediate_size)
     part = replace(effort, seconds=effort.seconds / effort.passes)
-    with extents_at(folder, store, effort.file_nbytes, layout) as extents:
+    with extents_at(folder, store, effort.file_nbytes, effort.layout("int4-g32")) as extents:
         drive = _Drive(extents, psutil.disk_usage(str(folder)).free)
         steps = [_numbered(tell, number + 1, effort.passes) for number in range(effort.passes)]
         passes = [_measured(backend, threads or usable_cpus(), drive, part, step) for step in steps]
@@ -156,19 +160,21 @@ def _measured(kernels: Kernels, threads: int, drive: _Drive, effort: Effort, tel
     # A share of each figure's time, so that all depths together take what two figures would.
     depths, latency, drive.buffered = measure_drive(drive.extents, effort.seconds / 2)
     tell("drive beside kernels")
-    work = expert_wave(kernels, _random_experts("int4-g32", effort), ROWS, 2)
+    work = expert_wave(kernels, random_experts(effort.layout("int4-g32"), effort.buffer_nbytes), ROWS, 2)
     together = measure_together(drive.extents, work, effort.seconds / 4)
     tell("RAM")
     ram = measure_ram(threads, effort)
+    least = measure_least(kernels, effort.seconds / 4)
     formats = {}
+    spent: dict[str, Any] = {"buffer_nbytes": effort.buffer_nbytes, "seconds": effort.seconds}
     for codec in effort.formats:
         tell(f"kernels, {codec}")
-        formats[codec] = measure_format(kernels, codec, effort)
-    spent: dict[str, Any] = {"buffer_nbytes": effort.buffer_nbytes, "seconds": effort.seconds / 2}
+        formats[codec] = measure_format(kernels, effort.layout(codec), least, **spent)
+    spent["seconds"] /= 2
     if isinstance(kernels, FusedKernels):
         for codec in effort.resident_formats:
             tell(f"attention, {codec}")
-            found = measure_attention(kernels, codec, effort.attention, **spent)
+            found = measure_attention(kernels, codec, effort.attention, least=least.attention, **spent)
             formats[codec] = replace(formats[codec], attention=found)
     past = measure_past(kernels, effort.attention, **spent)
     tell("overhead")
@@ -239,75 +245,18 @@ def read_once(data: torch.Tensor, kernels: Kernels) -> None:
         data.view(torch.int64).sum()
 
 
-def measure_format(kernels: Kernels, codec: str, effort: Effort) -> FormatRate:
-    """The rate of routed experts in `codec`: one row for the bytes, several and many rows for the products."""
-    experts = _random_experts(codec, effort)
-    k = min(8, len(experts))
-    one = mean_time(expert_wave(kernels, experts, 1, k), effort.seconds)
-
-    def gflops(rows: int, size: int) -> float:
-        taken = mean_time(expert_wave(kernels, experts, rows, size), effort.seconds)
-        return max(1e-3, 6e-9 * rows * size * effort.hidden_size * effort.moe_intermediate_size / taken)
-
-    return FormatRate(k * experts[0].layout.stride / one, gflops(ROWS, 2), gflops_many=gflops(MANY_ROWS, 1))
-
-
-def expert_wave(kernels: Kernels, experts: Sequence[ExpertWeights], rows: int, size: int) -> Callable[[], None]:
-    """One call applies `size` of `experts` to `rows` rows each; every call has other experts than the last."""
-    hidden = experts[0].layout.hidden_size
-    x = torch.randn(rows, hidden, generator=torch.Generator().manual_seed(0))
-    partial = torch.zeros(rows * size, hidden)
-    positions = [torch.arange(j, rows * size, size) for j in range(size)]
-    first = 0
-
-    def run() -> None:
-        nonlocal first
-        chosen = [(experts[(first + j) % len(experts)], positions[j]) for j in range(size)]
-        first += size
-        kernels.experts(x, chosen, size, partial)
-
-    return run
-
-
-def _random_experts(codec: str, effort: Effort) -> list[ExpertWeights]:
-    """As many as fill the buffer, two at least."""
-    layout = ExpertLayout(get_codec(codec), effort.hidden_size, effort.moe_intermediate_size)
-    count = max(2, min(64, effort.buffer_nbytes // layout.stride))
-    first = _random_expert(layout, 0)
-    return [first] + [ExpertWeights(layout, first.buffer.clone()) for _ in range(1, count)]
-
-
 def _measure_gpu(device: Device, kernels: DeviceKernels, threads: int, effort: Effort) -> Gpu:
-    sizes = effort.hidden_size, effort.moe_intermediate_size
-    layouts = {codec: ExpertLayout(get_codec(codec), *sizes) for codec in effort.gpu_formats}
     data = torch.ones(effort.buffer_nbytes, dtype=torch.uint8)
     return measure_gpu(
         device,
         kernels,
-        {codec: _random_expert(layout, 0) for codec, layout in layouts.items()},
+        {codec: random_expert(effort.layout(codec), 0) for codec in effort.gpu_formats},
         {codec: random_layer(codec, effort.attention)[1] for codec in effort.gpu_resident_formats},
         effort.attention,
         buffer_nbytes=effort.buffer_nbytes,
         seconds=effort.seconds,
         ram_rate=lambda seconds: ram_rate(data, threads, seconds),
     )
-
-
-def _random_expert(layout: ExpertLayout, seed: int) -> ExpertWeights:
-    """An expert of plausible weights: every format's payload random, scales small and finite."""
-    rng = torch.Generator().manual_seed(seed)
-    buffer = torch.empty(align_up(layout.stride), dtype=torch.uint8)
-    for item in layout.fields:
-        part = buffer[item.offset : item.offset + item.nbytes]
-        if item.dtype.is_floating_point:
-            # One row of random values repeated: drawing them all would take longer than the measurement.
-            values = torch.randn(1021, generator=rng).mul(0.02).to(item.dtype).view(torch.uint8)
-            if item.suffix == "weight_scale":
-                values = torch.full((1021,), 0.01).to(item.dtype).view(torch.uint8)
-        else:
-            values = torch.randint(0, 256, (4099,), generator=rng, dtype=torch.uint8)
-        part.copy_(values.repeat(-(-part.numel() // values.numel()))[: part.numel()])
-    return ExpertWeights(layout, buffer)
 
 
 def _processor() -> str:

@@ -15,7 +15,7 @@ from offload.config import LATENT_NORM_EPS
 from offload.kernels import AttentionLayer, FusedKernels, Kernels
 from offload.quant import QuantizedTensor, get_codec
 from offload.tune.attention_shapes import AttentionShapes
-from offload.tune.timing import mean_time
+from offload.tune.timing import beyond, mean_time
 
 PAST = 512
 """Tokens before the row that is measured with some."""
@@ -25,12 +25,20 @@ ROWS = 128
 
 
 def measure_attention(
-    kernels: FusedKernels, codec: str, shapes: AttentionShapes, *, buffer_nbytes: int, seconds: float
+    kernels: FusedKernels, codec: str, shapes: AttentionShapes, *, buffer_nbytes: int, seconds: float, least: float = 0
 ) -> float:
     """Weight bytes per second of blocks in `codec` with one row and no tokens before it.
 
-    Every call has another block, so that none stays in caches.
+    Every call has another block, so that none stays in caches. `least`: seconds of a call that do not count.
     """
+    nbytes, taken = block_time(kernels, codec, shapes, buffer_nbytes=buffer_nbytes, seconds=seconds)
+    return nbytes / beyond(taken, least)
+
+
+def block_time(
+    kernels: FusedKernels, codec: str, shapes: AttentionShapes, *, buffer_nbytes: int, seconds: float
+) -> tuple[int, float]:
+    """(bytes, seconds) of a block, the mean over as many as fill the buffer."""
     nbytes, first = random_layer(codec, shapes)
     count = max(2, min(32, buffer_nbytes // nbytes))
     layers = [first] + [deepcopy(first) for _ in range(1, count)]
@@ -41,7 +49,7 @@ def measure_attention(
         for layer in layers:
             kernels.attention(layer, hidden, cos, sin, cache, 0)
 
-    return nbytes * count / mean_time(sweep, seconds)
+    return nbytes, mean_time(sweep, seconds) / count
 
 
 def measure_past(kernels: Kernels, shapes: AttentionShapes, *, buffer_nbytes: int, seconds: float) -> float:

@@ -15,3 +15,8 @@ def mean_time(run: Callable[[], Any], seconds: float) -> float:
         run()
         calls += 1
     return (time.perf_counter() - begun) / calls
+
+
+def beyond(taken: float, least: float) -> float:
+    """Seconds of a call without those of the least one; a tenth at least, so that noise leaves something."""
+    return max(taken - least, taken / 10)
