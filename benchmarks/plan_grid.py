@@ -40,6 +40,7 @@ from settle import settle  # noqa: E402
 from offload.engine.bench import Sample, mean_demand, predictions  # noqa: E402
 from offload.engine.beside_plan import model_cost  # noqa: E402
 from offload.engine.engine import ram_for_share  # noqa: E402
+from offload.engine.probing import sampling  # noqa: E402
 from offload.engine.summary import Phase  # noqa: E402
 from offload.store import Store  # noqa: E402
 from offload.tune.compare import Comparison  # noqa: E402
@@ -136,7 +137,7 @@ def probe_alone(store: Path, file: Path) -> MachineSpec:
     """One of the passes of a whole probe."""
     one = {"passes": 1, "seconds": Effort.seconds / Effort.passes}
     effort = replace(effort_for(Store.open(store)), formats=FORMATS, resident_formats=RESIDENT_FORMATS, **one)
-    return probe(file, location=store, effort=effort).machine
+    return probe(file, location=store, effort=effort, sampling=sampling).machine
 
 
 def measured(store: Path, share: float, policy: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -174,7 +175,8 @@ def cell(
     cold, warm = ([item for run in runs for item in run[kind]] for kind in (0, 1))
 
     def foretold(machines: Sequence[MachineSpec], cold: Sequence[Sample], warm: Sequence[Sample]) -> list[Comparison]:
-        return predictions(model, mean(machines), cold, warm, expected, first["chunk"], curve.alike, typical)
+        machine = mean(machines).under(policy)
+        return predictions(model, machine, cold, warm, expected, first["chunk"], curve.alike, typical)
 
     row: dict[str, Any] = {"store": store.name, "share": round(first["share"], 3), "policy": policy}
     row["ram"] = first["ram"]

@@ -35,7 +35,7 @@ from offload.kernels.native import usable_cpus  # noqa: E402
 from offload.store import Store  # noqa: E402
 from offload.tiers.host import SlotPool  # noqa: E402
 from offload.tune.probe import Effort, ram_rate  # noqa: E402
-from offload.tune.probe_drive import drive_rate  # noqa: E402
+from offload.tune.probe_drive import drive_rate, slots_for  # noqa: E402
 from offload.types import ExpertId, Extent, align_up  # noqa: E402
 
 DEPTHS = (1, 2, 4, 8, 16)
@@ -159,9 +159,9 @@ def main() -> None:
     numbers: dict[str, dict[str, Any]] = {"drive by fio": {}, "drive": {}, FEW_BUFFERS: {}, "RAM": {}}
     with tempfile.TemporaryDirectory(prefix="expertpager-reference-") as folder:
         program, reader = compiled(Path(folder), "read", READ_LOOP), compiled(Path(folder), "drive", DRIVE_LOOP)
-        data = SlotPool(1, memory).bytes
+        data, pool = SlotPool(1, memory).bytes, slots_for(extents)
         for depth in DEPTHS:
-            mine = partial(drive_by_reader, extents, depth, seconds)
+            mine = partial(drive_by_reader, extents, pool, depth, seconds)
             for name, reference in (
                 ("drive by fio", partial(drive_by_fio, extents[0], depth, seconds)),
                 ("drive", partial(drive_by_loop, reader, extents[0], memory, depth, seconds)),
@@ -198,9 +198,9 @@ def beside(mine: Callable[[], float], reference: Callable[[], float], turns: int
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def drive_by_reader(extents: list[Extent], reads: int, seconds: float) -> float:
+def drive_by_reader(extents: list[Extent], pool: SlotPool, reads: int, seconds: float) -> float:
     """Bytes per second as `probe` measures them."""
-    return drive_rate(extents, reads, seconds)[0]
+    return drive_rate(extents, pool, reads, seconds)[0]
 
 
 def drive_by_fio(extent: Extent, threads: int, seconds: float) -> float:

@@ -22,7 +22,10 @@ from numpy.typing import NDArray
 
 from offload.errors import UsageError
 
-HALF_LIVES = {"ema": 32.0, "ema+tokens": 60.0}
+LEARNING = "ema+tokens"
+"""The policy that learns from tokens and their routing, the runtime's default; what the others count takes no time."""
+
+HALF_LIVES = {"ema": 32.0, LEARNING: 60.0}
 """Tokens after which a use counts half: of the policies that have such a number, what it is unless another is given.
 Of the three of `ema+tokens` it is the middle one."""
 
@@ -240,7 +243,7 @@ POLICIES: dict[str, Callable[..., CachePolicy]] = {
     "lru": LeastRecentlyUsed,
     "lfu": LeastFrequentlyUsed,
     "ema": DecayedFrequency,
-    "ema+tokens": _expected_use,
+    LEARNING: _expected_use,
     "belady": Belady,
 }
 

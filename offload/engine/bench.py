@@ -222,7 +222,8 @@ def bench(
         demand = gpu.demand.below if gpu else curve.demand(share)
         expected = demand.hit + demand.ahead if spec else None
         if spec is not None and gpu is None:
-            compared = predictions(model, spec, samples["cold"], samples["warm"], demand, plan.chunk, curve.alike)
+            under = spec.under(resolved.policy)
+            compared = predictions(model, under, samples["cold"], samples["warm"], demand, plan.chunk, curve.alike)
         elif spec is not None and gpu is not None and spec.gpu is not None:
             compared = gpu_predictions(model, spec, samples["cold"], samples["warm"], gpu)
     return BenchReport(
@@ -289,12 +290,13 @@ def predictions(
         average(phase.bytes_read / phase.tokens for phase in decode),
     )
     actual = mean_demand([phase.demand(expected.prefetch_depth) for phase in decode])
+    learned = warm[0].prefill.tokens / warm[0].decode.tokens
     found = [
         compare(
             "warm decode, per token",
             per_token,
-            decode_cost(model, machine, expected, context),
-            decode_cost(model, machine, actual, context),
+            decode_cost(model, machine, expected, context, learned),
+            decode_cost(model, machine, actual, context, learned),
         )
     ]
     prefill = [sample.prefill for sample in cold]

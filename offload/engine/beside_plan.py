@@ -105,8 +105,9 @@ def beside_plan(
         measured = Measured(
             decode.seconds / decode.tokens, decode.stall_s / decode.tokens, decode.bytes_read / decode.tokens
         )
-        expected = decode_cost(model, machine, curve.demand(share), context)
-        found.append(compare("decode, per token", measured, expected, decode_cost(model, machine, actual, context)))
+        demands, learned = (curve.demand(share), actual), prompt.tokens / decode.tokens
+        costs = [decode_cost(model, machine, demand, context, learned) for demand in demands]
+        found.append(compare("decode, per token", measured, *costs))
     return tuple(found)
 
 

@@ -336,7 +336,7 @@ class Engine:
         model, early = model_cost(self.store), self._early_routers
         return beside_plan(
             model,
-            self.machine,
+            self.machine.under(self.options.policy),
             self.plan,
             phases,
             cold=cold,

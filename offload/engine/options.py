@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.cache.lookahead import EARLY_ROUTERS
-from offload.cache.policy import POLICIES, check_half_life
+from offload.cache.policy import LEARNING, POLICIES, check_half_life
 from offload.errors import UsageError
 from offload.kernels import BACKENDS
 from offload.tiers.disk import READERS
@@ -73,7 +73,7 @@ class RuntimeOptions:
     readers: int = READERS
     context: int | None = None
     prefill_chunk: int | None = None
-    policy: str = "ema+tokens"
+    policy: str = LEARNING
     half_life: float | None = None
     allow_slow: bool = False
     mirror: str | Path | None = None

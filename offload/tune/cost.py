@@ -213,8 +213,13 @@ class Cost:
         return max(parts, key=lambda name: parts[name])
 
 
-def decode_cost(model: ModelCost, machine: MachineSpec, demand: Demand, context: int = 0) -> Cost:
-    """One decoded token at position `context` when `demand` is what becomes of its demands."""
+def decode_cost(
+    model: ModelCost, machine: MachineSpec, demand: Demand, context: int = 0, learned: float = 0.0
+) -> Cost:
+    """One decoded token at position `context` when `demand` is what becomes of its demands.
+
+    `learned`: tokens of a prompt from which is learned meanwhile, per token that is decoded.
+    """
     config, own = model.config, machine.format_rate(model.resident)
     layers, k = len(config.moe_layers), config.num_experts_per_tok
     attention = min(model.attention_nbytes, model.resident_read_nbytes)
@@ -229,13 +234,13 @@ def decode_cost(model: ModelCost, machine: MachineSpec, demand: Demand, context:
         machine.layer_s,
     )
     layer = layer_time(machine, work, demand)
-    resident = (
-        attending
-        + (model.resident_read_nbytes - attention) / own.read
-        + model.head_nbytes / machine.format_rate(model.head).read
-        + layers * layer.slowed_s
-    )
+    head = model.head_nbytes / machine.format_rate(model.head).read
+    resident = attending + (model.resident_read_nbytes - attention) / own.read + head + layers * layer.slowed_s
     overhead = config.num_hidden_layers * machine.layer_s + layers * k * demand.reads * machine.miss_s
+    if demand.hit >= 1 and machine.plain:  # nothing can be displaced: what is learned waits for the head, beside it
+        learning = config.num_hidden_layers * max(0.0, machine.layer_s - machine.plain.get("layer_s", 0.0))
+        overhead -= min(learning, head)
+    overhead += machine.token_s + learned * machine.learn_s
     if k * (1 - demand.hit) >= LEAST_ABSENT:  # else the runtime leaves them out
         router = model.router_nbytes / machine.format_rate("bf16").read + machine.foresee_s
         overhead += layers * demand.prefetch_depth * router
@@ -340,7 +345,7 @@ def prefill_cost(
         sum(part.experts_s for part in parts),
         sum(part.resident_s for part in parts) + model.head_nbytes / machine.format_rate(model.head).read,
         sum(part.stall_s for part in parts),
-        sum(part.overhead_s for part in parts),
+        sum(part.overhead_s for part in parts) + machine.token_s,
         sum(part.read_nbytes for part in parts),
         prompt,
     )

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from offload.cache.lookahead import EARLY_ROUTERS
+from offload.cache.policy import LEARNING
 from offload.cache.simulator import Result, replay
 from offload.cache.trace import Trace
 from offload.config import ModelConfig
@@ -97,7 +98,7 @@ CURVES = {
 }
 
 
-POLICY = "ema+tokens"
+POLICY = LEARNING
 """What a recorded trace is replayed with: the runtime's default."""
 
 

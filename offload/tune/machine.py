@@ -13,6 +13,7 @@ from operator import attrgetter, itemgetter
 from statistics import fmean, median
 from typing import Any
 
+from offload.cache.policy import LEARNING
 from offload.quant import get_codec
 from offload.tiers.disk import READERS
 
@@ -167,6 +168,13 @@ class Gpu:
         return bool(self.experts and self.resident)
 
 
+ENGINE_TIMES = (
+    *("layer_s", "miss_s", "foresee_s", "token_s", "learn_s"),
+    *("prompt_layer_s", "prompt_token_s", "prompt_miss_s"),
+)
+"""What a run's passes take besides matrix products and waiting; fields of MachineSpec."""
+
+
 @dataclass(frozen=True)
 class MachineSpec:
     """Rates in bytes per second, sizes in bytes."""
@@ -199,6 +207,12 @@ class MachineSpec:
     """What each of its tokens adds to that, such as choosing its experts. Learning from it is the next token's."""
     foresee_s: float = 0.0
     """Time of the processor for a router that is applied early, besides its product."""
+    token_s: float = 0.0
+    """Time per token of decoding outside of the layers: its logits, sampling, Python."""
+    learn_s: float = 0.0
+    """Time that learning from a token of a prompt takes; the first token after the prompt waits for it."""
+    plain: Mapping[str, float] = field(default_factory=dict)
+    """All of ENGINE_TIMES under policies that learn nothing from tokens; empty if unknown, 0 for what it lacks."""
     warnings: tuple[str, ...] = ()
     drive_beside: float = 1.0
     """Share of the drive's rate that remains while the kernels are busy."""
@@ -223,6 +237,13 @@ class MachineSpec:
     def format_rate(self, codec: str) -> FormatRate:
         """The measured rate of `codec`, else what the RAM's rate allows."""
         return self.formats.get(codec) or FormatRate(KERNEL_SHARE * self.ram_read, self.gflops)
+
+    def under(self, policy: str) -> MachineSpec:
+        """What the machine does under that policy. Its own times are those of the one that learns."""
+        if policy == LEARNING or not self.plain:
+            return self
+        times: dict[str, Any] = dict.fromkeys(ENGINE_TIMES, 0.0) | dict(self.plain)
+        return replace(self, **times)
 
     @property
     def past_gflops(self) -> float:
@@ -262,20 +283,17 @@ def mean(machines: Sequence[MachineSpec]) -> MachineSpec:
         return FormatRate(**values)
 
     changed: dict[str, Any] = {name: rate(attrgetter(name)) for name in ("ram_read", "drive_read", "gflops")}
-    changed |= {name: average(attrgetter(name)) for name in _TIMES}
+    changed |= {name: average(attrgetter(name)) for name in ("drive_latency_s", "drive_beside", "kernels_beside")}
+    changed |= {name: average(attrgetter(name)) for name in ENGINE_TIMES}
     changed |= {name: rates(name) for name in ("ram_threads", "depths")}
+    plain = [machine.plain for machine in machines]
+    changed["plain"] = {name: average(itemgetter(name), plain) for name in first.plain}
     return replace(
         first,
         **changed,
         attention_gflops=rate(attrgetter("past_gflops")),
         formats={name: formats(name) for name in first.formats},
     )
-
-
-_TIMES = (
-    *("drive_latency_s", "drive_beside", "kernels_beside", "layer_s", "miss_s", "foresee_s"),
-    *("prompt_miss_s", "prompt_layer_s", "prompt_token_s"),
-)
 
 
 def typical(values: Iterable[float]) -> float:

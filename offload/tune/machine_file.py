@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from offload.errors import CodecError, UsageError
 from offload.quant import get_codec
 from offload.toml_file import dotted, line_of, parse_toml, read_text
-from offload.tune.machine import FormatRate, Gpu, MachineSpec
+from offload.tune.machine import ENGINE_TIMES, FormatRate, Gpu, MachineSpec
 from offload.types import parse_size
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "machines"
@@ -96,15 +96,9 @@ def to_toml(machine: MachineSpec) -> str:
         ("network", {"download": machine.download}),
         (
             "engine",
-            {
-                "layer_us": 1e6 * machine.layer_s or None,
-                "miss_us": 1e6 * machine.miss_s or None,
-                "prompt_miss_us": None if machine.prompt_miss_s is None else 1e6 * machine.prompt_miss_s,
-                "prompt_layer_us": None if machine.prompt_layer_s is None else 1e6 * machine.prompt_layer_s,
-                "prompt_token_us": 1e6 * machine.prompt_token_s or None,
-                "foresee_us": 1e6 * machine.foresee_s or None,
-            },
+            _engine_table({name: getattr(machine, name) for name in ENGINE_TIMES}),
         ),
+        ("engine.plain", _engine_table(machine.plain)),
     ]
     lines = []
     for table, values in tables:
@@ -112,6 +106,11 @@ def to_toml(machine: MachineSpec) -> str:
         if rows:
             lines += ([f"\n[{table}]"] if table else []) + rows
     return "\n".join(lines) + "\n"
+
+
+def _engine_table(times: Mapping[str, float | None]) -> dict[str, Any]:
+    """Microseconds by key; what takes no time is left out."""
+    return {f"{name[:-2]}_us": 1e6 * seconds for name, seconds in times.items() if seconds}
 
 
 def _gpu_tables(gpu: Gpu | None) -> list[tuple[str, dict[str, Any]]]:
@@ -174,7 +173,6 @@ def _lines(value: Any) -> tuple[str, ...]:
 
 
 _GPU_TABLES = ("experts", "resident")
-_ENGINE_TIMES = ("layer", "miss", "prompt_miss", "prompt_layer", "prompt_token", "foresee")
 _GPU_TIMES = ("layer", "prompt_layer", "token", "decide", "decide_token")
 _RATE_TABLE: dict[str, Parser] = {"read": _size, "gflops": _number, "attention": _size, "gflops_many": _number}
 _KEYS: dict[str, dict[str, Parser]] = {
@@ -197,11 +195,16 @@ _KEYS: dict[str, dict[str, Parser]] = {
         **dict.fromkeys(("attention_gflops", *(f"{key}_us" for key in _GPU_TIMES)), _number),
     },
     "network": {"download": _size},
-    "engine": dict.fromkeys((f"{key}_us" for key in _ENGINE_TIMES), _number),
+    "engine": dict.fromkeys((f"{name[:-2]}_us" for name in ENGINE_TIMES), _number),
 }
-_TABLES = {"ram": ("threads",), "drive": ("depths",), "cpu": ("formats",), "gpu": _GPU_TABLES}
-"""Tables whose keys are counts or formats."""
+_TABLES = {"ram": ("threads",), "drive": ("depths",), "cpu": ("formats",), "gpu": _GPU_TABLES, "engine": ("plain",)}
+"""Tables in sections: their keys are counts or formats, those of `plain` the section's own."""
 _REQUIRED = (("", "name"), ("ram", "total"), ("ram", "read"), ("drive", "read"), ("cpu", "threads"), ("cpu", "gflops"))
+
+
+def _seconds(times: Mapping[str, float]) -> dict[str, float]:
+    """By field, of microseconds by key."""
+    return {f"{key[:-3]}_s": value / 1e6 for key, value in times.items()}
 
 
 class _Reader:
@@ -241,8 +244,18 @@ class _Reader:
             encode=cpu.get("encode"),
             gpu=self._gpu(found),
             download=found.get("network", {}).get("download"),
-            **{f"{key[:-3]}_s": value / 1e6 for key, value in found.get("engine", {}).items()},
+            plain=_seconds(self._plain()),
+            **_seconds(found.get("engine", {})),
         )
+
+    def _plain(self) -> dict[str, float]:
+        """[engine.plain]."""
+        name, found = "engine.plain", {}
+        for key, value in self.values.get("engine", {}).get("plain", {}).items():
+            if key not in _KEYS["engine"]:
+                raise self._fault(name, key, f"is unknown; known: {', '.join(_KEYS['engine'])}")
+            found[key] = self._value(name, key, value, _KEYS["engine"][key])
+        return found
 
     def _sections(self) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {"": {}}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from offload.cache.policy import LEARNING
 from offload.config import ModelConfig
 from offload.kernels import Kernels
 from offload.kernels.api import Wave
@@ -25,14 +26,14 @@ from offload.model.kv_cache import KVCache
 from offload.model.transformer import DeepseekV3
 from offload.model.weights import load_weights
 from offload.tiers.executor import Executor
-from offload.tune.small_model import CONTEXT, EmptyStore, RandomWeights, small_config
+from offload.tune.small_model import CONTEXT, V3_ROUTING, VOCABULARY, EmptyStore, RandomWeights, small_config
 
-_CONFIG = small_config(9)
+LAYERS = 9
 
-WHOLE_LAYERS = 33
-"""Layers of the model whose tokens are measured whole: what a token takes once is spread over as many as is usual."""
+MORE_LAYERS = 24
+"""By which a second model is deeper: the difference is what layers take, the rest is the token's."""
 
-_PROMPT = [token % _CONFIG.vocab_size for token in range(CONTEXT // 2)]
+_PROMPT = [token % VOCABULARY for token in range(CONTEXT // 2)]
 
 Stream = Callable[[], object]
 
@@ -68,7 +69,7 @@ class StreamingKernels:
 RESIDENT_SHARE = 0.4
 """Share of the experts that have a slot where the cost of a miss is measured."""
 
-ROUNDS = 8
+ROUNDS = 6
 """Tokens at least that each of the settings decodes."""
 
 PROMPT_TURNS = 3
@@ -85,6 +86,8 @@ class PromptOverhead:
     """Seconds that each token adds to that."""
     miss_s: float
     """Seconds for an expert that is read: one of many that are asked for at once."""
+    learn_s: float
+    """Seconds that learning from a token takes, when the one after the prompt begins."""
 
 
 @dataclass(frozen=True)
@@ -93,66 +96,88 @@ class Overhead:
 
     layer_s: float
     """Seconds per layer whose experts are resident."""
+    token_s: float
+    """Seconds per token outside of the layers, without sampling."""
     miss_s: float
     """Seconds that the processor spends on every expert that is not."""
     foresee_s: float
     """Seconds for a router that is applied early, and for choosing what to read ahead."""
     prompt: PromptOverhead
 
+    @property
+    def times(self) -> dict[str, float]:
+        """By their names in MachineSpec."""
+        names = ("layer_s", "token_s", "miss_s", "foresee_s")
+        prompt = {f"prompt_{name}": getattr(self.prompt, name) for name in ("layer_s", "token_s", "miss_s")}
+        return {name: getattr(self, name) for name in names} | prompt | {"learn_s": self.prompt.learn_s}
 
-def measure_overhead(kernels: Kernels, seconds: float, stream: Stream) -> Overhead:
-    """All of it in about three times `seconds`: decoding with all experts resident, with too few slots for them, and
-    with as few and reads ahead.
 
-    They take turns, since their differences are small beside what other work does to each. What a layer costs is taken
-    from whole tokens, in as few calls as the backend has for them, with code and data in the caches: the rates of
-    kernels are measured call by call and hold the rest. Deciding and reading come on top of them; for these `stream`
-    reads between layers what a layer's weights are, and leaves the caches as they do, which nearly doubles their time.
+def measure_overhead(
+    kernels: Kernels, seconds: float, stream: Stream, policy: str = LEARNING, routing: Mapping[str, int] = V3_ROUTING
+) -> Overhead:
+    """All of it under `policy` in about three times `seconds`: decoding with all experts resident, with too few slots
+    for them, and with as few and reads ahead. `routing`: sizes by their names in config.json.
+
+    They take turns, since their differences are small beside what other work does to each. What layers and tokens cost
+    is taken from whole tokens, in as few calls as the backend has for them, with code and data in the caches: the rates
+    of kernels hold the rest. Deciding and reading come on top of them; for these `stream` reads between layers what a
+    layer's weights are, and leaves the caches as they do, which nearly doubles their time.
     """
     with ExitStack() as stack:
-        whole = stack.enter_context(_whole_tokens(kernels))
+        few, many = (small_config(layers, **routing) for layers in (LAYERS, LAYERS + MORE_LAYERS))
+        whole = [stack.enter_context(_whole_tokens(kernels, policy, config)) for config in (few, many)]
         settings = ((1.0, False), (RESIDENT_SHARE, False), (RESIDENT_SHARE, True))
-        runs = [stack.enter_context(_decoding(kernels, share, prefetch)) for share, prefetch in settings]
+        runs = [stack.enter_context(_decoding(kernels, policy, few, *setting)) for setting in settings]
         begun = time.perf_counter()
-        warm: list[_Step] = []
+        tokens: list[list[float]] = []
         rounds: list[list[_Step]] = []
         while len(rounds) < ROUNDS or time.perf_counter() - begun < 3 * seconds:
-            warm.append(whole())
+            tokens.append([token().busy_s for token in whole])
             rounds.append([run(stream) for run in runs])
-    routers = len(_CONFIG.moe_layers)
     reads = [median(step.reads for step in steps) for steps in zip(*rounds, strict=True)]
     missing = median(paged.busy_s - resident.busy_s for resident, paged, _ in rounds)
     miss_s = max(0.0, missing / reads[1]) if reads[1] else 0.0
     foreseeing = median(ahead.busy_s - paged.busy_s for _, paged, ahead in rounds) - (reads[2] - reads[1]) * miss_s
-    layer_s = median(step.busy_s for step in warm) / WHOLE_LAYERS
-    return Overhead(layer_s, miss_s, max(0.0, foreseeing / routers), measure_prompts(kernels, stream))
+    few_s, many_s = (median(times) for times in zip(*tokens, strict=True))
+    layer_s = min(max(1e-9, (many_s - few_s) / MORE_LAYERS), few_s / LAYERS)
+    return Overhead(
+        layer_s,
+        few_s - LAYERS * layer_s,
+        miss_s,
+        max(0.0, foreseeing / len(few.moe_layers)),
+        measure_prompts(kernels, stream, policy, few),
+    )
 
 
-def measure_prompts(kernels: Kernels, stream: Stream) -> PromptOverhead:
+def measure_prompts(kernels: Kernels, stream: Stream, policy: str, config: ModelConfig) -> PromptOverhead:
     """A prompt with slots for everything, of which nothing is there, then long and short ones in turns.
 
-    For the misses `stream` reads what the experts of a call are. Learning from a prompt is left out: that is done when
-    the token after it begins.
+    For the misses `stream` reads what the experts of a call are. Learning is apart: it is done when the token after the
+    prompt begins.
     """
-    short, layers = _PROMPT[: len(_PROMPT) // 8], _CONFIG.num_hidden_layers
+    short, layers = _PROMPT[: len(_PROMPT) // 8], config.num_hidden_layers
     timed = TimedStream(stream)
-    with _model(kernels, 1.0, False, routed=StreamingKernels(kernels, timed)) as (model, cache, executor):
+    learning: list[float] = []
+    with _model(kernels, policy, config, 1.0, False, StreamingKernels(kernels, timed)) as (model, cache, executor):
 
         def step(tokens: list[int]) -> _Step:
             cache.truncate(0)
             before = timed.seconds
             found = _timed(executor, partial(model.forward, tokens, cache))
+            begun = time.perf_counter()
             executor.ram.end_step()
+            learning.append((time.perf_counter() - begun) / len(tokens))
             return replace(found, busy_s=found.busy_s - (timed.seconds - before))
 
         step(_PROMPT[:1])  # makes what is made once
         absent, present = step(_PROMPT), step(_PROMPT)
         miss_s = max(1e-9, (absent.busy_s - present.busy_s) / absent.reads)
+        del learning[:]
         turns = [(step(_PROMPT).busy_s, step(short).busy_s) for _ in range(PROMPT_TURNS)]
     long_s, short_s = (median(times) for times in zip(*turns, strict=True))
     token_s = max(0.0, long_s - short_s) / (len(_PROMPT) - len(short))
     layer_s = max(1e-9, short_s - len(short) * token_s)
-    return PromptOverhead(layer_s / layers, token_s / layers, miss_s)
+    return PromptOverhead(layer_s / layers, token_s / layers, miss_s, median(learning))
 
 
 @dataclass(frozen=True)
@@ -172,18 +197,20 @@ def _timed(executor: Executor, act: Callable[[], object]) -> _Step:
 
 
 @contextmanager
-def _whole_tokens(kernels: Kernels) -> Iterator[Callable[[], _Step]]:
+def _whole_tokens(kernels: Kernels, policy: str, config: ModelConfig) -> Iterator[Callable[[], _Step]]:
     """Decodes one more token at every call as generation does, all experts resident."""
-    with _model(kernels, 1.0, False, small_config(WHOLE_LAYERS)) as (model, cache, executor):
+    with _model(kernels, policy, config, 1.0, False) as (model, cache, executor):
         tokens = _tokens(model, cache)
         yield lambda: _timed(executor, partial(model.next_logits, next(tokens), cache))
 
 
 @contextmanager
-def _decoding(kernels: Kernels, share: float, prefetch: bool) -> Iterator[Callable[[Stream], _Step]]:
+def _decoding(
+    kernels: Kernels, policy: str, config: ModelConfig, share: float, prefetch: bool
+) -> Iterator[Callable[[Stream], _Step]]:
     """Decodes one more token at every call, with slots for `share` of the experts, and calls what it is given after
     every layer."""
-    with _model(kernels, share, prefetch) as (model, cache, executor):
+    with _model(kernels, policy, config, share, prefetch) as (model, cache, executor):
         tokens = _tokens(model, cache)
 
         def step(stream: Stream) -> _Step:
@@ -201,19 +228,19 @@ def _tokens(model: DeepseekV3, cache: KVCache) -> Iterator[int]:
     for number in count():
         if cache.length == CONTEXT:
             cache.truncate(filled)
-        yield number % _CONFIG.vocab_size
+        yield number % VOCABULARY
 
 
 @contextmanager
 def _model(
-    kernels: Kernels, share: float, prefetch: bool, config: ModelConfig = _CONFIG, routed: Kernels | None = None
+    kernels: Kernels, policy: str, config: ModelConfig, share: float, prefetch: bool, routed: Kernels | None = None
 ) -> Iterator[tuple[DeepseekV3, KVCache, Executor]]:
     """The model with slots for `share` of its experts, which `routed` computes, `kernels` unless given."""
     slots = round(share * len(config.moe_layers) * config.n_routed_experts)
     with tempfile.TemporaryDirectory(prefix="expertpager-probe-") as folder:
         store = EmptyStore(Path(folder) / "experts", config)
-        settings = {"policy": "ema+tokens", "prefetch": prefetch}
-        executor = Executor(store, routed or kernels, slots=slots, max_tokens=len(_PROMPT), **settings)
+        sizes = {"slots": slots, "max_tokens": len(_PROMPT)}
+        executor = Executor(store, routed or kernels, **sizes, policy=policy, prefetch=prefetch)
         try:
             model = DeepseekV3(config, load_weights(RandomWeights(config), config), kernels, executor, CONTEXT)
             yield model, KVCache(config, CONTEXT), executor

@@ -11,9 +11,9 @@ slow moments and fast ones as well. A figure for which a pass took twice as long
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import torch
 
+from offload.cache.policy import LEARNING
 from offload.errors import UsageError
 from offload.kernels import FusedKernels, Kernels, select
 from offload.kernels.device import DeviceKernels
@@ -33,18 +34,20 @@ from offload.store.manifest import MANIFEST_NAME
 from offload.tiers.device import Device
 from offload.tiers.disk import READERS
 from offload.tiers.host import SlotPool
+from offload.tune.arena import Arena
 from offload.tune.attention_shapes import DEEPSEEK_V3, AttentionShapes
 from offload.tune.machine import ROWS, Gpu, MachineSpec, mean
 from offload.tune.machine_file import save_machine
 from offload.tune.overhead import measure_overhead
-from offload.tune.probe_attention import measure_attention, measure_past, random_layer
-from offload.tune.probe_drive import extents_at, measure_drive, measure_together
+from offload.tune.probe_attention import block_nbytes, measure_attention, measure_past, random_layer
+from offload.tune.probe_drive import extents_at, measure_drive, measure_together, slots_for
 from offload.tune.probe_experts import expert_wave, measure_format, measure_least, random_expert, random_experts
 from offload.tune.probe_gpu import measure_gpu
 from offload.tune.probe_report import ProbeReport
+from offload.tune.small_model import V3_ROUTING, routing_of
 from offload.tune.surroundings import OtherWork, warnings
 from offload.tune.timing import mean_time
-from offload.types import Extent
+from offload.types import Extent, align_up
 
 FORMATS = ("int4-g32", "int4-g128", "int8-g128", "nf4-b64", "int3-g32", "int2-g32", "fp8", "bf16")
 RESIDENT_FORMATS = ("int4-g32", "int4-g128", "int8-g128", "fp8", "bf16")
@@ -56,7 +59,10 @@ GPU_RESIDENT_FORMATS = ("int8-g128", "fp8", "bf16")
 V3_VOCABULARY = 129280
 
 LAYER_NBYTES = 32 << 20
-"""Bytes of weights that pass through the caches between the decisions of two layers, at the least."""
+"""Bytes of weights that pass through the caches between the decisions of two layers of a large model, at the least."""
+
+PLAIN = "lru"
+"""Stands for the policies that learn nothing from tokens."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,10 @@ class Effort:
     hidden_size: int = 7168
     moe_intermediate_size: int = 2048
     attention: AttentionShapes = DEEPSEEK_V3
+    routing: Mapping[str, int] = field(default_factory=lambda: dict(V3_ROUTING))
+    """By names in config.json."""
+    layer_nbytes: int = LAYER_NBYTES
+    """Weights of a layer that a token uses, so many bytes of them at most."""
     buffer_nbytes: int = 256 << 20
     """Memory that is swept: far more than the caches hold."""
     formats: tuple[str, ...] = FORMATS
@@ -84,6 +94,13 @@ class Effort:
     def layout(self, codec: str) -> ExpertLayout:
         """Of its experts in `codec`."""
         return ExpertLayout(get_codec(codec), self.hidden_size, self.moe_intermediate_size)
+
+    @property
+    def arena_nbytes(self) -> int:
+        """Memory for all that is measured: at least two experts or blocks of attention of every format."""
+        experts = [2 * align_up(self.layout(codec).stride) for codec in ("int4-g32", *self.formats)]
+        blocks = [2 * block_nbytes(codec, self.attention) for codec in self.resident_formats]
+        return max(self.buffer_nbytes, *experts, *blocks)
 
 
 Tell = Callable[[str], None]
@@ -115,17 +132,18 @@ def probe(
         raise UsageError(f"--output {target}: there is no folder {target.absolute().parent}")
     others = OtherWork()
     backend = select(kernels, threads)
+    draw = sampling(store.config.vocab_size if store else V3_VOCABULARY) if sampling else None
     part = replace(effort, seconds=effort.seconds / effort.passes)
     with extents_at(folder, store, effort.file_nbytes, effort.layout("int4-g32")) as extents:
-        drive = _Drive(extents, psutil.disk_usage(str(folder)).free)
+        drive = _Drive(extents, slots_for(extents), psutil.disk_usage(str(folder)).free)
         steps = [_numbered(tell, number + 1, effort.passes) for number in range(effort.passes)]
-        passes = [_measured(backend, threads or usable_cpus(), drive, part, step) for step in steps]
+        arena = Arena(effort.arena_nbytes)
+        passes = [_measured(backend, threads or usable_cpus(), drive, arena, part, draw, step) for step in steps]
     machine = mean(passes)
     if gpu is not None:
         tell(gpu[0].name)
         measured = _measure_gpu(*gpu, machine.threads, effort)
-        if sampling is not None:
-            draw = sampling(store.config.vocab_size if store else V3_VOCABULARY)
+        if draw is not None:
             measured = replace(measured, token_s=(measured.token_s or 0.0) + mean_time(draw, part.seconds))
         machine = replace(machine, gpu=measured)
     warned = warnings(
@@ -146,41 +164,55 @@ def probe(
 
 @dataclass
 class _Drive:
-    """Where to read from."""
+    """Where to read from, and into what."""
 
     extents: Sequence[Extent]
+    pool: SlotPool
     free: int
     buffered: bool = False
     """Whether direct I/O was refused."""
 
 
-def _measured(kernels: Kernels, threads: int, drive: _Drive, effort: Effort, tell: Tell) -> MachineSpec:
-    """One pass over everything but a GPU."""
+def _measured(
+    kernels: Kernels,
+    threads: int,
+    drive: _Drive,
+    arena: Arena,
+    effort: Effort,
+    draw: Callable[[], object] | None,
+    tell: Tell,
+) -> MachineSpec:
+    """One pass over everything but a GPU. `draw`: what samples a token."""
     tell("drive")
     # A share of each figure's time, so that all depths together take what two figures would.
-    depths, latency, drive.buffered = measure_drive(drive.extents, effort.seconds / 2)
+    depths, latency, drive.buffered = measure_drive(drive.extents, drive.pool, effort.seconds / 2)
     tell("drive beside kernels")
-    work = expert_wave(kernels, random_experts(effort.layout("int4-g32"), effort.buffer_nbytes), ROWS, 2)
-    together = measure_together(drive.extents, work, effort.seconds / 4)
+    work = expert_wave(kernels, random_experts(effort.layout("int4-g32"), arena), ROWS, 2)
+    together = measure_together(drive.extents, drive.pool, work, effort.seconds / 4)
     tell("RAM")
-    ram = measure_ram(threads, effort)
+    ram = measure_ram(arena.bytes[: effort.buffer_nbytes], threads, effort.seconds / 2)
     least = measure_least(kernels, effort.seconds / 4)
     formats = {}
-    spent: dict[str, Any] = {"buffer_nbytes": effort.buffer_nbytes, "seconds": effort.seconds}
     for codec in effort.formats:
         tell(f"kernels, {codec}")
-        formats[codec] = measure_format(kernels, effort.layout(codec), least, **spent)
-    spent["seconds"] /= 2
+        formats[codec] = measure_format(kernels, effort.layout(codec), least, arena, effort.seconds)
+    shapes, part = effort.attention, effort.seconds / 2
     if isinstance(kernels, FusedKernels):
         for codec in effort.resident_formats:
             tell(f"attention, {codec}")
-            found = measure_attention(kernels, codec, effort.attention, least=least.attention, **spent)
+            found = measure_attention(kernels, codec, shapes, arena, part, least.attention)
             formats[codec] = replace(formats[codec], attention=found)
-    past = measure_past(kernels, effort.attention, **spent)
+    past = measure_past(kernels, shapes, arena, part)
     tell("overhead")
-    weights = SlotPool(1, min(LAYER_NBYTES, effort.buffer_nbytes)).bytes
-    overhead = measure_overhead(kernels, effort.seconds, lambda: read_once(weights, kernels))
+    weights = arena.bytes[: align_up(min(effort.layer_nbytes, effort.buffer_nbytes), 8)]
+    overheads: list[dict[str, Any]] = [
+        measure_overhead(kernels, effort.seconds / 2, lambda: read_once(weights, kernels), policy, effort.routing).times
+        for policy in (LEARNING, PLAIN)
+    ]
+    for times in overheads:
+        times["token_s"] += mean_time(draw, effort.seconds / 4) if draw else 0.0
     memory = psutil.virtual_memory()
+    learning, plain = overheads
     return MachineSpec(
         name=f"this machine, {_processor()}",
         ram_total=memory.total,
@@ -197,12 +229,8 @@ def _measured(kernels: Kernels, threads: int, drive: _Drive, effort: Effort, tel
         attention_gflops=past,
         formats=formats,
         kernels_beside=together.kernels,
-        layer_s=overhead.layer_s,
-        miss_s=overhead.miss_s,
-        prompt_miss_s=overhead.prompt.miss_s,
-        prompt_layer_s=overhead.prompt.layer_s,
-        prompt_token_s=overhead.prompt.token_s,
-        foresee_s=overhead.foresee_s,
+        plain=plain,
+        **learning,
     )
 
 
@@ -215,16 +243,23 @@ def effort_for(store: Store | None) -> Effort:
         hidden_size=config.hidden_size,
         moe_intermediate_size=config.moe_intermediate_size,
         attention=AttentionShapes.of(config),
+        routing=routing_of(config),
+        layer_nbytes=min(LAYER_NBYTES, _layer_nbytes(store)),
         gpu_formats=(store.manifest.recipe["experts"],),
         gpu_resident_formats=tuple(dict.fromkeys((store.manifest.recipe["resident"], store.codec_name("lm_head")))),
     )
 
 
-def measure_ram(threads: int, effort: Effort) -> dict[str, float]:
-    """Bytes per second of reading, by number of threads."""
-    data = SlotPool(1, effort.buffer_nbytes).bytes  # memory like that of experts
+def _layer_nbytes(store: Store) -> int:
+    """Bytes of weights that a token uses in a layer of the store, about."""
+    config, expert = store.config, store.layout.stride
+    return config.num_experts_per_tok * expert + store.resident_nbytes // config.num_hidden_layers
+
+
+def measure_ram(data: torch.Tensor, threads: int, seconds: float) -> dict[str, float]:
+    """Bytes per second of reading `data`, by number of threads."""
     counts = sorted({1, 2, 4, 8, 16, 32, 64, threads} & set(range(1, threads + 1)))
-    return {str(count): ram_rate(data, count, effort.seconds / 2) for count in counts}
+    return {str(count): ram_rate(data, count, seconds) for count in counts}
 
 
 def ram_rate(data: torch.Tensor, threads: int, seconds: float) -> float:

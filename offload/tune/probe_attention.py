@@ -6,7 +6,8 @@ its matrices are smaller, wait for each other, and one of them is applied from b
 
 from __future__ import annotations
 
-from copy import deepcopy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from offload.config import LATENT_NORM_EPS
 from offload.kernels import AttentionLayer, FusedKernels, Kernels
 from offload.quant import QuantizedTensor, get_codec
+from offload.tune.arena import ALIGNMENT, Arena
 from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.timing import beyond, mean_time
 
@@ -23,25 +25,35 @@ PAST = 512
 ROWS = 128
 """Rows of random weights in a matrix: whole blocks of every format."""
 
+MOST_BLOCKS = 32
+
+Empty = Callable[[Sequence[int], torch.dtype], Tensor]
+"""Memory for a tensor of that shape and type."""
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype)
+
 
 def measure_attention(
-    kernels: FusedKernels, codec: str, shapes: AttentionShapes, *, buffer_nbytes: int, seconds: float, least: float = 0
+    kernels: FusedKernels, codec: str, shapes: AttentionShapes, arena: Arena, seconds: float, least: float = 0
 ) -> float:
     """Weight bytes per second of blocks in `codec` with one row and no tokens before it.
 
     Every call has another block, so that none stays in caches. `least`: seconds of a call that do not count.
     """
-    nbytes, taken = block_time(kernels, codec, shapes, buffer_nbytes=buffer_nbytes, seconds=seconds)
+    nbytes, taken = block_time(kernels, codec, shapes, arena, seconds)
     return nbytes / beyond(taken, least)
 
 
 def block_time(
-    kernels: FusedKernels, codec: str, shapes: AttentionShapes, *, buffer_nbytes: int, seconds: float
+    kernels: FusedKernels, codec: str, shapes: AttentionShapes, arena: Arena, seconds: float
 ) -> tuple[int, float]:
-    """(bytes, seconds) of a block, the mean over as many as fill the buffer."""
-    nbytes, first = random_layer(codec, shapes)
-    count = max(2, min(32, buffer_nbytes // nbytes))
-    layers = [first] + [deepcopy(first) for _ in range(1, count)]
+    """(bytes, seconds) of a block, the mean over as many as fill the arena, MOST_BLOCKS at most."""
+    arena.clear()
+    nbytes, first = random_layer(codec, shapes, arena.empty)
+    count = max(1, min(MOST_BLOCKS, arena.bytes.nbytes // block_nbytes(codec, shapes)))
+    layers = [first] + [_another(first, arena) for _ in range(1, count)]
     hidden, cache = torch.ones(1, shapes.hidden_size), torch.zeros(1, shapes.kv_lora_rank + shapes.qk_rope_head_dim)
     cos, sin = torch.ones(1, shapes.qk_rope_head_dim // 2), torch.zeros(1, shapes.qk_rope_head_dim // 2)
 
@@ -52,13 +64,16 @@ def block_time(
     return nbytes, mean_time(sweep, seconds) / count
 
 
-def measure_past(kernels: Kernels, shapes: AttentionShapes, *, buffer_nbytes: int, seconds: float) -> float:
+def measure_past(kernels: Kernels, shapes: AttentionShapes, arena: Arena, seconds: float) -> float:
     """2 x multiply-adds per second, in units of 1e9, of one row with PAST tokens before it, in the absorbed form."""
     rng = torch.Generator().manual_seed(0)
     heads, latent, rope = shapes.num_attention_heads, shapes.kv_lora_rank, shapes.qk_rope_head_dim
     q_latent, q_rope = (torch.randn(1, heads, size, generator=rng) for size in (latent, rope))
-    count = max(2, min(32, buffer_nbytes // (4 * PAST * (latent + rope))))
-    caches = [torch.randn(PAST + 1, latent + rope, generator=rng) for _ in range(count)]
+    arena.clear()
+    count = min(MOST_BLOCKS, arena.bytes.nbytes // (4 * (PAST + 1) * (latent + rope) + ALIGNMENT))
+    caches = [arena.empty((PAST + 1, latent + rope), torch.float32) for _ in range(count)]
+    for cache in caches:
+        cache.normal_(generator=rng)
 
     def sweep() -> None:
         for cache in caches:
@@ -67,15 +82,24 @@ def measure_past(kernels: Kernels, shapes: AttentionShapes, *, buffer_nbytes: in
     return count * PAST * shapes.past_flops / mean_time(sweep, seconds) / 1e9
 
 
-def random_layer(codec: str, shapes: AttentionShapes) -> tuple[int, AttentionLayer]:
-    """(bytes of the matrices, a block of random weights)."""
+def block_nbytes(codec: str, shapes: AttentionShapes) -> int:
+    """Bytes of an arena that a block of random weights takes at most."""
+    parts = [spec for shape in shapes.matrices.values() for spec in get_codec(codec).parts(*shape)]
+    return sum(spec.nbytes + ALIGNMENT for spec in parts)
+
+
+def random_layer(codec: str, shapes: AttentionShapes, empty: Empty = _empty) -> tuple[int, AttentionLayer]:
+    """(bytes of the matrices, a block of random weights in memory of `empty`)."""
     rng = torch.Generator().manual_seed(0)
+
     def matrix(rows: int, cols: int) -> QuantizedTensor:
         # Some rows many times over: encoding random numbers for all would take longer than the measurement.
         form = get_codec(codec)
         parts = form.encode(torch.randn(min(rows, ROWS), cols, generator=rng) * cols**-0.5)
-        specs = form.parts(rows, cols)
-        return QuantizedTensor(form, rows, cols, {s.suffix: _repeat(parts[s.suffix], s.shape[0]) for s in specs})
+        found = {spec.suffix: empty(spec.shape, spec.dtype) for spec in form.parts(rows, cols)}
+        for suffix, part in found.items():
+            repeat(parts[suffix], part)
+        return QuantizedTensor(form, rows, cols, found)
 
     found = {name: matrix(*shape) for name, shape in shapes.matrices.items()}
     rank = shapes.q_lora_rank
@@ -99,6 +123,19 @@ def random_layer(codec: str, shapes: AttentionShapes) -> tuple[int, AttentionLay
     return sum(item.nbytes for item in found.values()), layer
 
 
-def _repeat(part: Tensor, rows: int) -> Tensor:
-    """`part` as often as it takes for `rows` rows of it."""
-    return part.repeat(-(-rows // part.shape[0]), *[1] * (part.dim() - 1))[:rows].contiguous()
+def _another(layer: AttentionLayer, arena: Arena) -> AttentionLayer:
+    """The same weights in memory of their own."""
+
+    def copied(weight: QuantizedTensor) -> QuantizedTensor:
+        parts = {suffix: arena.empty(part.shape, part.dtype).copy_(part) for suffix, part in weight.parts.items()}
+        return replace(weight, parts=parts)
+
+    q_a = None if layer.q_a is None else copied(layer.q_a)
+    q_b, kv_a, kv_b, o = (copied(weight) for weight in (layer.q_b, layer.kv_a, layer.kv_b, layer.o))
+    return replace(layer, q_a=q_a, q_b=q_b, kv_a=kv_a, kv_b=kv_b, o=o)
+
+
+def repeat(part: Tensor, into: Tensor) -> None:
+    """Fill `into` with `part`, over and over along the first dimension."""
+    for piece in into.split(part.shape[0]):
+        piece.copy_(part[: piece.shape[0]])

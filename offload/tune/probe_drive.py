@@ -70,16 +70,24 @@ def _sync(fd: int) -> None:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure_drive(extents: Sequence[Extent], seconds: float) -> tuple[dict[str, float], float, bool]:
+def slots_for(extents: Sequence[Extent]) -> SlotPool:
+    """Memory to read them into: larger than the processor's caches, as a run's is, with twice as many slots as reads
+    are ever under way, so that no thread waits for the one that asks."""
+    return SlotPool(2 * max(DEPTHS), align_up(extents[0].nbytes) + PAGE)
+
+
+def measure_drive(
+    extents: Sequence[Extent], pool: SlotPool, seconds: float
+) -> tuple[dict[str, float], float, bool]:
     """(bytes per second by reader threads, seconds of a single small read, whether direct I/O was refused).
 
-    `seconds` for each number of threads.
+    `seconds` for each number of threads. `pool`: see `slots_for`.
     """
     rates, buffered = {}, False
     for depth in DEPTHS:
-        rates[str(depth)], buffered = drive_rate(extents, depth, seconds)
+        rates[str(depth)], buffered = drive_rate(extents, pool, depth, seconds)
     reader = DiskReader(threads=1)
-    rng, pool = random.Random(0), SlotPool(1, align_up(extents[0].nbytes) + PAGE)
+    rng = random.Random(0)
     try:
         latency = median(_one_small_read(reader, rng.choice(extents), pool) for _ in range(32))
     finally:
@@ -87,23 +95,20 @@ def measure_drive(extents: Sequence[Extent], seconds: float) -> tuple[dict[str, 
     return rates, latency, buffered
 
 
-def drive_rate(extents: Sequence[Extent], threads: int, seconds: float) -> tuple[float, bool]:
+def drive_rate(extents: Sequence[Extent], pool: SlotPool, threads: int, seconds: float) -> tuple[float, bool]:
     """(bytes per second of random extents with `threads` of them under way, whether direct I/O was refused)."""
     reader = DiskReader(threads=threads)
-    # More wait in the queue than are under way, so that no thread waits for the one that asks; and the memory is larger
-    # than the processor's caches, as a run's is.
-    pool = SlotPool(max(32, 2 * threads), align_up(extents[0].nbytes) + PAGE)
     try:
-        return _read_rate(reader, extents, pool, random.Random(threads), seconds), reader.buffered
+        return _read_rate(reader, extents, pool, max(32, 2 * threads), random.Random(threads), seconds), reader.buffered
     finally:
         reader.close()
 
 
 def _read_rate(
-    reader: DiskReader, extents: Sequence[Extent], pool: SlotPool, rng: random.Random, seconds: float
+    reader: DiskReader, extents: Sequence[Extent], pool: SlotPool, slots: int, rng: random.Random, seconds: float
 ) -> float:
-    """Random extents, with as many asked for at any time as `pool` has slots."""
-    free = list(range(pool.slots))
+    """Random extents, with so many asked for at any time, each into a slot of `pool`."""
+    free = list(range(slots))
     done = 0
     begun = time.perf_counter()
     under_way = 0
@@ -142,22 +147,23 @@ class Together:
     drive: float
 
 
-def measure_together(extents: Sequence[Extent], work: Callable[[], object], seconds: float) -> Together:
+def measure_together(
+    extents: Sequence[Extent], pool: SlotPool, work: Callable[[], object], seconds: float
+) -> Together:
     """Shares of the rates alone: medians over TURNS alternations of `seconds` alone each, and together.
 
     `work` is one call of the kernels. On few cores the system's part of the reads takes time from them, and both
     use the same memory.
     """
-    rng = random.Random(0)
+    rng, slots = random.Random(0), 4 * READERS
     reader = DiskReader(threads=READERS)
-    pool = SlotPool(4 * READERS, align_up(extents[0].nbytes) + PAGE)
     kernels, drive = [], []
     try:
         with ThreadPoolExecutor(1) as other:
             for _ in range(TURNS):
-                alone = _read_rate(reader, extents, pool, rng, seconds), _call_rate(work, seconds)
+                alone = _read_rate(reader, extents, pool, slots, rng, seconds), _call_rate(work, seconds)
                 # The kernels end first, so that they never run alone.
-                reading = other.submit(_read_rate, reader, extents, pool, rng, 1.2 * seconds)
+                reading = other.submit(_read_rate, reader, extents, pool, slots, rng, 1.2 * seconds)
                 kernels.append(_call_rate(work, seconds) / alone[1])
                 drive.append(reading.result() / alone[0])
     finally:

@@ -14,15 +14,18 @@ import torch
 from offload.kernels import FusedKernels, Kernels
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout, ExpertWeights
+from offload.tune.arena import Arena
 from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.machine import MANY_ROWS, ROWS, FormatRate
-from offload.tune.probe_attention import block_time
+from offload.tune.probe_attention import block_time, repeat
 from offload.tune.small_model import small_config
 from offload.tune.timing import beyond, mean_time
 from offload.types import align_up
 
 TOGETHER = 8
 """Experts that one row uses."""
+
+MOST_EXPERTS = 64
 
 WAVES = ((1, TOGETHER), (ROWS, 2), (MANY_ROWS, 1))
 """(rows, experts) of the calls that are measured."""
@@ -42,19 +45,20 @@ def measure_least(kernels: Kernels, seconds: float) -> LeastCalls:
     """Each for so many seconds, with code and data in the caches, as in the measured overhead."""
     config = small_config(1)
     layout = ExpertLayout(get_codec("int4-g32"), config.hidden_size, config.moe_intermediate_size)
-    experts = random_experts(layout, TOGETHER * layout.stride)
+    arena = Arena(1 << 20)
+    experts = random_experts(layout, arena)[:TOGETHER]
     waves = [mean_time(expert_wave(kernels, experts, *wave), seconds) for wave in WAVES]
     attention = 0.0
     if isinstance(kernels, FusedKernels):
-        attention = block_time(kernels, "bf16", AttentionShapes.of(config), buffer_nbytes=0, seconds=seconds)[1]
+        attention = block_time(kernels, "bf16", AttentionShapes.of(config), arena, seconds)[1]
     return LeastCalls(waves, attention)
 
 
 def measure_format(
-    kernels: Kernels, layout: ExpertLayout, least: LeastCalls, *, buffer_nbytes: int, seconds: float
+    kernels: Kernels, layout: ExpertLayout, least: LeastCalls, arena: Arena, seconds: float
 ) -> FormatRate:
     """The rate of routed experts: one row for the bytes, several and many rows for the products."""
-    experts = random_experts(layout, buffer_nbytes)
+    experts = random_experts(layout, arena)
     parameters = 3 * layout.hidden_size * layout.moe_intermediate_size
 
     def taken(number: int) -> float:
@@ -85,17 +89,22 @@ def expert_wave(kernels: Kernels, experts: Sequence[ExpertWeights], rows: int, s
     return run
 
 
-def random_experts(layout: ExpertLayout, nbytes: int) -> list[ExpertWeights]:
-    """As many as fill so many bytes, two at least."""
-    count = max(2, min(64, nbytes // layout.stride))
-    first = random_expert(layout, 0)
-    return [first] + [ExpertWeights(layout, first.buffer.clone()) for _ in range(1, count)]
+def random_experts(layout: ExpertLayout, arena: Arena) -> list[ExpertWeights]:
+    """As many as fill the arena, MOST_EXPERTS at most, all alike."""
+    arena.clear()
+    size = align_up(layout.stride)
+    buffers = [arena.empty((size,), torch.uint8) for _ in range(min(MOST_EXPERTS, arena.bytes.nbytes // size))]
+    first = random_expert(layout, 0, buffers[0])
+    for buffer in buffers[1:]:
+        buffer.copy_(first.buffer)
+    return [first, *(ExpertWeights(layout, buffer) for buffer in buffers[1:])]
 
 
-def random_expert(layout: ExpertLayout, seed: int) -> ExpertWeights:
-    """An expert of plausible weights: every format's payload random, scales small and finite."""
+def random_expert(layout: ExpertLayout, seed: int, buffer: torch.Tensor | None = None) -> ExpertWeights:
+    """An expert of plausible weights, in `buffer` if given: every format's payload random, scales small and finite."""
     rng = torch.Generator().manual_seed(seed)
-    buffer = torch.empty(align_up(layout.stride), dtype=torch.uint8)
+    if buffer is None:
+        buffer = torch.empty(align_up(layout.stride), dtype=torch.uint8)
     for item in layout.fields:
         part = buffer[item.offset : item.offset + item.nbytes]
         if item.dtype.is_floating_point:
@@ -105,5 +114,5 @@ def random_expert(layout: ExpertLayout, seed: int) -> ExpertWeights:
                 values = torch.full((1021,), 0.01).to(item.dtype).view(torch.uint8)
         else:
             values = torch.randint(0, 256, (4099,), generator=rng, dtype=torch.uint8)
-        part.copy_(values.repeat(-(-part.numel() // values.numel()))[: part.numel()])
+        repeat(values, part)
     return ExpertWeights(layout, buffer)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from offload.tune.machine import MANY_ROWS, PASS_TOKENS, ROWS, Gpu, MachineSpec
+from offload.tune.machine import ENGINE_TIMES, MANY_ROWS, PASS_TOKENS, ROWS, Gpu, MachineSpec
 from offload.types import format_size
 
 
@@ -43,6 +43,7 @@ class ProbeReport:
         spent = f"layer  {1e6 * machine.layer_s:.0f} us besides matrix products"
         spent += f", {1e6 * machine.miss_s:.0f} us for every expert that is read"
         yield f"{spent}, {1e6 * machine.foresee_s:.0f} us for a router applied early"
+        yield f"token  {1e6 * machine.token_s:.0f} us outside of layers"
         spent = f"prompt {1e6 * (machine.prompt_layer_s or 0):.0f} us per layer"
         spent += f", {1e6 * machine.prompt_token_s:.0f} us for each of its tokens"
         yield f"{spent}, {1e6 * (machine.prompt_miss_s or 0):.0f} us for every expert that is read"
@@ -65,12 +66,8 @@ class ProbeReport:
             "ram_threads": dict(machine.ram_threads),
             "formats": {name: vars(rate) for name, rate in machine.formats.items()},
             "attention_gflops": machine.attention_gflops,
-            "layer_s": machine.layer_s,
-            "miss_s": machine.miss_s,
-            "prompt_miss_s": machine.prompt_miss_s,
-            "prompt_layer_s": machine.prompt_layer_s,
-            "prompt_token_s": machine.prompt_token_s,
-            "foresee_s": machine.foresee_s,
+            **{name: getattr(machine, name) for name in ENGINE_TIMES},
+            "plain": dict(machine.plain),
             "gpu": asdict(machine.gpu) if machine.gpu else None,
             "warnings": list(machine.warnings),
         }

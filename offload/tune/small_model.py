@@ -1,4 +1,4 @@
-"""A model of DeepSeek-V3's routing whose matrices are too small to matter.
+"""A model of a large one's routing whose matrices are too small to matter.
 
 Owns its sizes, random weights in memory, and a file of zeros as its experts. What is measured with it are `overhead`'s
 and `overhead_gpu`'s.
@@ -20,12 +20,23 @@ CONTEXT = 512
 """Tokens."""
 
 
+VOCABULARY = 64
+
+V3_ROUTING = {"n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "n_shared_experts": 1}
+"""Its routing."""
+
+
+def routing_of(config: ModelConfig) -> dict[str, int]:
+    """The same sizes of another model."""
+    return {name: getattr(config, name) for name in V3_ROUTING}
+
+
 def small_config(layers: int, **sizes: int) -> ModelConfig:
-    """DeepSeek-V3's routing over 256 experts, matrices too small to matter; `sizes` by their names in config.json."""
+    """DeepSeek-V3's routing, matrices too small to matter; `sizes` by their names in config.json."""
     return ModelConfig.from_hf(
         {
             "model_type": "deepseek_v3",
-            "vocab_size": 64,
+            "vocab_size": VOCABULARY,
             "hidden_size": 64,
             "intermediate_size": 64,
             "moe_intermediate_size": 32,
@@ -37,16 +48,12 @@ def small_config(layers: int, **sizes: int) -> ModelConfig:
             "qk_nope_head_dim": 16,
             "qk_rope_head_dim": 16,
             "v_head_dim": 16,
-            "n_routed_experts": 256,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 8,
-            "n_group": 8,
-            "topk_group": 4,
             "routed_scaling_factor": 2.5,
             "rms_norm_eps": 1e-6,
             "max_position_embeddings": CONTEXT,
             "norm_topk_prob": True,
         }
+        | V3_ROUTING
         | sizes
     )
 

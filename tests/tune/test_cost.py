@@ -215,6 +215,26 @@ def test_a_prompt_has_overheads_of_its_own(v3: dict[str, Footprint]) -> None:
     assert decode_cost(model, own, Demand(1.0)) == decode_cost(model, plain, Demand(1.0))
 
 
+def test_what_a_token_takes_and_what_it_learns(v3: dict[str, Footprint]) -> None:
+    model = ModelCost.of(v3["int4"])
+    learns = replace(MACHINE, layer_s=3e-4, token_s=2e-3, learn_s=1e-4, plain={"layer_s": 1e-4, "token_s": 1e-3})
+    plain = learns.under("lru")
+    assert (plain.layer_s, plain.token_s, plain.learn_s) == (1e-4, 1e-3, 0.0)
+    assert learns.under("ema+tokens") is learns and MACHINE.under("lru") is MACHINE, "nothing is known of others"
+    busy = Demand(0.9)
+    assert decode_cost(model, learns, busy).overhead_s == pytest.approx(61 * 3e-4 + 2e-3)
+    assert decode_cost(model, plain, busy).overhead_s == pytest.approx(61 * 1e-4 + 1e-3)
+    more = decode_cost(model, learns, busy, learned=4.0).overhead_s - decode_cost(model, learns, busy).overhead_s
+    assert more == pytest.approx(4e-4), "a prompt of four times as many tokens as are decoded"
+    # With a slot for every expert, learning goes on beside the head: all of it if the head takes long enough.
+    resident = decode_cost(model, learns, Demand(1.0))
+    head = model.head_nbytes / MACHINE.format_rate(model.head).read
+    assert head > 0 and resident.overhead_s == pytest.approx(61 * 3e-4 + 2e-3 - min(head, 61 * 2e-4))
+    assert prefill_cost(model, learns, 64, 64, 1.0).overhead_s == pytest.approx(
+        prefill_cost(model, replace(learns, token_s=0.0), 64, 64, 1.0).overhead_s + 2e-3
+    )
+
+
 def test_uneven_misses_wait_longer_than_the_average(v3: dict[str, Footprint]) -> None:
     model = ModelCost.of(v3["int4"])
     compute = model.expert_nbytes / (0.85 * 72e9)

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
+from offload.cache.policy import LEARNING
 from offload.errors import BudgetError, UsageError
 from offload.kernels import FusedKernels, select
 from offload.kernels.reference_device import ReferenceDeviceKernels
@@ -25,10 +26,11 @@ from offload.store import Store
 from offload.tiers.simulated import SimulatedDevice
 from offload.tune import overhead_gpu, surroundings
 from offload.tune import probe as probe_module
+from offload.tune.arena import Arena
 from offload.tune.attention_shapes import AttentionShapes
-from offload.tune.machine import GPU_LAYER_S, FormatRate, Gpu, MachineSpec
+from offload.tune.machine import ENGINE_TIMES, GPU_LAYER_S, FormatRate, Gpu, MachineSpec
 from offload.tune.machine_file import load_machine, parse_machine, to_toml
-from offload.tune.overhead import PROMPT_TURNS, _decoding, measure_overhead, measure_prompts
+from offload.tune.overhead import PROMPT_TURNS, ROUNDS, _decoding, measure_overhead, measure_prompts
 from offload.tune.probe import (
     FORMATS,
     RESIDENT_FORMATS,
@@ -36,6 +38,7 @@ from offload.tune.probe import (
     probe,
 )
 from offload.tune.probe_attention import measure_attention, measure_past
+from offload.tune.small_model import small_config
 from offload.tune.surroundings import warnings
 
 SMALL = AttentionShapes(256, 4, 64, 64, 32, 16, 32)
@@ -63,6 +66,8 @@ def test_probe_of_a_folder(tmp_path: Path) -> None:
     assert machine.threads == 1 and machine.ram_threads.keys() == {"1"}
     assert 0 < machine.drive_beside <= 1 and 0 < machine.kernels_beside <= 1
     assert machine.layer_s > 0 and machine.drive_latency_s > 0 and machine.ram_available <= machine.ram_total
+    assert 0 < machine.plain["layer_s"] < 5 and machine.under("lru").layer_s == machine.plain["layer_s"]
+    assert machine.under("ema+tokens") == machine
     assert any("torch reference" in line for line in machine.warnings)
     assert "drive (1 of 2)" in told and "RAM (2 of 2)" in told
     assert any("written to" in line for line in report.lines())
@@ -73,9 +78,9 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
     seen: list[Path] = []
     real = probe_module.measure_drive
 
-    def spy(extents, seconds):  # type: ignore[no-untyped-def]
+    def spy(extents, pool, seconds):  # type: ignore[no-untyped-def]
         seen.extend(extent.path for extent in extents)
-        return real(extents, seconds)
+        return real(extents, pool, seconds)
 
     monkeypatch.setattr(probe_module, "measure_drive", spy)
     sizes: dict[str, Any] = {}
@@ -91,6 +96,11 @@ def test_probe_of_a_store_reads_its_experts(store: Path, tmp_path: Path, monkeyp
     assert sizes.pop("attention") == AttentionShapes.of(config)
     # Of a GPU only what this store is made of is measured.
     assert (sizes.pop("gpu_formats"), sizes.pop("gpu_resident_formats")) == (("int4-g32",), ("int8-g128", "bf16"))
+    assert sizes.pop("routing") == {
+        name: getattr(config, name)
+        for name in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "n_shared_experts")
+    }
+    assert 0 < sizes.pop("layer_nbytes") < 1 << 20, "far less than a layer of a large model"
     assert sizes == {name: getattr(config, name) for name in ("hidden_size", "moe_intermediate_size")}
     assert sorted(path.name for path in store.iterdir()) == before
     planned = CliRunner().invoke(cli.cli, ["plan", str(store), "--machine", str(tmp_path / "m.toml")])
@@ -108,7 +118,9 @@ def test_a_device_is_measured_through_its_interface(tmp_path: Path) -> None:
         gpu=(device, ReferenceDeviceKernels()),
         sampling=lambda vocabulary: lambda: time.sleep(0.02) if vocabulary == 129280 else None,
     )
-    gpu = load_machine(tmp_path / "m.toml").gpu
+    machine = load_machine(tmp_path / "m.toml")
+    assert machine.token_s > 0.02, "sampling counts where the processor computes"
+    gpu = machine.gpu
     assert gpu is not None and gpu.name == device.name and gpu.vram == gpu.free == 1 << 30
     for name in ("read", "h2d", "h2d_pageable", "h2d_with_reads", "ram_with_copies", "attention_gflops"):
         assert getattr(gpu, name) == pytest.approx(getattr(report.machine.gpu, name), abs=1)
@@ -144,9 +156,10 @@ def test_wrong_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_overheads_are_fractions_of_a_second() -> None:
     streamed: list[int] = []
     found = measure_overhead(select("reference"), 0.01, lambda: streamed.append(1))
-    assert 0 < found.layer_s < 5 and 0 <= found.miss_s < 5 and 0 <= found.foresee_s < 5
+    assert 0 < found.layer_s < 5 and 0 <= found.token_s < 5 and 0 <= found.miss_s < 5 and 0 <= found.foresee_s < 5
     assert 0 < found.prompt.miss_s < 5 and 0 < found.prompt.layer_s < 5 and 0 <= found.prompt.token_s < 5
-    assert len(streamed) >= 8 * 3 * 9, "between the layers of three settings, in at least eight rounds"
+    assert 0 < found.prompt.learn_s < 5 and set(found.times) == set(ENGINE_TIMES)
+    assert len(streamed) >= ROUNDS * 3 * 9, "between the layers of three settings, in every round"
 
 
 def test_what_passes_through_the_caches_is_no_overhead_of_a_prompt() -> None:
@@ -156,7 +169,8 @@ def test_what_passes_through_the_caches_is_no_overhead_of_a_prompt() -> None:
         streamed.append(1)
         time.sleep(0.05)
 
-    slow, quick = measure_prompts(kernels, stream), measure_prompts(kernels, _nothing)
+    config = small_config(9)
+    slow, quick = (measure_prompts(kernels, done, LEARNING, config) for done in (stream, _nothing))
     assert len(streamed) >= 8 * (3 + 2 * PROMPT_TURNS)  # once at least in every MoE layer of every prompt
     assert slow.layer_s < quick.layer_s + 0.05 / 2
 
@@ -183,7 +197,7 @@ def test_small_products_are_no_overhead() -> None:
 
 
 def test_what_passes_through_the_caches_is_no_overhead() -> None:
-    with _decoding(select("reference"), 1.0, False) as step:
+    with _decoding(select("reference"), LEARNING, small_config(9), 1.0, False) as step:
         step(_nothing)
         quick, slow = step(_nothing), step(lambda: time.sleep(0.05))
     assert slow.busy_s < quick.busy_s + 9 * 0.05 / 2
@@ -201,7 +215,7 @@ def test_settings_of_the_overheads_differ_in_what_they_read(monkeypatch: pytest.
     reads, routers = [], []
     for share, prefetch in ((1.0, False), (0.4, False), (0.4, True)):
         applied.clear()
-        with _decoding(kernels, share, prefetch) as step:
+        with _decoding(kernels, LEARNING, small_config(9), share, prefetch) as step:
             found = [step(_nothing) for _ in range(12)]
         assert all(one.busy_s > 0 for one in found)
         reads.append(sum(one.reads for one in found))
@@ -241,6 +255,9 @@ def test_a_machine_file_is_read_back_equal() -> None:
         prompt_miss_s=2.5e-5,
         prompt_layer_s=1.25e-3,
         prompt_token_s=1.5e-5,
+        token_s=7.5e-4,
+        learn_s=1e-4,
+        plain={"layer_s": 1.25e-4, "token_s": 5e-4},
         drive_beside=0.875,
         kernels_beside=0.75,
         warnings=("one", "two = 2"),
@@ -250,8 +267,11 @@ def test_a_machine_file_is_read_back_equal() -> None:
     again = parse_machine(to_toml(machine), "f")
     times = {"drive_latency_s": 8.5e-5, "layer_s": 2.5e-4, "miss_s": 5e-5}
     times |= {"prompt_miss_s": 2.5e-5, "prompt_layer_s": 1.25e-3, "prompt_token_s": 1.5e-5}
+    times |= {"token_s": 7.5e-4, "learn_s": 1e-4}
+    plain = {"layer_s": 1.25e-4, "token_s": 5e-4}
     assert {name: getattr(again, name) for name in times} == pytest.approx(times)
-    assert replace(again, **times) == machine
+    assert again.plain == pytest.approx(plain)
+    assert replace(again, **times, plain=plain) == machine
 
 
 def test_warnings_of_a_system(tmp_path: Path) -> None:
@@ -323,7 +343,6 @@ def test_blocks_of_attention_are_measured(codec: str, rank: int | None) -> None:
     kernels = select("auto", 1)
     if not isinstance(kernels, FusedKernels):
         pytest.skip("no compiled kernels here")
-    sizes = {"buffer_nbytes": 1 << 20, "seconds": 0.01}
-    rate = measure_attention(kernels, codec, replace(SMALL, q_lora_rank=rank), **sizes)
-    assert rate > 1e6
-    assert measure_past(kernels, SMALL, **sizes) > 1e-3
+    arena = Arena(1 << 21)
+    assert measure_attention(kernels, codec, replace(SMALL, q_lora_rank=rank), arena, 0.01) > 1e6
+    assert measure_past(kernels, SMALL, arena, 0.01) > 1e-3

@@ -11,6 +11,7 @@ from offload.kernels import FusedKernels, select
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout
 from offload.tune import probe_experts
+from offload.tune.arena import Arena
 from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.machine import MANY_ROWS, ROWS
 from offload.tune.probe import FORMATS
@@ -41,7 +42,7 @@ def test_rates_leave_out_what_every_call_takes(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(probe_experts, "mean_time", mean_time)
     least = measure_least(kernels, 0.01)
     assert least.waves == [0.005, 0.005, 0.005] and least.attention == 0, "these kernels have no blocks of attention"
-    rate = measure_format(kernels, LAYOUT, least, buffer_nbytes=1 << 20, seconds=0.01)
+    rate = measure_format(kernels, LAYOUT, least, Arena(1 << 20), 0.01)
     assert rate.read == pytest.approx(TOGETHER * LAYOUT.stride / 0.008)
     flops = 2 * 3 * 256 * 128
     assert rate.gflops == pytest.approx(1e-9 * flops * ROWS * 2 / 0.008)
@@ -54,9 +55,9 @@ def test_blocks_of_attention_leave_it_out_too() -> None:
         pytest.skip("no compiled kernels here")
     assert measure_least(kernels, 0.01).attention > 0
     shapes = replace(AttentionShapes.of(small_config(1)), q_lora_rank=None)
-    sizes = {"buffer_nbytes": 1 << 16, "seconds": 0.05}
-    whole = measure_attention(kernels, "bf16", shapes, **sizes)
-    assert measure_attention(kernels, "bf16", shapes, least=1.0, **sizes) > 2 * whole, "all but a tenth is left out"
+    arena = Arena(1 << 18)
+    whole = measure_attention(kernels, "bf16", shapes, arena, 0.05)
+    assert measure_attention(kernels, "bf16", shapes, arena, 0.05, least=1.0) > 2 * whole, "all but a tenth is left out"
 
 
 def test_noise_leaves_something() -> None:
