@@ -185,7 +185,8 @@ def _measured(
     """One pass over everything but a GPU. `draw`: what samples a token."""
     tell("drive")
     # A share of each figure's time, so that all depths together take what two figures would.
-    depths, latency, drive.buffered = measure_drive(drive.extents, drive.pool, effort.seconds / 2)
+    measured = measure_drive(drive.extents, drive.pool, effort.seconds / 2)
+    drive.buffered = measured.buffered
     tell("drive beside kernels")
     work = expert_wave(kernels, random_experts(effort.layout("int4-g32"), arena), ROWS, 2)
     together = measure_together(drive.extents, drive.pool, work, effort.seconds / 4)
@@ -211,6 +212,8 @@ def _measured(
     ]
     for times in overheads:
         times["token_s"] += mean_time(draw, effort.seconds / 4) if draw else 0.0
+        # The small model's reads are small. In a prompt the drive's share of the processor is in `kernels_beside`.
+        times["miss_s"] += measured.processor_s
     memory = psutil.virtual_memory()
     learning, plain = overheads
     return MachineSpec(
@@ -219,10 +222,10 @@ def _measured(
         ram_available=memory.available,
         ram_read=max(ram.values()),
         ram_threads=ram,
-        drive_read=depths[str(READERS)],
-        drive_latency_s=latency,
+        drive_read=measured.rates[str(READERS)],
+        drive_latency_s=measured.latency_s,
         drive_free=max(1, drive.free),
-        depths=depths,
+        depths=measured.rates,
         drive_beside=together.drive,
         threads=threads,
         gflops=formats["int4-g32"].gflops,

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,6 +28,11 @@ from offload.tiers.reads import Read
 from offload.types import PAGE, ExpertId, Extent, align_up, format_size
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
+
+SAMPLES = 32
+"""Reads, or bursts of BURST of them, of which a median is taken."""
+
+BURST = 4
 
 TURNS = 4
 """Alternations of drive and kernels alone and together."""
@@ -76,23 +81,33 @@ def slots_for(extents: Sequence[Extent]) -> SlotPool:
     return SlotPool(2 * max(DEPTHS), align_up(extents[0].nbytes) + PAGE)
 
 
-def measure_drive(
-    extents: Sequence[Extent], pool: SlotPool, seconds: float
-) -> tuple[dict[str, float], float, bool]:
-    """(bytes per second by reader threads, seconds of a single small read, whether direct I/O was refused).
+@dataclass(frozen=True)
+class DriveFigures:
+    """What was measured of a drive."""
 
-    `seconds` for each number of threads. `pool`: see `slots_for`.
-    """
+    rates: dict[str, float]
+    """Bytes per second by number of reads under way."""
+    latency_s: float
+    """Seconds of a single small read."""
+    processor_s: float
+    """Seconds of the processor for a read of an expert beyond those for a small one."""
+    buffered: bool
+    """Whether direct I/O was refused."""
+
+
+def measure_drive(extents: Sequence[Extent], pool: SlotPool, seconds: float) -> DriveFigures:
+    """`seconds` for each number of reads under way. `pool`: see `slots_for`."""
     rates, buffered = {}, False
     for depth in DEPTHS:
         rates[str(depth)], buffered = drive_rate(extents, pool, depth, seconds)
-    reader = DiskReader(threads=1)
     rng = random.Random(0)
-    try:
-        latency = median(_one_small_read(reader, rng.choice(extents), pool) for _ in range(32))
-    finally:
-        reader.close()
-    return rates, latency, buffered
+    with closing(DiskReader(threads=1)) as reader:
+        latency = median(_burst(reader, [_small(rng.choice(extents))], pool)[0] for _ in range(SAMPLES))
+    with closing(DiskReader(threads=READERS)) as reader:
+        bursts = [rng.choices(extents, k=BURST) for _ in range(SAMPLES)]
+        large = median(_burst(reader, burst, pool)[1] for burst in bursts)
+        small = median(_burst(reader, [_small(extent) for extent in burst], pool)[1] for burst in bursts)
+    return DriveFigures(rates, latency, max(0.0, large - small) / BURST, buffered)
 
 
 def drive_rate(extents: Sequence[Extent], pool: SlotPool, threads: int, seconds: float) -> tuple[float, bool]:
@@ -129,14 +144,21 @@ def _read_rate(
         done += read.extent.nbytes
 
 
-def _one_small_read(reader: DiskReader, extent: Extent, pool: SlotPool) -> float:
-    begun = time.perf_counter()
-    reader.submit([Read(Extent(extent.path, extent.offset, 512), pool.buffer(0), "a sample", tag=0)])
-    read = reader.completed()
-    assert read is not None
-    if read.error is not None:
-        raise read.error
-    return time.perf_counter() - begun
+def _burst(reader: DiskReader, extents: Sequence[Extent], pool: SlotPool) -> tuple[float, float]:
+    """(seconds, seconds of the processor) of reads that are asked for at once."""
+    begun, busy = time.perf_counter(), time.process_time()
+    reader.submit([Read(each, pool.buffer(slot), "a sample", tag=slot) for slot, each in enumerate(extents)])
+    for _ in extents:
+        read = reader.completed()
+        assert read is not None
+        if read.error is not None:
+            raise read.error
+    return time.perf_counter() - begun, time.process_time() - busy
+
+
+def _small(extent: Extent) -> Extent:
+    """Its first bytes."""
+    return Extent(extent.path, extent.offset, 512)
 
 
 @dataclass(frozen=True)
