@@ -18,6 +18,9 @@ from offload.types import align_up
 ALIGNMENT = 64
 """Bytes: a line of the caches."""
 
+SWEPT = 256 << 20
+"""Bytes: far more than the caches hold."""
+
 
 class Arena:
     """Tensors side by side in one allocation, in memory like that of experts. `clear` begins anew."""
@@ -29,6 +32,10 @@ class Arena:
     def clear(self) -> None:
         """All that was made here is over: its memory will be that of others."""
         self._used = 0
+
+    def count(self, nbytes: int, most: int) -> int:
+        """How many tensors of `nbytes` no cache holds, `most` at most; two at least if there is room."""
+        return min(most, self.bytes.nbytes // nbytes, max(2, SWEPT // nbytes))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialized memory for a tensor."""

@@ -49,10 +49,10 @@ def measure_attention(
 def block_time(
     kernels: FusedKernels, codec: str, shapes: AttentionShapes, arena: Arena, seconds: float
 ) -> tuple[int, float]:
-    """(bytes, seconds) of a block, the mean over as many as fill the arena, MOST_BLOCKS at most."""
+    """(bytes, seconds) of a block, the mean over as many as no cache holds, MOST_BLOCKS at most."""
     arena.clear()
     nbytes, first = random_layer(codec, shapes, arena.empty)
-    count = max(1, min(MOST_BLOCKS, arena.bytes.nbytes // block_nbytes(codec, shapes)))
+    count = arena.count(block_nbytes(codec, shapes), MOST_BLOCKS)
     layers = [first] + [_another(first, arena) for _ in range(1, count)]
     hidden, cache = torch.ones(1, shapes.hidden_size), torch.zeros(1, shapes.kv_lora_rank + shapes.qk_rope_head_dim)
     cos, sin = torch.ones(1, shapes.qk_rope_head_dim // 2), torch.zeros(1, shapes.qk_rope_head_dim // 2)

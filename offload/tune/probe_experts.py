@@ -90,10 +90,10 @@ def expert_wave(kernels: Kernels, experts: Sequence[ExpertWeights], rows: int, s
 
 
 def random_experts(layout: ExpertLayout, arena: Arena) -> list[ExpertWeights]:
-    """As many as fill the arena, MOST_EXPERTS at most, all alike."""
+    """As many as no cache holds, MOST_EXPERTS at most, all alike."""
     arena.clear()
     size = align_up(layout.stride)
-    buffers = [arena.empty((size,), torch.uint8) for _ in range(min(MOST_EXPERTS, arena.bytes.nbytes // size))]
+    buffers = [arena.empty((size,), torch.uint8) for _ in range(arena.count(size, MOST_EXPERTS))]
     first = random_expert(layout, 0, buffers[0])
     for buffer in buffers[1:]:
         buffer.copy_(first.buffer)
