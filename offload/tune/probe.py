@@ -67,7 +67,7 @@ PLAIN = "lru"
 
 @dataclass(frozen=True)
 class Effort:
-    """How long and how large: the defaults take well under a minute."""
+    """How long and how large: the defaults take one to two minutes."""
 
     seconds: float = 0.8
     """Per measured figure, in all passes together."""
