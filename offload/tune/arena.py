@@ -43,3 +43,9 @@ class Arena:
         begin, self._used = self._used, align_up(self._used + nbytes, ALIGNMENT)
         assert self._used <= self.bytes.nbytes, "whoever makes the arena knows what will be in it"
         return self.bytes[begin : begin + nbytes].view(dtype).view(*shape)
+
+
+def repeat(part: Tensor, into: Tensor) -> None:
+    """Fill `into` with `part`, over and over along the first dimension, without further memory."""
+    for piece in into.split(part.shape[0]):
+        piece.copy_(part[: piece.shape[0]])

@@ -210,8 +210,9 @@ def _measured(
         measure_overhead(kernels, effort.seconds / 2, lambda: read_once(weights, kernels), policy, effort.routing).times
         for policy in (LEARNING, PLAIN)
     ]
+    drawing = mean_time(draw, effort.seconds / 4) if draw else 0.0
     for times in overheads:
-        times["token_s"] += mean_time(draw, effort.seconds / 4) if draw else 0.0
+        times["token_s"] += drawing
         # The small model's reads are small. In a prompt the drive's share of the processor is in `kernels_beside`.
         times["miss_s"] += measured.processor_s
     memory = psutil.virtual_memory()

@@ -15,7 +15,7 @@ from torch import Tensor
 from offload.config import LATENT_NORM_EPS
 from offload.kernels import AttentionLayer, FusedKernels, Kernels
 from offload.quant import QuantizedTensor, get_codec
-from offload.tune.arena import ALIGNMENT, Arena
+from offload.tune.arena import ALIGNMENT, Arena, repeat
 from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.timing import beyond, mean_time
 
@@ -70,7 +70,7 @@ def measure_past(kernels: Kernels, shapes: AttentionShapes, arena: Arena, second
     heads, latent, rope = shapes.num_attention_heads, shapes.kv_lora_rank, shapes.qk_rope_head_dim
     q_latent, q_rope = (torch.randn(1, heads, size, generator=rng) for size in (latent, rope))
     arena.clear()
-    count = min(MOST_BLOCKS, arena.bytes.nbytes // (4 * (PAST + 1) * (latent + rope) + ALIGNMENT))
+    count = arena.count(4 * (PAST + 1) * (latent + rope) + ALIGNMENT, MOST_BLOCKS)
     caches = [arena.empty((PAST + 1, latent + rope), torch.float32) for _ in range(count)]
     for cache in caches:
         cache.normal_(generator=rng)
@@ -133,9 +133,3 @@ def _another(layer: AttentionLayer, arena: Arena) -> AttentionLayer:
     q_a = None if layer.q_a is None else copied(layer.q_a)
     q_b, kv_a, kv_b, o = (copied(weight) for weight in (layer.q_b, layer.kv_a, layer.kv_b, layer.o))
     return replace(layer, q_a=q_a, q_b=q_b, kv_a=kv_a, kv_b=kv_b, o=o)
-
-
-def repeat(part: Tensor, into: Tensor) -> None:
-    """Fill `into` with `part`, over and over along the first dimension."""
-    for piece in into.split(part.shape[0]):
-        piece.copy_(part[: piece.shape[0]])

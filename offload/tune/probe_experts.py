@@ -14,10 +14,10 @@ import torch
 from offload.kernels import FusedKernels, Kernels
 from offload.quant import get_codec
 from offload.store.layout import ExpertLayout, ExpertWeights
-from offload.tune.arena import Arena
+from offload.tune.arena import Arena, repeat
 from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.machine import MANY_ROWS, ROWS, FormatRate
-from offload.tune.probe_attention import block_time, repeat
+from offload.tune.probe_attention import block_time
 from offload.tune.small_model import small_config
 from offload.tune.timing import beyond, mean_time
 from offload.types import align_up
