@@ -425,7 +425,7 @@ def plan(
 def probe(as_json: bool, **arguments: Any) -> None:
     """Measure this machine, its first GPU and the drive at LOCATION (a store, or a folder) for `plan` and `bench`.
 
-    Takes one to two minutes, with a GPU somewhat more, above all the first time, when its kernels are compiled. A file
+    Takes about a minute, with a GPU somewhat more, above all the first time, when its kernels are compiled. A file
     of 1 GiB is written and deleted where LOCATION is no store.
     """
     from offload.engine.probing import probe as run

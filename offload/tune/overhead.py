@@ -112,41 +112,55 @@ class Overhead:
         return {name: getattr(self, name) for name in names} | prompt | {"learn_s": self.prompt.learn_s}
 
 
-def measure_overhead(
-    kernels: Kernels, seconds: float, stream: Stream, policy: str = LEARNING, routing: Mapping[str, int] = V3_ROUTING
-) -> Overhead:
-    """All of it under `policy` in about three times `seconds`: decoding with all experts resident, with too few slots
-    for them, and with as few and reads ahead. `routing`: sizes by their names in config.json.
+class OverheadModels:
+    """Models under one policy, made once for all passes of a probe. `routing`: sizes by their names in config.json.
 
-    They take turns, since their differences are small beside what other work does to each. What layers and tokens cost
-    is taken from whole tokens, in as few calls as the backend has for them, with code and data in the caches: the rates
-    of kernels hold the rest. Deciding and reading come on top of them; for these `stream` reads between layers what a
-    layer's weights are, and leaves the caches as they do, which nearly doubles their time.
+    A context manager. Two of them, of which one is deeper, decode whole tokens with all experts resident; three decode
+    step by step: with all experts resident, with too few slots for them, and with as few and reads ahead.
     """
-    with ExitStack() as stack:
-        few, many = (small_config(layers, **routing) for layers in (LAYERS, LAYERS + MORE_LAYERS))
-        whole = [stack.enter_context(_whole_tokens(kernels, policy, config)) for config in (few, many)]
+
+    def __init__(self, kernels: Kernels, policy: str = LEARNING, routing: Mapping[str, int] = V3_ROUTING) -> None:
+        self._kernels, self._policy = kernels, policy
+        self._few, many = (small_config(layers, **routing) for layers in (LAYERS, LAYERS + MORE_LAYERS))
         settings = ((1.0, False), (RESIDENT_SHARE, False), (RESIDENT_SHARE, True))
-        runs = [stack.enter_context(_decoding(kernels, policy, few, *setting)) for setting in settings]
+        with ExitStack() as stack:
+            self._whole = [stack.enter_context(_whole_tokens(kernels, policy, each)) for each in (self._few, many)]
+            self._runs = [stack.enter_context(_decoding(kernels, policy, self._few, *each)) for each in settings]
+            self._made = stack.pop_all()
+
+    def __enter__(self) -> OverheadModels:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._made.close()
+
+    def measure(self, seconds: float, stream: Stream) -> Overhead:
+        """All of it, in about three times `seconds` and those of some prompts.
+
+        The models take turns, since their differences are small beside what other work does to each. What layers and
+        tokens cost is taken from whole tokens, in as few calls as the backend has for them, with code and data in the
+        caches: the rates of kernels hold the rest. Deciding and reading come on top of them; for these `stream` reads
+        between layers what a layer's weights are, and leaves the caches as they do, which nearly doubles their time.
+        """
         begun = time.perf_counter()
         tokens: list[list[float]] = []
         rounds: list[list[_Step]] = []
         while len(rounds) < ROUNDS or time.perf_counter() - begun < 3 * seconds:
-            tokens.append([token().busy_s for token in whole])
-            rounds.append([run(stream) for run in runs])
-    reads = [median(step.reads for step in steps) for steps in zip(*rounds, strict=True)]
-    missing = median(paged.busy_s - resident.busy_s for resident, paged, _ in rounds)
-    miss_s = max(0.0, missing / reads[1]) if reads[1] else 0.0
-    foreseeing = median(ahead.busy_s - paged.busy_s for _, paged, ahead in rounds) - (reads[2] - reads[1]) * miss_s
-    few_s, many_s = (median(times) for times in zip(*tokens, strict=True))
-    layer_s = min(max(1e-9, (many_s - few_s) / MORE_LAYERS), few_s / LAYERS)
-    return Overhead(
-        layer_s,
-        few_s - LAYERS * layer_s,
-        miss_s,
-        max(0.0, foreseeing / len(few.moe_layers)),
-        measure_prompts(kernels, stream, policy, few),
-    )
+            tokens.append([token().busy_s for token in self._whole])
+            rounds.append([run(stream) for run in self._runs])
+        reads = [median(step.reads for step in steps) for steps in zip(*rounds, strict=True)]
+        missing = median(paged.busy_s - resident.busy_s for resident, paged, _ in rounds)
+        miss_s = max(0.0, missing / reads[1]) if reads[1] else 0.0
+        foreseeing = median(ahead.busy_s - paged.busy_s for _, paged, ahead in rounds) - (reads[2] - reads[1]) * miss_s
+        few_s, many_s = (median(times) for times in zip(*tokens, strict=True))
+        layer_s = min(max(1e-9, (many_s - few_s) / MORE_LAYERS), few_s / LAYERS)
+        return Overhead(
+            layer_s,
+            few_s - LAYERS * layer_s,
+            miss_s,
+            max(0.0, foreseeing / len(self._few.moe_layers)),
+            measure_prompts(self._kernels, stream, self._policy, self._few),
+        )
 
 
 def measure_prompts(kernels: Kernels, stream: Stream, policy: str, config: ModelConfig) -> PromptOverhead:

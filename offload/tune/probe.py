@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from offload.tune.arena import Arena
 from offload.tune.attention_shapes import DEEPSEEK_V3, AttentionShapes
 from offload.tune.machine import ROWS, Gpu, MachineSpec, mean
 from offload.tune.machine_file import save_machine
-from offload.tune.overhead import measure_overhead
+from offload.tune.overhead import OverheadModels
 from offload.tune.probe_attention import block_nbytes, measure_attention, measure_past, random_layer
 from offload.tune.probe_drive import extents_at, measure_drive, measure_together, slots_for
 from offload.tune.probe_experts import expert_wave, measure_format, measure_least, random_expert, random_experts
@@ -67,7 +68,7 @@ PLAIN = "lru"
 
 @dataclass(frozen=True)
 class Effort:
-    """How long and how large: the defaults take one to two minutes."""
+    """How long and how large: the defaults take about a minute."""
 
     seconds: float = 0.8
     """Per measured figure, in all passes together."""
@@ -134,11 +135,13 @@ def probe(
     backend = select(kernels, threads)
     draw = sampling(store.config.vocab_size if store else V3_VOCABULARY) if sampling else None
     part = replace(effort, seconds=effort.seconds / effort.passes)
-    with extents_at(folder, store, effort.file_nbytes, effort.layout("int4-g32")) as extents:
+    with ExitStack() as stack:
+        extents = stack.enter_context(extents_at(folder, store, effort.file_nbytes, effort.layout("int4-g32")))
+        models = [stack.enter_context(OverheadModels(backend, each, effort.routing)) for each in (LEARNING, PLAIN)]
         drive = _Drive(extents, slots_for(extents), psutil.disk_usage(str(folder)).free)
         steps = [_numbered(tell, number + 1, effort.passes) for number in range(effort.passes)]
         arena = Arena(effort.arena_nbytes)
-        passes = [_measured(backend, threads or usable_cpus(), drive, arena, part, draw, step) for step in steps]
+        passes = [_measured(backend, threads or usable_cpus(), drive, arena, models, part, draw, s) for s in steps]
     machine = mean(passes)
     if gpu is not None:
         tell(gpu[0].name)
@@ -178,11 +181,13 @@ def _measured(
     threads: int,
     drive: _Drive,
     arena: Arena,
+    models: Sequence[OverheadModels],
     effort: Effort,
     draw: Callable[[], object] | None,
     tell: Tell,
 ) -> MachineSpec:
-    """One pass over everything but a GPU. `draw`: what samples a token."""
+    """One pass over everything but a GPU. `models`: under a policy that learns and one that does not; `draw`: what
+    samples a token."""
     tell("drive")
     # A share of each figure's time, so that all depths together take what two figures would.
     measured = measure_drive(drive.extents, drive.pool, effort.seconds / 2)
@@ -207,8 +212,7 @@ def _measured(
     tell("overhead")
     weights = arena.bytes[: align_up(min(effort.layer_nbytes, effort.buffer_nbytes), 8)]
     overheads: list[dict[str, Any]] = [
-        measure_overhead(kernels, effort.seconds / 2, lambda: read_once(weights, kernels), policy, effort.routing).times
-        for policy in (LEARNING, PLAIN)
+        each.measure(effort.seconds / 2, lambda: read_once(weights, kernels)).times for each in models
     ]
     drawing = mean_time(draw, effort.seconds / 4) if draw else 0.0
     for times in overheads:

@@ -9,8 +9,9 @@ import os
 import random
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +23,21 @@ import psutil
 from offload.errors import BudgetError
 from offload.store import Store
 from offload.store.layout import ExpertLayout
-from offload.tiers.disk import READERS, DiskReader
+from offload.tiers.disk import PART_NBYTES, READERS, DiskReader
 from offload.tiers.host import SlotPool
 from offload.tiers.reads import Read
+from offload.tune.arena import SWEPT
 from offload.types import PAGE, ExpertId, Extent, align_up, format_size
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 
-SAMPLES = 32
-"""Reads, or bursts of BURST of them, of which a median is taken."""
+MOST_SLOTS = 64
 
-BURST = 4
+SAMPLES = 32
+"""Small reads of which a median is taken."""
+
+BURSTS, BURST = 8, 4
+"""Bursts of which a median is taken, and the reads of each."""
 
 TURNS = 4
 """Alternations of drive and kernels alone and together."""
@@ -76,9 +81,16 @@ def _sync(fd: int) -> None:
 
 
 def slots_for(extents: Sequence[Extent]) -> SlotPool:
-    """Memory to read them into: larger than the processor's caches, as a run's is, with twice as many slots as reads
-    are ever under way, so that no thread waits for the one that asks."""
-    return SlotPool(2 * max(DEPTHS), align_up(extents[0].nbytes) + PAGE)
+    """Memory to read them into: as many slots as are ever asked for, and more than the processor's caches hold, as a
+    run's are."""
+    nbytes = extents[0].nbytes
+    return SlotPool(max(_asked(max(DEPTHS), nbytes), min(MOST_SLOTS, SWEPT // nbytes)), align_up(nbytes) + PAGE)
+
+
+def _asked(threads: int, nbytes: int) -> int:
+    """Reads of `nbytes` asked for at a time: twice as many as `threads` work on, so that none waits for whoever
+    asks."""
+    return 2 * max(1, threads * PART_NBYTES // max(nbytes, PART_NBYTES)) + 2
 
 
 @dataclass(frozen=True)
@@ -104,33 +116,29 @@ def measure_drive(extents: Sequence[Extent], pool: SlotPool, seconds: float) -> 
     with closing(DiskReader(threads=1)) as reader:
         latency = median(_burst(reader, [_small(rng.choice(extents))], pool)[0] for _ in range(SAMPLES))
     with closing(DiskReader(threads=READERS)) as reader:
-        bursts = [rng.choices(extents, k=BURST) for _ in range(SAMPLES)]
-        large = median(_burst(reader, burst, pool)[1] for burst in bursts)
+        bursts = [rng.choices(extents, k=BURST) for _ in range(BURSTS)]
+        large = median(_burst(reader, burst, pool, BURST * n)[1] for n, burst in enumerate(bursts))
         small = median(_burst(reader, [_small(extent) for extent in burst], pool)[1] for burst in bursts)
     return DriveFigures(rates, latency, max(0.0, large - small) / BURST, buffered)
 
 
 def drive_rate(extents: Sequence[Extent], pool: SlotPool, threads: int, seconds: float) -> tuple[float, bool]:
     """(bytes per second of random extents with `threads` of them under way, whether direct I/O was refused)."""
-    reader = DiskReader(threads=threads)
-    try:
-        return _read_rate(reader, extents, pool, max(32, 2 * threads), random.Random(threads), seconds), reader.buffered
-    finally:
-        reader.close()
+    with closing(DiskReader(threads=threads)) as reader:
+        return _read_rate(reader, extents, pool, threads, random.Random(threads), seconds), reader.buffered
 
 
 def _read_rate(
-    reader: DiskReader, extents: Sequence[Extent], pool: SlotPool, slots: int, rng: random.Random, seconds: float
+    reader: DiskReader, extents: Sequence[Extent], pool: SlotPool, threads: int, rng: random.Random, seconds: float
 ) -> float:
-    """Random extents, with so many asked for at any time, each into a slot of `pool`."""
-    free = list(range(slots))
-    done = 0
+    """Random extents, each into the slot of `pool` that was read into longest ago."""
+    free = deque(range(pool.slots))
+    asked = _asked(threads, extents[0].nbytes)
+    done = under_way = 0
     begun = time.perf_counter()
-    under_way = 0
     while True:
-        elapsed = time.perf_counter() - begun
-        while free and elapsed < seconds:
-            slot = free.pop()
+        while under_way < asked and time.perf_counter() - begun < seconds:
+            slot = free.popleft()
             reader.submit([Read(rng.choice(extents), pool.buffer(slot), "a sample", tag=slot)])
             under_way += 1
         if not under_way:
@@ -144,10 +152,11 @@ def _read_rate(
         done += read.extent.nbytes
 
 
-def _burst(reader: DiskReader, extents: Sequence[Extent], pool: SlotPool) -> tuple[float, float]:
-    """(seconds, seconds of the processor) of reads that are asked for at once."""
+def _burst(reader: DiskReader, extents: Sequence[Extent], pool: SlotPool, first: int = 0) -> tuple[float, float]:
+    """(seconds, seconds of the processor) of reads that are asked for at once, into slots from `first` on."""
     begun, busy = time.perf_counter(), time.process_time()
-    reader.submit([Read(each, pool.buffer(slot), "a sample", tag=slot) for slot, each in enumerate(extents)])
+    slots = [pool.buffer((first + number) % pool.slots) for number in range(len(extents))]
+    reader.submit([Read(each, slot, "a sample") for each, slot in zip(extents, slots, strict=True)])
     for _ in extents:
         read = reader.completed()
         assert read is not None
@@ -177,26 +186,26 @@ def measure_together(
     `work` is one call of the kernels. On few cores the system's part of the reads takes time from them, and both
     use the same memory.
     """
-    rng, slots = random.Random(0), 4 * READERS
-    reader = DiskReader(threads=READERS)
+    rng = random.Random(0)
     kernels, drive = [], []
-    try:
-        with ThreadPoolExecutor(1) as other:
-            for _ in range(TURNS):
-                alone = _read_rate(reader, extents, pool, slots, rng, seconds), _call_rate(work, seconds)
-                # The kernels end first, so that they never run alone.
-                reading = other.submit(_read_rate, reader, extents, pool, slots, rng, 1.2 * seconds)
-                kernels.append(_call_rate(work, seconds) / alone[1])
-                drive.append(reading.result() / alone[0])
-    finally:
-        reader.close()
+
+    def read() -> float:
+        return _read_rate(reader, extents, pool, READERS, rng, seconds)
+
+    with closing(DiskReader(threads=READERS)) as reader, ThreadPoolExecutor(1) as other:
+        for _ in range(TURNS):
+            alone = read(), _call_rate(work, seconds)
+            reading = other.submit(read)
+            # As long as it takes: what is under way at the end may be most of what was read.
+            kernels.append(_call_rate(work, seconds, reading) / alone[1])
+            drive.append(reading.result() / alone[0])
     return Together(min(1.0, median(kernels)), min(1.0, median(drive)))
 
 
-def _call_rate(work: Callable[[], object], seconds: float) -> float:
-    """Calls per second."""
+def _call_rate(work: Callable[[], object], seconds: float, until: Future[float] | None = None) -> float:
+    """Calls per second, for so many seconds, or until something else is done."""
     begun, calls = time.perf_counter(), 0
-    while not calls or time.perf_counter() - begun < seconds:
+    while not calls or (not until.done() if until else time.perf_counter() - begun < seconds):
         work()
         calls += 1
     return calls / (time.perf_counter() - begun)

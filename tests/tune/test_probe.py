@@ -30,7 +30,7 @@ from offload.tune.arena import Arena
 from offload.tune.attention_shapes import AttentionShapes
 from offload.tune.machine import ENGINE_TIMES, GPU_LAYER_S, FormatRate, Gpu, MachineSpec
 from offload.tune.machine_file import load_machine, parse_machine, to_toml
-from offload.tune.overhead import PROMPT_TURNS, ROUNDS, _decoding, measure_overhead, measure_prompts
+from offload.tune.overhead import PROMPT_TURNS, ROUNDS, OverheadModels, _decoding, measure_prompts
 from offload.tune.probe import (
     FORMATS,
     RESIDENT_FORMATS,
@@ -38,8 +38,10 @@ from offload.tune.probe import (
     probe,
 )
 from offload.tune.probe_attention import measure_attention, measure_past
+from offload.tune.probe_drive import DEPTHS, measure_drive, slots_for
 from offload.tune.small_model import small_config
 from offload.tune.surroundings import warnings
+from offload.types import PAGE, Extent, align_up
 
 SMALL = AttentionShapes(256, 4, 64, 64, 32, 16, 32)
 QUICK = Effort(
@@ -144,6 +146,16 @@ def test_a_device_is_measured_through_its_interface(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("nbytes", [6488064, 3649536])
+def test_the_drive_is_measured_with_every_size_of_experts(tmp_path: Path, nbytes: int) -> None:
+    path = tmp_path / "experts"
+    with path.open("wb") as file:
+        file.truncate(4 * nbytes + PAGE)
+    extents = [Extent(path, number * align_up(nbytes), nbytes) for number in range(3)]
+    found = measure_drive(extents, slots_for(extents), 0.001)
+    assert set(found.rates) == {str(depth) for depth in DEPTHS} and min(found.rates.values()) > 0
+
+
 def test_wrong_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="is not a folder"):
         probe(tmp_path / "m.toml", location=tmp_path / "none", effort=QUICK)
@@ -155,11 +167,13 @@ def test_wrong_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_overheads_are_fractions_of_a_second() -> None:
     streamed: list[int] = []
-    found = measure_overhead(select("reference"), 0.01, lambda: streamed.append(1))
+    with OverheadModels(select("reference")) as models:
+        once, found = (models.measure(0.01, lambda: streamed.append(1)) for _ in range(2))
+    assert once.times.keys() == found.times.keys()
     assert 0 < found.layer_s < 5 and 0 <= found.token_s < 5 and 0 <= found.miss_s < 5 and 0 <= found.foresee_s < 5
     assert 0 < found.prompt.miss_s < 5 and 0 < found.prompt.layer_s < 5 and 0 <= found.prompt.token_s < 5
     assert 0 < found.prompt.learn_s < 5 and set(found.times) == set(ENGINE_TIMES)
-    assert len(streamed) >= ROUNDS * 3 * 9, "between the layers of three settings, in every round"
+    assert len(streamed) >= 2 * ROUNDS * 3 * 9, "between the layers of three settings, in every round"
 
 
 def test_what_passes_through_the_caches_is_no_overhead_of_a_prompt() -> None:
