@@ -2,14 +2,15 @@
 
     python benchmarks/probe_reference.py --store STORE [--turns 12] [--seconds 0.5]
 
-Needs `fio` (a package of every distribution) and a C compiler. fio reads one of the store's expert files by direct I/O
-at random in blocks of an expert's size with as many threads as `probe` has reads under way. Every thread of fio reads
-into one buffer, which few threads keep in the processor's caches, where a virtual drive copies to faster; a C program
-reads the same blocks into one slot after another of as much memory as `probe` uses, and for comparison into one buffer,
-too. Another sums a buffer of huge pages, much larger than the caches, in four streams a thread that are asked for ahead
-of time, with each number of threads; they take pieces of it until none is left. Probe and reference take turns of half
-a second: on a machine that others use, too, longer ones meet different moments. The row holds the means of both and the
-median of their ratios, which should lie within 10% of 1.
+Needs `fio` (a package of every distribution) and a C compiler. fio reads the store's expert files by direct I/O at
+random in blocks of an expert's size with as many threads as `probe` has reads under way. Every thread of fio reads into
+one buffer, and few buffers stay in the processor's caches, where a virtual drive copies to faster than into the memory
+of a run. So where one or two reads are under way, many threads wait for each other at the lock of as many files; what
+fio gains with a thread for each is beside that. A C program reads the same blocks into one slot after another of as
+much memory as `probe` uses. Another sums a buffer of huge pages, much larger than the caches, in four streams a thread
+that are asked for ahead of time, with each number of threads; they take pieces of it until none is left. Probe and
+reference take turns of half a second: on a machine that others use, too, longer ones meet different moments. The row
+holds the means of both and the median of their ratios, which should lie within 10% of 1.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,13 @@ from offload.types import ExpertId, Extent, align_up  # noqa: E402
 
 DEPTHS = (1, 2, 4, 8, 16)
 FEW = (1, 2)
-FEW_BUFFERS = "read loop into one buffer a thread, as fio, over the same into many"
+FEW_BUFFERS = "fio into one buffer a thread, over fio into many"
+BUFFERS = 32
+"""Of fio, together: more than the caches hold."""
+
+THINK_US = 5000
+"""So long does a thread of fio leave the lock to others after each read."""
+
 HUGE_PAGE = 2 << 20
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 LEAST_HUGE_PAGES = 200
@@ -155,6 +162,7 @@ def main() -> None:
     store, seconds = Store.open(arguments.store), arguments.seconds
     layers = store.config.moe_layers
     extents = [store.locate(ExpertId(layers[0], expert)) for expert in range(store.config.n_routed_experts)]
+    files = [store.locate(ExpertId(layer, 0)).path for layer in layers]
     memory = align_up(Effort().buffer_nbytes, HUGE_PAGE)
     numbers: dict[str, dict[str, Any]] = {"drive by fio": {}, "drive": {}, FEW_BUFFERS: {}, "RAM": {}}
     with tempfile.TemporaryDirectory(prefix="expertpager-reference-") as folder:
@@ -162,17 +170,13 @@ def main() -> None:
         data, pool = SlotPool(1, memory).bytes, slots_for(extents)
         for depth in DEPTHS:
             mine = partial(drive_by_reader, extents, pool, depth, seconds)
-            for name, reference in (
-                ("drive by fio", partial(drive_by_fio, extents[0], depth, seconds)),
-                ("drive", partial(drive_by_loop, reader, extents[0], memory, depth, seconds)),
-            ):
-                numbers[name][str(depth)] = beside(mine, reference, arguments.turns)
-        for depth in FEW:
-            few, many = (
-                partial(drive_by_loop, reader, extents[0], nbytes, depth, seconds)
-                for nbytes in (depth * align_up(extents[0].nbytes, HUGE_PAGE), memory)
-            )
-            numbers[FEW_BUFFERS][str(depth)] = beside(few, many, arguments.turns)
+            fio = partial(drive_by_fio, files, align_up(extents[0].nbytes), depth, seconds)
+            by_fio = partial(fio, BUFFERS if depth in FEW else depth)
+            by_loop = partial(drive_by_loop, reader, extents[0], memory, depth, seconds)
+            numbers["drive by fio"][str(depth)] = beside(mine, by_fio, arguments.turns)
+            numbers["drive"][str(depth)] = beside(mine, by_loop, arguments.turns)
+            if depth in FEW:
+                numbers[FEW_BUFFERS][str(depth)] = beside(partial(fio, depth), by_fio, arguments.turns)
         for count in range(1, usable_cpus() + 1):
             mine = partial(ram_rate, data, count, seconds)
             reference = partial(ram_by_loop, program, memory, count, seconds)
@@ -203,25 +207,29 @@ def drive_by_reader(extents: list[Extent], pool: SlotPool, reads: int, seconds: 
     return drive_rate(extents, pool, reads, seconds)[0]
 
 
-def drive_by_fio(extent: Extent, threads: int, seconds: float) -> float:
-    """Bytes per second of direct random reads of an expert's size from its file, by as many threads.
+def drive_by_fio(files: Sequence[Path], block: int, reads: int, seconds: float, buffers: int) -> float:
+    """Bytes per second of direct random reads of `block` bytes, so many under way, each thread into one of `buffers`.
 
-    Into huge pages, as slots are: the system must have some set aside (/proc/sys/vm/nr_hugepages).
+    They are huge pages, as slots are: the system must have some set aside (/proc/sys/vm/nr_hugepages).
     """
     options = {
-        "name": "read",
-        "filename": extent.path,
         "rw": "randread",
-        "bs": align_up(extent.nbytes),
+        "bs": block,
         "direct": 1,
         "ioengine": "psync",
         "iomem": "shmhuge",
-        "numjobs": threads,
         "runtime": seconds,
         "output-format": "json",
     }
+    each = buffers // reads
+    options |= {"numjobs": each} | ({"lockfile": "exclusive", "thinktime": THINK_US} if each > 1 else {})
     flags = ["--thread", "--group_reporting", "--time_based", "--readonly"]
-    done = output(["fio", *flags, *(f"--{name}={value}" for name, value in options.items())])
+    flags += [f"--{name}={value}" for name, value in options.items()]
+    # With a lock, only one thread reads a file at a time.
+    places = files[:reads] if each > 1 else [files[0]] * reads
+    for number, path in enumerate(places):
+        flags += [f"--name=read-{number}", f"--filename={path}"]
+    done = output(["fio", *flags])
     return float(json.loads(done[done.index("{") :])["jobs"][0]["read"]["bw_bytes"])
 
 
