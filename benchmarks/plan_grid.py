@@ -109,13 +109,19 @@ def chosen(cells: list[Cell], arguments: argparse.Namespace) -> list[Cell]:
 
 def recorded(store: Path, trace: Path, arguments: argparse.Namespace) -> Path:
     """The routing of other prompts, recorded as a run of `bench`."""
-    prompts = trace.with_suffix(".txt")
-    write_prompts(prompts)
-    ram = ram_for_share(store, 0.6, arguments.context)
-    sizes = ["--warm", "3", "--prompt-tokens", "16", "-n", "48", "--context", str(arguments.context), "--ram", str(ram)]
-    program("bench", str(store), "--profile", "none", "--prompts", str(prompts), "--trace", str(trace), *sizes)
+    with _process() as apart:
+        apart.submit(record, store, trace, arguments.context).result()
     settle()
     return trace
+
+
+def record(store: Path, trace: Path, context: int) -> None:
+    """The same, in this process."""
+    prompts = trace.with_suffix(".txt")
+    write_prompts(prompts)
+    sizes = {"warm": 3, "prompt_tokens": 16, "max_tokens": 48, "context": context}
+    ram = str(ram_for_share(store, 0.6, context))
+    bench(store, **sizes, prompts=prompts, trace=str(trace), ram=ram, profile=NO_PROFILE)
 
 
 def write_prompts(file: Path) -> None:

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from offload.cache.trace import Trace
 from offload.engine.devices import device_kernels
 from offload.engine.dispatch import dispatch_layers
@@ -35,7 +33,7 @@ from offload.tiers.executor import Executor
 from offload.tiers.ram import RamTier
 from offload.tiers.vram_memory import lent_slots, slot_nbytes
 from offload.tune.budget import FREE_SHARE, RamPlan, kv_cache_nbytes, longest_chunk, plan_ram, ram_for_slots
-from offload.tune.memory import memory
+from offload.tune.memory import memory, process_nbytes
 from offload.tune.vram_budget import DEVICE_CHUNK, VramPlan, default_limit, device_demand, plan_vram
 from offload.types import format_size, parse_size
 
@@ -267,8 +265,3 @@ def _shares(
         if layers:  # a device may have dense layers only
             shares.append(DeviceShare(device, kernels, layers, plan.slots, plan.lent > 0))
     return shares
-
-
-def process_nbytes() -> int:
-    """RAM that the process takes now, in bytes."""
-    return int(psutil.Process().memory_info().rss)
