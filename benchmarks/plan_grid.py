@@ -1,7 +1,7 @@
 """Predicted beside measured speed over a grid of stores, RAM budgets and cache policies.
 
     python benchmarks/plan_grid.py --folder SCRATCH [--shares 0.3 0.6 1.0] [--cells 8]
-    python benchmarks/plan_grid.py --store STORE --shares 0.5 1.0
+    python benchmarks/plan_grid.py --store STORE --shares 0.5 1.0 --cold 1
 
 SCRATCH takes the 10B checkpoint of bench_model.py and its stores; with --store the grid is over that store alone, for
 instance the embedded model's (`expertpager demo --keep FOLDER`). For every store the routing of other prompts than the
