@@ -294,7 +294,7 @@ def chunk_cost(
     rows = tokens * config.num_experts_per_tok / used
     per_expert = rows_seconds(rate, model.expert_nbytes, config.expert_parameters, rows)
     compute = used * per_expert
-    reading = missing * model.expert_nbytes / machine.drive_read + (machine.drive_latency_s if missing >= 1 else 0.0)
+    reading = missing * model.expert_nbytes / machine.drive_read + (machine.first_read_s if missing >= 1 else 0.0)
     # The first wave of reads goes on while the shared expert is computed, which they slow as they slow the others.
     wave = min(WAVE, missing) * model.expert_nbytes / machine.drive_read
     shared = rows_seconds(own, model.shared_nbytes, model.shared_parameters, tokens)

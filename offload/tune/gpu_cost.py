@@ -207,7 +207,7 @@ def gpu_chunk_cost(
     device += every * attention_flops(config, tokens, start) / (gpu.past_gflops * 1e9)
     device += every * tokens * config.hidden_size * PASS_NBYTES / gpu.read
     # Attention is over before a layer asks; its experts are computed and copied while others are read.
-    reading = read * size / machine.drive_read + machine.drive_latency_s if read >= 1 else 0.0
+    reading = read * size / machine.drive_read + machine.first_read_s if read >= 1 else 0.0
     link = copied * size / gpu.h2d
     return GpuCost(
         device_s=device + moe * experts,

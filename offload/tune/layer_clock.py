@@ -99,7 +99,7 @@ def arrival_times(machine: MachineSpec, misses: int, nbytes: int) -> list[float]
     them make a drive slower.
     """
     parts = -(-nbytes // PART_NBYTES)
-    now, done = machine.drive_latency_s, 0
+    now, done = machine.first_read_s, 0
     times: list[float] = []
     while done < misses * parts:
         together = min(READERS, misses * parts - done)

@@ -234,6 +234,11 @@ class MachineSpec:
                 return slower + (faster - slower) * max(0.0, parallel - low) / (high - low)
         return self.drive_read
 
+    @property
+    def first_read_s(self) -> float:
+        """Seconds until reads begin to arrive at the drive's rate. Rates measured by depth hold what a read takes."""
+        return 0.0 if self.depths else self.drive_latency_s
+
     def format_rate(self, codec: str) -> FormatRate:
         """The measured rate of `codec`, else what the RAM's rate allows."""
         return self.formats.get(codec) or FormatRate(KERNEL_SHARE * self.ram_read, self.gflops)
