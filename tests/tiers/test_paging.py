@@ -18,7 +18,7 @@ from offload.engine.engine import Engine, ram_for_share
 from offload.errors import BudgetError, DiskError, StoreError, UsageError
 from offload.store import Store
 from offload.store.mirror import check_mirror
-from offload.tune.memory import Memory, memory
+from offload.tune.memory import Memory
 
 PROMPT = [0, 17, 301, 5, 99, 402, 33, 8]
 CONTEXT = 64
@@ -224,20 +224,3 @@ def test_more_ram_than_there_is_is_refused_before_anything_is_allocated(
         offload.load(store, ram="64GiB", context=CONTEXT)
     with pytest.raises(UsageError, match="prefetch is 3"):
         offload.load(store, prefetch=3)
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_memory_is_that_of_the_control_group(tmp_path: Path, version: int) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
-    base = tmp_path / ("sys/fs/cgroup/memory" if version == 1 else "sys/fs/cgroup")
-    group = base / "outer/inner"
-    group.mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("4:memory:/outer/inner\n" if version == 1 else "0::/outer/inner\n")
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
-    for folder, limit, used in ((group, "max", 10), (group.parent, str(100 << 20), 60 << 20)):
-        (folder / names[0]).write_text(f"{limit}\n")
-        (folder / names[1]).write_text(f"{used}\n")
-    (group.parent / "memory.stat").write_text(f"inactive_file {20 << 20}\n")
-    assert memory(tmp_path) == Memory(100 << 20, 60 << 20, True)
-    shutil.rmtree(tmp_path / "proc")
-    assert not memory(tmp_path).limited_by_group
