@@ -69,6 +69,9 @@ class StreamingKernels:
 RESIDENT_SHARE = 0.4
 """Share of the experts that have a slot where the cost of a miss is measured."""
 
+SETTINGS = ((1.0, False), (RESIDENT_SHARE, False), (RESIDENT_SHARE, True))
+"""(share of the experts with a slot, whether routers are applied early) of the models that decode step by step."""
+
 ROUNDS = 6
 """Tokens at least that each of the settings decodes."""
 
@@ -113,19 +116,19 @@ class Overhead:
 
 
 class OverheadModels:
-    """Models under one policy, made once for all passes of a probe. `routing`: sizes by their names in config.json.
+    """Models under one policy. `routing`: sizes by their names in config.json.
 
-    A context manager. Two of them, of which one is deeper, decode whole tokens with all experts resident; three decode
-    step by step: with all experts resident, with too few slots for them, and with as few and reads ahead.
+    A context manager. Two of them, of which one is deeper, decode whole tokens with all experts resident; they are made
+    once for all passes of a probe. Three decode step by step: with all experts resident, with too few slots for them,
+    and with as few and reads ahead. A policy that has seen more of their tokens reads less, and with fewer reads in a
+    layer each costs more; so these are made anew in every pass.
     """
 
     def __init__(self, kernels: Kernels, policy: str = LEARNING, routing: Mapping[str, int] = V3_ROUTING) -> None:
         self._kernels, self._policy = kernels, policy
         self._few, many = (small_config(layers, **routing) for layers in (LAYERS, LAYERS + MORE_LAYERS))
-        settings = ((1.0, False), (RESIDENT_SHARE, False), (RESIDENT_SHARE, True))
         with ExitStack() as stack:
             self._whole = [stack.enter_context(_whole_tokens(kernels, policy, each)) for each in (self._few, many)]
-            self._runs = [stack.enter_context(_decoding(kernels, policy, self._few, *each)) for each in settings]
             self._made = stack.pop_all()
 
     def __enter__(self) -> OverheadModels:
@@ -142,12 +145,15 @@ class OverheadModels:
         caches: the rates of kernels hold the rest. Deciding and reading come on top of them; for these `stream` reads
         between layers what a layer's weights are, and leaves the caches as they do, which nearly doubles their time.
         """
-        begun = time.perf_counter()
         tokens: list[list[float]] = []
         rounds: list[list[_Step]] = []
-        while len(rounds) < ROUNDS or time.perf_counter() - begun < 3 * seconds:
-            tokens.append([token().busy_s for token in self._whole])
-            rounds.append([run(stream) for run in self._runs])
+        with ExitStack() as stack:
+            decoding = partial(_decoding, self._kernels, self._policy, self._few)
+            runs = [stack.enter_context(decoding(*setting)) for setting in SETTINGS]
+            begun = time.perf_counter()
+            while len(rounds) < ROUNDS or time.perf_counter() - begun < 3 * seconds:
+                tokens.append([token().busy_s for token in self._whole])
+                rounds.append([run(stream) for run in runs])
         reads = [median(step.reads for step in steps) for steps in zip(*rounds, strict=True)]
         missing = median(paged.busy_s - resident.busy_s for resident, paged, _ in rounds)
         miss_s = max(0.0, missing / reads[1]) if reads[1] else 0.0
