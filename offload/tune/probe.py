@@ -35,7 +35,7 @@ from offload.store.manifest import MANIFEST_NAME
 from offload.tiers.device import Device
 from offload.tiers.disk import READERS
 from offload.tiers.host import SlotPool
-from offload.tune.arena import Arena
+from offload.tune.arena import SWEPT, Arena
 from offload.tune.attention_shapes import DEEPSEEK_V3, AttentionShapes
 from offload.tune.machine import ROWS, Gpu, MachineSpec, mean
 from offload.tune.machine_file import save_machine
@@ -81,8 +81,8 @@ class Effort:
     """By names in config.json."""
     layer_nbytes: int = LAYER_NBYTES
     """Weights of a layer that a token uses, so many bytes of them at most."""
-    buffer_nbytes: int = 256 << 20
-    """Memory that is swept: far more than the caches hold."""
+    buffer_nbytes: int = SWEPT
+    """Memory that is swept."""
     formats: tuple[str, ...] = FORMATS
     """Of experts and of whatever else is one matrix at a time."""
     resident_formats: tuple[str, ...] = RESIDENT_FORMATS
